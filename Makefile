@@ -1,0 +1,76 @@
+# Every command of this repository, for a laptop and for CI alike. `make help` lists them.
+
+PYTHON ?=            # the Python to use; found by itself if empty: 3.11 or newer
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-fast lint format types lock lock-check coverage bench bench-quick clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- the development environment ---
+
+# The first of these that runs, is new enough, and can make environments: a version manager's stand-in may do none of it.
+CANDIDATES := $(strip $(PYTHON)) python3.14 python3.13 python3.12 python3.11 python3 python
+define FIND_PYTHON
+for python in $(if $(strip $(PYTHON)),$(strip $(PYTHON)),$(CANDIDATES)); do \
+  "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && break; \
+  python=; \
+done; \
+[ -n "$$python" ] || { echo "make: Python 3.11 or newer is needed, with its venv module; install it (Debian, Ubuntu: apt install python3-venv), or name one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+endef
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	@$(FIND_PYTHON); \
+	echo "making $(VENV) with $$python: about half a minute, once"; \
+	rm -rf $(VENV) && "$$python" -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --only-binary :all: --require-hashes \
+	    -r requirements.txt -r requirements-dev.txt \
+	|| { echo "make: the packages cannot be installed (see above): no network, or a platform for which one has no wheel (there are wheels for Linux on x86_64 and aarch64, and macOS on arm64)" >&2; rm -rf $(VENV); exit 1; }
+	@touch $@
+
+# --- every day ---
+
+run: $(VENV)/installed ## run the service on port 8080, with a store of its own in .data/ unless REDIS_HOST is set
+	@exec $(BIN)/python -m hitcounter
+
+test: $(VENV)/installed ## run all tests that need nothing but this machine
+	@$(BIN)/python -m pytest
+
+coverage: $(VENV)/installed ## run the tests and show which lines they do not reach
+	@$(BIN)/coverage run -m pytest && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
+
+lint: $(VENV)/installed ## check style
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(VENV)/installed ## mend style
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+types: $(VENV)/installed ## check types
+	@$(BIN)/mypy
+
+# --- locks ---
+
+LOCK = CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-emit-options $(UPGRADE)
+
+lock: $(VENV)/installed lowest-python ## write requirements*.txt anew from requirements*.in (UPGRADE=--upgrade: with the newest versions)
+	@for name in requirements requirements-dev; do $(LOCK) --output-file=$$name.txt $$name.in || exit; done
+
+lock-check: $(VENV)/installed lowest-python ## fail if requirements*.txt does not follow from requirements*.in
+	@rm -rf $(VENV)/lock && mkdir $(VENV)/lock && cp requirements*.in requirements*.txt $(VENV)/lock
+	@cd $(VENV)/lock && for name in requirements requirements-dev; do \
+	    $(subst $(BIN),$(abspath $(BIN)),$(LOCK)) --output-file=$$name.txt $$name.in || exit; \
+	    cmp -s $$name.txt $(CURDIR)/$$name.txt || { echo "make: $$name.txt is stale; run: make lock" >&2; exit 1; }; \
+	done
+
+# pip-compile resolves for the Python that runs it; what 3.11 needs, the newer ones take too, but not the other way round.
+.PHONY: lowest-python
+lowest-python: $(VENV)/installed
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	|| { echo "make: locks are made on Python 3.11; run: make PYTHON=python3.11 VENV=.venv-3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+
+clean: ## remove what these commands made, but for the counts in .data/
+	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

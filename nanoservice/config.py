@@ -1,0 +1,200 @@
+"""Settings: read once from a mapping, checked all at once, shown without secrets.
+
+`Config` is the one table of the variables that every service knows; a service adds its own by deriving a frozen
+dataclass from it. Field `bind_port` is set by the variable `BIND_PORT`.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+# What Kubernetes sets for each Service of the namespace when `enableServiceLinks` is not false.
+_SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)")
+
+
+class ConfigError(Exception):
+    """What is wrong with the settings: `problems` has a line for each variable, none with a value in it."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class StartError(Exception):
+    """What keeps a service with good settings from starting; the text says what to do."""
+
+
+class Secret:
+    """A text that shows as stars wherever it is printed; `reveal()` returns it."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """Return the secret itself."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return "***"
+
+
+def setting(default: Any, help: str, parse: Callable[[str], Any] = str) -> Any:
+    """Return a dataclass field that is set by the variable of its name.
+
+    `parse` makes the value from the text, or raises ValueError with what it should have been ("a whole number ...").
+    """
+    return field(default=default, metadata={"help": help, "parse": parse})
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text) or not low <= int(text) <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def seconds(low: float, high: float) -> Callable[[str], float]:
+    """Return a parser of durations in seconds, decimals allowed, from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not low <= float(text) <= high:
+            raise ValueError(f"a number of seconds from {low:g} to {high:g}")
+        return float(text)
+
+    return parse
+
+
+def choice(*names: str) -> Callable[[str], str]:
+    """Return a parser that takes one of `names`, in any case."""
+
+    def parse(text: str) -> str:
+        if text.lower() not in names:
+            raise ValueError("one of " + ", ".join(names))
+        return text.lower()
+
+    return parse
+
+
+def flag(text: str) -> bool:
+    """Return whether `text` says yes."""
+    return {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[
+        choice("true", "on", "1", "false", "off", "0")(text)
+    ]
+
+
+def host(text: str) -> str:
+    """Return `text` if it is a host name or an address, and nothing more: a URL may hold a password."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+(%\w+)?", text):
+        raise ValueError("a host name or address alone: no scheme, user or port")
+    return text
+
+
+def port(text: str) -> int:
+    """Return the port of a server to connect to."""
+    if "://" in text:
+        raise ValueError(
+            "a port number from 1 to 65535; Kubernetes sets this variable for a Service of this name: "
+            "give the pod `enableServiceLinks: false`"
+        )
+    return integer(1, 65535)(text)
+
+
+def file(text: str) -> Path:
+    """Return the path of a file that can be read."""
+    try:
+        with open(text, "rb"):
+            return Path(text)
+    except OSError as error:
+        raise ValueError(f"the path of a file that can be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of every service."""
+
+    bind_port: int = setting(8080, "public port; 0: any free one, printed in the log", integer(0, 65535))
+    bind_host: str = setting("", "address to listen on; default: all", host)
+    admin_port: int = setting(9090, "port of `/metrics`; 0: any free one; keep it off the public", integer(0, 65535))
+    redis_host: str = setting("", "Redis to use; default, in development only: an embedded Valkey", host)
+    redis_port: int = setting(6379, "its port", port)
+    redis_username: str = setting("", "user to authenticate as")
+    redis_password: Secret | None = setting(None, "password of that user", Secret)
+    redis_password_file: Path | None = setting(
+        None, "file with the password, read again at each connection: a rotated secret needs no restart", file
+    )
+    redis_tls: bool = setting(False, "`true`: talk TLS to Redis and check its certificate", flag)
+    redis_ca_file: Path | None = setting(None, "CA certificates to trust (PEM); default: the system's", file)
+    redis_cert_file: Path | None = setting(None, "client certificate (PEM)", file)
+    redis_key_file: Path | None = setting(None, "its key (PEM)", file)
+    redis_timeout: float = setting(1.0, "seconds to connect, and for each round trip", seconds(0.01, 60))
+    drain_seconds: float = setting(0.0, "seconds to go on serving after SIGTERM, not ready; 5 in a cluster", seconds(0, 3600))
+    log_level: str = setting(
+        "info", "`debug` (each request), `info`, `warning`, `error`", choice("debug", "info", "warning", "error")
+    )
+    log_format: str = setting("", "`json` or `text`; default: text on a terminal", choice("json", "text"))
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Self:
+        """Return the settings in `environ`; empty variables count as not set. Raises ConfigError with every problem."""
+        known = dict(variables(cls))
+        values: dict[str, Any] = {}
+        problems = list(_unknown(environ, list(known)))
+        for name, spec in known.items():
+            if text := environ.get(name, ""):
+                try:
+                    values[spec.name] = spec.metadata["parse"](text)
+                except ValueError as error:
+                    problems.append(f"{name} must be {error}")
+        config = cls(**values)
+        problems += config.conflicts()
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what is wrong between settings that are right one by one."""
+        if self.redis_password and self.redis_password_file:
+            yield "REDIS_PASSWORD and REDIS_PASSWORD_FILE are both set: keep one"
+        if self.redis_username and not (self.redis_password or self.redis_password_file):
+            yield "REDIS_USERNAME needs REDIS_PASSWORD or REDIS_PASSWORD_FILE"
+        if bool(self.redis_cert_file) != bool(self.redis_key_file):
+            yield "REDIS_CERT_FILE and REDIS_KEY_FILE belong together: set both or none"
+        if not self.redis_tls and (self.redis_ca_file or self.redis_cert_file or self.redis_key_file):
+            yield "REDIS_CA_FILE, REDIS_CERT_FILE and REDIS_KEY_FILE need REDIS_TLS=true"
+        if not self.redis_host and (self.redis_password or self.redis_password_file or self.redis_tls):
+            yield "REDIS_HOST must be set for REDIS_PASSWORD, REDIS_PASSWORD_FILE or REDIS_TLS to mean anything"
+
+
+def variables(config: type[Config]) -> list[tuple[str, Any]]:
+    """Return the variables of `config` in order: each name with its dataclass field."""
+    return [(spec.name.upper(), spec) for spec in fields(config)]
+
+
+def table(config: type[Config]) -> str:
+    """Return the variables of `config` as a Markdown table."""
+    rows = ["| variable | default | |", "| --- | --- | --- |"]
+    for name, spec in variables(config):
+        default = {"": "", "None": "", "False": "false"}.get(str(spec.default), f"{spec.default}")
+        rows.append(f"| `{name}` | {default} | {spec.metadata['help']} |")
+    return "\n".join(rows)
+
+
+def _unknown(environ: Mapping[str, str], known: list[str]) -> Iterator[str]:
+    """Yield a line for each variable that looks like ours and is not: most likely a misspelt one."""
+    prefixes = tuple({name.split("_")[0] + "_" for name in known if "_" in name})
+    for name, value in environ.items():
+        if name in known or not name.startswith(prefixes):
+            continue
+        if _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and "://" in value):
+            continue  # set by Kubernetes, not by anyone who meant us
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        yield f"{name} is not a setting; the nearest is {nearest}"

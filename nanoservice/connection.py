@@ -1,0 +1,182 @@
+"""The HTTP side of a client's connection: what aiohttp leaves open is bounded and answered here.
+
+Every error is problem details, also those made before a handler runs; nothing of the request or of our versions is echoed;
+a request that is not complete in time ends its connection; the number of connections stays below the descriptors we may open.
+"""
+
+import asyncio
+import logging
+import math
+import resource
+from collections.abc import Coroutine
+from typing import Any
+
+from aiohttp import EMPTY_PAYLOAD, StreamReader, http_exceptions, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import RawRequestMessage
+
+from nanoservice.answer import ProblemError, problem
+from nanoservice.metrics import RequestRecorder
+from nanoservice.redis import Errors, Store
+
+RECEIVE_SECONDS = 10.0  # a request must be complete by then
+KEEPALIVE_SECONDS = 75.0  # longer than the 60 s for which common proxies keep an idle connection to us
+_SPARE_DESCRIPTORS = 64  # for Redis, the log, the listening sockets, files
+
+_Finished = Coroutine[Any, Any, tuple[web.StreamResponse, bool]]
+
+_logger = logging.getLogger(__name__)
+
+
+class Connection(web.RequestHandler):
+    """One client's connection."""
+
+    __slots__ = ("_body", "_body_since", "_head_since", "_server")
+
+    def __init__(self, server: "Server", **options: Any) -> None:
+        super().__init__(server, **options)
+        self._server = server
+        self._head_since = math.inf  # when the request that is arriving began; infinite between requests
+        self._body: StreamReader = EMPTY_PAYLOAD  # of the request that is being answered
+        self._body_since = math.inf
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the connection, unless there are too many."""
+        self._head_since = asyncio.get_running_loop().time()
+        super().connection_made(transport)
+        if self._server.full():
+            self.force_close()
+
+    def data_received(self, data: bytes) -> None:
+        """Note when a request begins to arrive, then have it parsed."""
+        if self._head_since == math.inf and self._body.is_eof():
+            self._head_since = asyncio.get_running_loop().time()
+        super().data_received(data)
+
+    def begins(self, message: RawRequestMessage, body: StreamReader) -> None:
+        """Note that the head of a request is complete; its body may not be."""
+        self._body, self._body_since = body, min(self._head_since, asyncio.get_running_loop().time())
+        # What comes after an upgrade is no request: no time is ever too long for not-a-number.
+        self._head_since = math.nan if message.upgrade else math.inf
+
+    def overdue(self, now: float) -> bool:
+        """Return whether a request has been arriving for too long."""
+        return now - self._head_since >= RECEIVE_SECONDS or (
+            not self._body.is_eof() and now - self._body_since >= RECEIVE_SECONDS
+        )
+
+    def finish_response(self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None) -> _Finished:
+        """Write the answer; an error that aiohttp made (404, 405, 413, 417) becomes problem details first."""
+        if isinstance(resp, web.HTTPException) and resp.status >= 400:
+            kept = {name: resp.headers[name] for name in ("Allow", "Retry-After") if name in resp.headers}
+            answer = problem(resp.status, headers=kept)
+            if resp.status == 413:
+                answer.force_close()  # the rest of the body is not worth reading
+            resp = answer
+        return super().finish_response(request, resp, start_time)
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """Return the answer to a request that could not be parsed, or whose handler raised."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun: all that is left is to end the connection")
+        if isinstance(exc, ProblemError):
+            return problem(exc.status, exc.detail, exc.headers)
+        if isinstance(exc, (web.RequestPayloadError, http_exceptions.HttpProcessingError, ConnectionError)) or status == 400:
+            _logger.debug("bad request", extra={"error": type(exc).__name__})
+            answer = problem(*_UNPARSED.get(type(exc), (400, "the request is not valid HTTP")))
+        elif isinstance(exc, Errors):
+            return problem(503, "Redis: " + self._server.store.health.failed("work", exc), {"Retry-After": "1"})
+        else:
+            _logger.error("a handler failed", exc_info=exc)
+            answer = problem(status)
+        answer.force_close()
+        return answer
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Log an error outside a handler, with its traceback; what a client did (a bad or broken body) only at debug."""
+        client = isinstance(kw.get("exc_info"), (web.RequestPayloadError, ConnectionError))
+        _logger.log(logging.DEBUG if client else logging.ERROR, *args, **kw)
+
+
+_UNPARSED: dict[type, tuple[int, str]] = {
+    http_exceptions.LineTooLong: (
+        431,
+        "the request line or a header is longer than 8190 bytes, or there are more than 128 headers",
+    ),
+}
+
+
+class Server(web.Server):
+    """Makes a `Connection` for each client of `app`, and ends those that take too long."""
+
+    def __init__(self, app_server: web.Server, recorder: RequestRecorder, store: Store) -> None:
+        super().__init__(app_server.request_handler, request_factory=self._begin)  # type: ignore[arg-type] # __call__ makes Connections
+        self.store = store
+        self.draining = False
+        self._new_request = app_server.request_factory
+        self._options = {
+            "loop": asyncio.get_running_loop(),
+            "logger": _logger,
+            "access_log": recorder,
+            "access_log_class": lambda recorder, _: recorder,  # one serves all connections
+            "auto_decompress": False,  # bodies are taken as they came: no bombs
+            "keepalive_timeout": KEEPALIVE_SECONDS,
+            "lingering_time": RECEIVE_SECONDS,
+        }
+        self._open = 0
+        self._limit = max_connections()
+        self._told_full = False
+
+    def __call__(self) -> web.RequestHandler:
+        """Return the protocol of a new connection."""
+        return Connection(self, **self._options)
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        """Count the connection."""
+        self._open += 1
+        super().connection_made(handler, transport)
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        """Count the connection no more."""
+        self._open -= 1
+        super().connection_lost(handler, exc)
+
+    def full(self) -> bool:
+        """Return whether one more connection could take the last descriptors; logged once."""
+        if self._open <= self._limit:
+            return False
+        if not self._told_full:
+            self._told_full = True
+            _logger.error("too many connections: new ones are closed at once", extra={"limit": self._limit})
+        return True
+
+    def _begin(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: "Connection",
+        writer: AbstractStreamWriter,
+        task: Any,
+    ) -> web.BaseRequest:
+        if self.draining:
+            # Whatever class the answer is of, it now says `Connection: close`.
+            message = message._replace(should_close=True)
+        protocol.begins(message, payload)
+        return self._new_request(message, payload, protocol, writer, task)
+
+    def end_overdue(self) -> None:
+        """Close the connections whose request is not complete in time; to be called about once a second."""
+        now = asyncio.get_running_loop().time()
+        for connection in self.connections:
+            if isinstance(connection, Connection) and connection.overdue(now):
+                connection.force_close()
+
+
+def max_connections() -> int:
+    """Raise the limit on open files as far as it may be, and return how many connections that leaves."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, soft - _SPARE_DESCRIPTORS)

@@ -1,0 +1,77 @@
+"""Metrics: what is measured of every service, and the page that shows it on the admin port."""
+
+import logging
+
+from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
+from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector, generate_latest
+
+REGISTRY = web.AppKey("registry", CollectorRegistry)
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SLOW = 1.0  # seconds; also the shortest time between two log lines about slow requests
+
+
+def new_registry(name: str, version: str) -> CollectorRegistry:
+    """Return a registry with the process's own figures and `build_info`."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    Gauge("build_info", "What runs here; always 1", ["service", "version"], registry=registry).labels(name, version).set(1)
+    return registry
+
+
+def admin_app(registry: CollectorRegistry) -> web.Application:
+    """Return the application of the admin port: `GET /metrics` in Prometheus' text format."""
+
+    async def metrics(request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    return app
+
+
+class RequestRecorder(AbstractAccessLogger):
+    """Measures each answered request by route template; logs it at debug, and slow ones always (at most one a second).
+
+    aiohttp calls it once an answer with the time since the request's head was parsed, so no middleware is needed.
+    """
+
+    def __init__(self, registry: CollectorRegistry, logger: logging.Logger) -> None:
+        super().__init__(logger, "")
+        self._duration = Histogram(
+            "http_request_duration_seconds",
+            "Time from a request's head to the end of its answer",
+            ["method", "route", "status"],
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._observers: dict[tuple[str, str, int], Histogram] = {}
+        self._slow_quiet_until = 0.0
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        """Record one answered request; `time` in seconds."""
+        match = getattr(request, "match_info", None)  # a request that could not be parsed has none
+        resource = match.route.resource if match is not None else None
+        key = request.method, resource.canonical if resource is not None else "unmatched", response.status
+        observer = self._observers.get(key)
+        if observer is None:
+            method, route, status = key
+            observer = self._duration.labels(method if method in _METHODS else "other", route, str(status))
+            if method in _METHODS:  # else a client could make us remember any number of names
+                self._observers[key] = observer
+        observer.observe(time)
+        # A request that failed because of the store is slow too; its cause is logged once, where it was found.
+        if time >= _SLOW and response.status < 500:
+            now = request.loop.time()
+            if now >= self._slow_quiet_until:
+                self._slow_quiet_until = now + _SLOW
+                self.logger.warning("slow request", extra=_facts(key, time))
+        elif self.logger.isEnabledFor(logging.DEBUG):
+            self.logger.debug("request", extra=_facts(key, time))
+
+
+def _facts(key: tuple[str, str, int], time: float) -> dict[str, object]:
+    method, route, status = key
+    return {"method": method, "route": route, "status": status, "seconds": round(time, 3)}

@@ -1,0 +1,189 @@
+"""A service's life: read the settings, listen, get ready, serve, drain, end."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Self
+
+from aiohttp import web
+
+from nanoservice import logs
+from nanoservice.config import ConfigError, StartError, table
+from nanoservice.connection import Server
+from nanoservice.metrics import REGISTRY, RequestRecorder, admin_app
+from nanoservice.probes import READINESS
+from nanoservice.redis import STORE
+from nanoservice.service import C, Service, create_app
+
+# The end, in seconds: drain (DRAIN_SECONDS, 5 in a cluster) + finish (10) + close (1) = 16, below the 30 of Kubernetes'
+# terminationGracePeriodSeconds.
+FINISH_SECONDS = 10.0
+
+_BACKLOG = 4096  # connections that the kernel holds until they are taken
+_DATA = Path(".data")  # of the embedded store
+
+_logger = logging.getLogger(__name__)
+
+
+def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) -> int:
+    """Run `service` until a signal ends it.
+
+    Return the exit status: 0; 78 for bad settings, 64 for arguments, 1 if it cannot start, 128 + N if signal N came a second
+    time and cut the end short.
+    """
+    if arguments:
+        print(f"{service.name} takes no arguments; its settings are environment variables:\n\n{table(service.config)}")
+        return 0 if arguments in (["--help"], ["-h"]) else os.EX_USAGE
+    try:
+        config = service.config.read(environ)
+        logs.configure(config.log_level, config.log_format)
+        with (
+            bind(config.bind_host, config.bind_port, "BIND_PORT") as public,
+            bind(config.bind_host, config.admin_port, "ADMIN_PORT") as admin,
+            _embedded_store(config.redis_host) as store,
+            asyncio.Runner(loop_factory=_event_loop()) as runner,
+        ):
+            return runner.run(_live(service, config, store, public, admin))
+    except ConfigError as error:
+        print("\n".join(f"{service.name}: {problem}" for problem in error.problems), file=sys.stderr)
+        return os.EX_CONFIG
+    except StartError as error:
+        print(f"{service.name}: {error}", file=sys.stderr)
+        return 1
+
+
+async def _live(service: Service[C], config: C, store: str | None, public: socket.socket, admin: socket.socket) -> int:
+    """Serve until a signal, then end in order; return the exit status."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    asked = asyncio.Event()
+    last = 0
+
+    def on_signal(number: int) -> None:
+        nonlocal last
+        last = number
+        if asked.is_set() and task is not None:
+            task.cancel()
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    running = await Running.start(service, config, public, admin, store)
+    try:
+        ports = {"port": public.getsockname()[1], "admin_port": admin.getsockname()[1]}
+        _logger.info("listening; try: curl http://localhost:%d/", ports["port"], extra=ports)
+        await asked.wait()
+        _logger.info("draining", extra={"seconds": config.drain_seconds})
+        running.drain()
+        await asyncio.sleep(config.drain_seconds)
+        await running.close()
+    except asyncio.CancelledError:
+        _logger.warning("ended by a second signal: what was in flight is cut off")
+        return 128 + last
+    _logger.info("ended")
+    return 0
+
+
+class Running:
+    """A service that serves on two sockets."""
+
+    def __init__(self, app: web.Application) -> None:
+        self.app = app
+        self._servers: list[Server] = []
+        self._runners: list[web.BaseRunner] = []  # in the order of their start
+        self._sweeper: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls, service: Service[C], config: C, public: socket.socket, admin: socket.socket, store: str | None = None
+    ) -> Self:
+        """Make the service's resources and begin to serve, whether Redis answers or not."""
+        running = cls(create_app(service, config, store))
+        registry = running.app[REGISTRY]
+        recorder = RequestRecorder(registry, _logger)
+        await running._serve(running.app, public, recorder)
+        await running._serve(admin_app(registry), admin, recorder)
+        running._sweeper = asyncio.create_task(running._sweep())
+        return running
+
+    async def _serve(self, app: web.Application, sock: socket.socket, recorder: RequestRecorder) -> None:
+        # One runner makes and closes the application's resources, the other has its connections, which are our own.
+        resources = web.AppRunner(app)
+        self._runners.append(resources)
+        await resources.setup()
+        assert resources.server is not None  # since setup()
+        self._servers.append(Server(resources.server, recorder, self.app[STORE]))
+        connections = web.ServerRunner(self._servers[-1], shutdown_timeout=FINISH_SECONDS)
+        self._runners.append(connections)
+        await connections.setup()
+        await web.SockSite(connections, sock, backlog=_BACKLOG).start()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            for server in self._servers:
+                server.end_overdue()
+
+    def drain(self) -> None:
+        """Turn readiness to 503 and end each connection with its next answer, but go on serving.
+
+        For a time a pod that ends still receives requests: until its address is withdrawn everywhere.
+        """
+        self.app[READINESS].draining = True
+        for server in self._servers:
+            server.draining = True
+
+    async def close(self) -> None:
+        """Stop listening, finish what is in flight, close the resources, Redis last of all."""
+        if self._sweeper:
+            self._sweeper.cancel()
+        while self._runners:
+            await self._runners.pop().cleanup()
+
+
+def bind(host: str, port: int, variable: str) -> socket.socket:
+    """Return a socket that listens on `port` of `host`; if that is empty, of all addresses, IPv6 and IPv4.
+
+    Raises StartError, naming `variable`, the setting that would choose another port.
+    """
+    try:
+        if host:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                raise
+            return socket.create_server(("", port), backlog=_BACKLOG)  # a machine without IPv6
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StartError(f"port {port} is in use: end what uses it, or choose another with {variable}=...") from error
+        raise StartError(f"cannot listen on {host or 'all addresses'}, port {port} ({variable}): {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _embedded_store(host: str) -> Iterator[str | None]:
+    """Yield the socket of a store of our own, or None if `host` names one."""
+    if host:
+        yield None
+        return
+    from nanoservice import embedded  # noqa: PLC0415 - what only development needs costs production no start-up time
+
+    with embedded.valkey(_DATA) as path:
+        yield path
+
+
+def _event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes uvloop's event loop, or None, for asyncio's own, where there is no wheel of it."""
+    try:
+        import uvloop  # noqa: PLC0415 - optional
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
