@@ -130,8 +130,7 @@ class Lane:
         sequence = self._writer.next()
         in_doubt = False  # it was sent, and nothing tells whether it was counted
         for pause in chain(_PAUSES, repeat(_PAUSES[-1])):
-            sent = False
-            began = loop.time()
+            sent, seen, began = False, self._health.successes["work"], loop.time()
             try:
                 async with asyncio.timeout_at(min(began + self._redis_timeout, batch.deadline)):
                     await self._connection.connect()  # type: ignore[no-untyped-call] # the driver is typed in part
@@ -140,7 +139,7 @@ class Lane:
             except Errors as error:
                 # An error that Redis replies with is an answer: the script counts nothing and fails, or counts all.
                 in_doubt = in_doubt or (sent and not isinstance(error, ResponseError))
-                self._health.failed("work", error)
+                self._health.failed("work", error, seen)
                 await self.close()
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 if next(batch.waiting(), None) is None:

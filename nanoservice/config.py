@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Self
 
@@ -93,8 +94,11 @@ def flag(text: str) -> bool:
 
 def host(text: str) -> str:
     """Return `text` if it is a host name or an address, and nothing more: a URL may hold a password."""
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+(%\w+)?", text):
-        raise ValueError("a host name or address alone: no scheme, user or port")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
+        try:
+            ip_address(text)
+        except ValueError:
+            raise ValueError("a host name or address alone: no scheme, user or port") from None
     return text
 
 
@@ -148,14 +152,16 @@ class Config:
         known = dict(variables(cls))
         values: dict[str, Any] = {}
         problems = list(_unknown(environ, list(known)))
+        wrong = set()
         for name, spec in known.items():
             if text := environ.get(name, ""):
                 try:
                     values[spec.name] = spec.metadata["parse"](text)
                 except ValueError as error:
+                    wrong.add(name)
                     problems.append(f"{name} must be {error}")
         config = cls(**values)
-        problems += config.conflicts()
+        problems += [line for line in config.conflicts() if not any(name in line for name in wrong)]
         if problems:
             raise ConfigError(problems)
         return config

@@ -77,14 +77,20 @@ class Health:
     def __init__(self, registry: CollectorRegistry, config: Config) -> None:
         self._up = Gauge("redis_up", "Whether Redis answers and does what the service asks of it", registry=registry)
         self._server = f"{config.redis_host}:{config.redis_port}" if config.redis_host else "embedded"
+        self.successes = {"probe": 0, "work": 0}
         self._failing: set[str] = set()
         self._logged: set[str] = set()
         self._since = 0.0
         self.reason = ""  # why it does not work; empty while it does
 
-    def failed(self, what: str, error: BaseException) -> str:
-        """Note that `what` failed; return the cause."""
+    def failed(self, what: str, error: BaseException, seen: int | None = None) -> str:
+        """Note that `what` failed; return the cause.
+
+        `seen`: the `successes` when it was tried. If there were others since, the failure is yesterday's news.
+        """
         words = cause(error)
+        if seen is not None and seen != self.successes[what]:
+            return words
         if not self._failing:
             self._since = time.monotonic()
             self._up.set(0)
@@ -97,6 +103,7 @@ class Health:
 
     def worked(self, what: str) -> None:
         """Note that `what` worked."""
+        self.successes[what] += 1
         if not self._failing:
             self._up.set(1)
             return
@@ -105,7 +112,9 @@ class Health:
             self._up.set(1)
             self._logged.clear()
             self.reason = ""
-            _logger.info("Redis works again", extra={"redis": self._server, "seconds": round(time.monotonic() - self._since, 1)})
+            _logger.warning(
+                "Redis works again", extra={"redis": self._server, "seconds": round(time.monotonic() - self._since, 1)}
+            )
 
 
 class Store:
@@ -118,8 +127,8 @@ class Store:
         self.health = Health(registry, config)
         self._kind, self._options = _options(config, socket)
         # A handler that finds all connections in use waits its turn, for as long as it would wait for an answer.
-        self.client = Redis(
-            connection_pool=BlockingConnectionPool(
+        self.client = Redis.from_pool(
+            BlockingConnectionPool(
                 max_connections=_CONNECTIONS, timeout=config.redis_timeout, connection_class=self._kind, **self._options
             )
         )

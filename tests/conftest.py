@@ -125,9 +125,11 @@ async def serving(environ: dict[str, str], service: Service[Any] = SERVICE) -> A
     public, admin = bind("127.0.0.1", 0, "BIND_PORT"), bind("127.0.0.1", 0, "ADMIN_PORT")
     running = await Running.start(service, service.config.read(environ), public, admin)
     port, admin_port = public.getsockname()[1], admin.getsockname()[1]
-    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=aiohttp.TCPConnector(limit=0)) as client:
-        yield Served(running, port, admin_port, client)
-    await running.close()
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=aiohttp.TCPConnector(limit=0)) as client:
+            yield Served(running, port, admin_port, client)
+    finally:
+        await running.close()
 
 
 @pytest.fixture
@@ -160,7 +162,7 @@ class Process:
             self.log.append(json.loads(line))
 
     def end(self, how: int = signal.SIGTERM, seconds: float = 30) -> int:
-        """Send the signal `how`, and return the exit status."""
+        """Send the signal `how` (0: it was asked to end already), and return the exit status."""
         if self.popen.poll() is None:
             self.popen.send_signal(how)
         status = self.popen.wait(seconds)

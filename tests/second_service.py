@@ -1,0 +1,30 @@
+"""A second service, whole: routes, a counter and a setting of its own. All else is the chassis."""
+
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from nanoservice import config
+from nanoservice.answer import Answer
+from nanoservice.redis import STORE
+from nanoservice.service import Service
+
+
+@dataclass(frozen=True)
+class Config(config.Config):
+    """The setting of the greeter, after those of every service."""
+
+    greet_with: str = config.setting("Hello", "the word of greeting")
+
+
+def setup(app: web.Application, config: Config) -> None:
+    """Add the routes to `app`."""
+
+    async def greet(request: web.Request) -> web.StreamResponse:
+        number = await app[STORE].client.incr("{greeter}:" + request.match_info["name"])
+        return Answer(f"{config.greet_with} {request.match_info['name']}, number {number}\n".encode())
+
+    app.router.add_get("/greet/{name:[a-z]+}", greet)
+
+
+SERVICE = Service("greeter", "1.0", Config, setup)

@@ -1,0 +1,191 @@
+"""A Redis that is down, hung, full, read-only or emptied: truthful 503s, one log line, recovery without a restart."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import SLACK, Process, Served, Valkey, eventually, metric, serving, wait_for
+
+
+async def get(served: Served, path: str = "/") -> tuple[int, dict[str, Any], float]:
+    """Return status, problem (if any) and seconds of a GET."""
+    began = time.monotonic()
+    async with served.client.get(path) as answer:
+        body = await answer.json() if answer.content_type.endswith("json") else {}
+        assert (answer.status == 503) == ("detail" in body)
+        if answer.status == 503 and path == "/":
+            assert answer.headers["Retry-After"] == "1"
+        return answer.status, body, time.monotonic() - began
+
+
+async def is_ready(served: Served) -> bool:
+    return (await get(served, "/readyz"))[0] == 200
+
+
+async def test_redis_that_is_down_at_start_is_waited_for(valkey: Valkey) -> None:
+    valkey.end()
+    async with serving(valkey.environ()) as served:
+        assert (await get(served, "/livez"))[0] == 200
+        assert (await get(served, "/readyz"))[0] == 503
+        valkey.start()
+        await eventually(lambda: is_ready(served), 2 * SLACK)
+        assert (await get(served))[0] == 200
+
+
+@pytest.mark.parametrize("hung", [False, True], ids=["down", "hung"])
+async def test_requests_get_503_in_time_and_probes_tell_the_truth(served: Served, valkey: Valkey, hung: bool) -> None:
+    assert await is_ready(served)
+    assert (await get(served))[0] == 200
+    (valkey.freeze if hung else valkey.kill)()
+    gone = time.monotonic()
+    answers = await asyncio.gather(*(get(served) for _ in range(50)))
+    assert {status for status, _, _ in answers} == {503}
+    assert max(seconds for *_, seconds in answers) < 2.3 * SLACK
+    assert {body["detail"] for _, body, _ in answers} <= {"Redis: it does not answer in time", "Redis: it cannot be reached"}
+    assert (await get(served, "/livez"))[0] == 200
+    while await is_ready(served):
+        assert time.monotonic() - gone < 2 * SLACK + 2.3
+    assert await metric(served, "redis_up") == 0
+
+    (valkey.thaw if hung else valkey.start)()
+    await eventually(lambda: is_ready(served), 2 * SLACK)
+    assert (await get(served))[0] == 200
+    assert await metric(served, "redis_up") == 1
+
+
+async def test_short_restart_is_waited_out_without_a_503(served: Served, valkey: Valkey) -> None:
+    assert (await get(served))[0] == 200
+    valkey.kill()
+    waiting = asyncio.create_task(get(served))
+    valkey.start()
+    assert (await waiting)[0] == 200
+
+
+async def test_readiness_looks_once_a_second_however_often_it_is_asked(served: Served, valkey: Valkey) -> None:
+    def pings() -> int:
+        with valkey.client() as client:
+            return int(client.info("commandstats").get("cmdstat_ping", {"calls": 0})["calls"])
+
+    before, began = pings(), time.monotonic()
+    await asyncio.gather(*(get(served, "/readyz") for _ in range(200)))
+    assert 1 <= pings() - before <= 1 + (time.monotonic() - began)
+
+
+async def test_readiness_answers_within_a_second_while_redis_hangs(served: Served, valkey: Valkey) -> None:
+    valkey.freeze()
+    status, problem, seconds = await get(served, "/readyz")
+    assert (status, problem["detail"]) == (503, "Redis: it does not answer in time")
+    assert seconds < 1 * SLACK
+
+
+Break = Callable[[Valkey], object]
+
+
+@pytest.mark.parametrize(
+    ("breaks", "mends", "cause"),
+    [
+        pytest.param(
+            lambda valkey: valkey.run("REPLICAOF", "127.0.0.1", "1"),
+            lambda valkey: valkey.run("REPLICAOF", "NO", "ONE"),
+            "read-only replica",
+            id="read-only",
+        ),
+        pytest.param(
+            lambda valkey: valkey.run("CONFIG", "SET", "maxmemory", "1"),
+            lambda valkey: valkey.run("CONFIG", "SET", "maxmemory", "0"),
+            "out of memory",
+            id="out of memory",
+        ),
+        pytest.param(lambda valkey: _fail_to_save(valkey), lambda valkey: _save(valkey), "refuses writes", id="MISCONF"),
+        pytest.param(
+            lambda valkey: valkey.run("ACL", "SETUSER", "default", "-evalsha"),
+            lambda valkey: valkey.run("ACL", "SETUSER", "default", "+evalsha"),
+            "NOPERM",
+            id="no permission",
+        ),
+        pytest.param(
+            lambda valkey: valkey.run("RPUSH", "{hitcounter}:posts", "x"),
+            lambda valkey: valkey.run("DEL", "{hitcounter}:posts"),
+            "unexpected error",
+            id="a key of another type",
+        ),
+    ],
+)
+async def test_redis_that_refuses_is_named_once_and_recovered_from(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture, breaks: Break, mends: Break, cause: str
+) -> None:
+    async with serving(valkey.environ(REQUEST_TIMEOUT="0.5")) as served:
+        breaks(valkey)
+        answers = await asyncio.gather(*(get(served) for _ in range(30)))
+        answers += await asyncio.gather(*(get(served) for _ in range(30)))
+        assert {status for status, _, _ in answers} == {503}
+        assert all(cause in body["detail"] for _, body, _ in answers)
+        assert len([line for line in caplog.messages if cause in line]) == 1
+        mends(valkey)
+
+        async def works() -> bool:
+            return (await get(served))[0] == 200
+
+        await eventually(works, 2 * SLACK)
+        assert len([line for line in caplog.messages if line == "Redis works again"]) == 1
+
+
+def _fail_to_save(valkey: Valkey) -> None:
+    """Have Valkey refuse writes as it does when a snapshot fails: here because a folder is where it would write one."""
+    (valkey.data / "dump.rdb" / "x").mkdir(parents=True)
+    valkey.run("CONFIG", "SET", "save", "1 1000000", "stop-writes-on-bgsave-error", "yes")
+    valkey.run("BGSAVE")
+    wait_for(lambda: _last_save(valkey) == "err", 10)
+
+
+def _save(valkey: Valkey) -> None:
+    (valkey.data / "dump.rdb" / "x").rmdir()
+    (valkey.data / "dump.rdb").rmdir()
+    valkey.run("BGSAVE")
+    wait_for(lambda: _last_save(valkey) == "ok", 10)
+
+
+def _last_save(valkey: Valkey) -> str:
+    with valkey.client() as client:
+        return str(client.info("persistence")["rdb_last_bgsave_status"])
+
+
+async def test_scripts_flushed_from_the_server_are_not_noticed(served: Served, valkey: Valkey) -> None:
+    for number in range(1, 6):
+        valkey.run("SCRIPT", "FLUSH")
+        async with served.client.get("/", headers={"Accept": "application/json"}) as answer:
+            assert (await answer.json())["hits"] == number
+
+
+async def test_store_that_lost_counts_is_told_once_and_counting_goes_on(
+    served: Served, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    await asyncio.gather(*(get(served) for _ in range(50)))
+    valkey.run("FLUSHALL")
+    statuses = [(await get(served))[0] for _ in range(20)]
+    assert statuses == [200] * 20
+    assert valkey.run("GET", "{hitcounter}:hits") == "20"
+    assert len([line for line in caplog.messages if "lost counts" in line]) == 1
+    assert await metric(served, "counter_rewinds_total") == 1
+
+
+async def test_waiters_are_bounded_and_one_more_gets_503_at_once(valkey: Valkey, spawn: Callable[..., Process]) -> None:
+    process = spawn(valkey.environ(MAX_PENDING="200", REQUEST_TIMEOUT="3"))
+    valkey.freeze()
+    async with serving(valkey.environ(MAX_PENDING="200", REQUEST_TIMEOUT="3")) as served:
+        waiting = [asyncio.create_task(get(served)) for _ in range(200)]
+        await eventually(lambda: _pending(served, 200), 5)
+        status, problem, seconds = await get(served)
+        assert (status, problem["detail"]) == (503, "too many requests wait already")
+        assert seconds < 0.3 * SLACK
+        assert not any(task.done() for task in waiting)
+        assert {status for status, *_ in await asyncio.gather(*waiting)} == {503}
+        assert await metric(served, "counter_pending") == 0
+    valkey.thaw()
+    assert process.end() == 0
+
+
+async def _pending(served: Served, number: int) -> bool:
+    return await metric(served, "counter_pending") == number

