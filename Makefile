@@ -25,6 +25,7 @@ endef
 $(VENV)/installed: requirements.txt requirements-dev.txt
 	@$(FIND_PYTHON); \
 	echo "making $(VENV) with $$python: about half a minute, once"; \
+	[ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] || { echo "make: $(VENV) is not a virtual environment: name another folder with VENV=..." >&2; exit 1; }; \
 	rm -rf $(VENV) && "$$python" -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --only-binary :all: --require-hashes \
 	    -r requirements.txt -r requirements-dev.txt \

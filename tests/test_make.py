@@ -1,0 +1,139 @@
+"""What `make` says to a newcomer."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SLACK, free_port, wait_for
+
+# With the environment of these tests in place of the one that the first `make run` makes.
+RUN = ["make", "-o", ".venv/installed", "run"]
+
+
+def make(*arguments: str, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run make in an environment that has nothing but a path."""
+    environ = {"PATH": os.environ["PATH"], **environ}
+    return subprocess.run(["make", *arguments], cwd=cwd, env=environ, text=True, capture_output=True, timeout=120)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of what make needs, without an environment."""
+    folder = tmp_path / "copy of it"
+    folder.mkdir()
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "requirements.in", "requirements-dev.in"):
+        shutil.copy2(ROOT / name, folder)
+    for name in ("hitcounter", "nanoservice"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
+
+
+def tools(folder: Path, *names: str) -> Path:
+    """Return a folder for PATH that has only these programs."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).symlink_to(str(shutil.which(name)))
+    return folder
+
+
+def test_help_is_the_default_and_lists_every_target() -> None:
+    shown = make().stdout
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)) - {"lowest-python"}
+    assert {line.split()[1] for line in shown.splitlines()} == targets
+
+
+def test_no_python_is_told_in_one_line(copy: Path, tmp_path: Path) -> None:
+    ended = make("run", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk")))
+    assert ended.returncode != 0
+    assert [line for line in ended.stderr.splitlines() if "Python 3.11 or newer is needed" in line]
+    assert not (copy / ".venv").exists()
+
+
+def test_python_that_is_too_old_is_not_taken(copy: Path, tmp_path: Path) -> None:
+    path = tools(tmp_path / "bin", "make", "sh", "awk")
+    for name in ("python3", "python3.12"):  # the second as a version manager's stand-in: there, and of no use
+        (path / name).write_text("#!/bin/sh\nexit 1\n")
+        (path / name).chmod(0o755)
+    ended = make("run", cwd=copy, PATH=str(path))
+    assert "Python 3.11 or newer is needed" in ended.stderr
+
+
+def test_package_without_a_wheel_is_told_in_one_line(copy: Path) -> None:
+    (copy / "requirements.txt").write_text("no-such-package-of-this-name==1 --hash=sha256:" + "0" * 64 + "\n")
+    ended = make("run", cwd=copy, PYTHON=sys.executable, PIP_NO_INDEX="1")
+    assert ended.returncode != 0
+    assert "the packages cannot be installed" in ended.stderr
+    assert not (copy / ".venv").exists()
+
+
+def test_run_serves_keeps_its_counts_and_installs_once(copy: Path) -> None:
+    (copy / ".venv").symlink_to(sys.prefix)
+    environ = {"PATH": os.environ["PATH"], "BIND_PORT": str(free_port()), "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1"}
+    url = f"http://127.0.0.1:{environ['BIND_PORT']}/"
+    for number in (1, 2):
+        began = time.monotonic()
+        with subprocess.Popen(
+            RUN,
+            cwd=copy,
+            env=environ,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as popen:
+            assert popen.stdout
+            assert "try: curl http://localhost:" in popen.stdout.readline()
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                assert f"seen {number} times" in answer.read().decode()
+            assert time.monotonic() - began < 3 * SLACK
+            os.killpg(popen.pid, signal.SIGINT)  # as Ctrl-C does
+            output, errors = popen.communicate(timeout=20)
+            assert "ended" in output
+            assert "Traceback" not in errors
+            assert "making" not in output
+
+
+def test_port_in_use_is_told_in_one_line(copy: Path) -> None:
+    (copy / ".venv").symlink_to(sys.prefix)
+    port = free_port()
+    with subprocess.Popen(
+        [sys.executable, "-m", "http.server", str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as other:
+        wait_for(lambda: _listens(port), 10)
+        ended = make(*RUN[1:], cwd=copy, BIND_PORT=str(port), ADMIN_PORT="0")
+        other.terminate()
+        other.communicate()
+    assert f"hitcounter: port {port} is in use: end what uses it, or choose another with BIND_PORT=..." in ended.stderr
+
+
+def _listens(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_lock_on_another_python_is_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    (copy / ".venv" / "installed").touch()
+    python = copy / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    ended = make("lock", cwd=copy)
+    assert "locks are made on Python 3.11" in ended.stderr
+
+
+def test_folder_that_is_no_environment_is_left_alone(copy: Path) -> None:
+    (copy / "mine").mkdir()
+    (copy / "mine" / "letter").touch()
+    ended = make("run", "VENV=mine", cwd=copy, PYTHON=sys.executable)
+    assert "mine is not a virtual environment" in ended.stderr
+    assert (copy / "mine" / "letter").exists()
