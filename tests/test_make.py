@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, SLACK, free_port, wait_for
 
 # With the environment of these tests in place of the one that the first `make run` makes.
-RUN = ["make", "-o", ".venv/installed", "run"]
+RUN = ["make", "-o", ".venv/can-run", "run"]
 
 
 def make(*arguments: str, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -123,6 +123,7 @@ def _listens(port: int) -> bool:
 
 def test_lock_on_another_python_is_refused(copy: Path, tmp_path: Path) -> None:
     (copy / ".venv" / "bin").mkdir(parents=True)
+    (copy / ".venv" / "can-run").touch()
     (copy / ".venv" / "installed").touch()
     python = copy / ".venv" / "bin" / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
