@@ -3,7 +3,8 @@
 --
 -- KEYS  1 hits     how many, ever
 --       2 posts    how many, ever
---       3 writer   the last batch of this writer (one lane of one process): {sequence, reply}; forgotten after a day
+--       3 writer   the last batch of this writer (one lane of one process): {sequence, reply}, or {sequence} if it failed half-way;
+--                  or 'retired'; forgotten after a day
 --       4 answers  hash: digest of an Idempotency-Key -> {hits, posts} as answered to it
 --       5 order    sorted set: digest -> when it came (microseconds), to forget the oldest first
 -- ARGV  1 sequence of this batch: 1, 2, 3 ... for each writer
@@ -13,65 +14,84 @@
 --       5 ... the digests of the Idempotency-Keys of further posts
 --
 -- Replies {'counted', hits, posts, then for each digest its hits and posts}, where hits and posts are the totals after this batch's hits and
--- posts without a key; or {'late'} or {'unknown'}, having changed nothing.
+-- posts without a key; or {'late'}, {'unknown'} or {'failed'}, having counted nothing.
 --
 -- Why a batch that is sent twice counts once. A writer sends batch n + 1 only when it has the reply to batch n, or has given n up for good.
 --   a. The same batch again, its reply being lost: its sequence equals the last one, so the first reply is given again.
 --   b. A batch that was stuck on an old connection and arrives after newer ones: its sequence is below the last one: late.
 --   c. The writer's key is gone (a day without a batch, or the store lost it). Whether this batch was counted before the key went cannot be
---      known here: unknown. The writer knows if it sent it before; it takes a new name either way.
+--      known here: unknown. The writer knows if it sent it before; it takes a new name either way. The old name is retired: a first batch of it
+--      that is still on its way would make it known again, and with it a duplicate of this batch.
 --   d. Sequence 1 with no key is a new writer: counted. A first batch that was delayed for more than a day, and whose writer's key has been
 --      forgotten since, would count again: that is the residue.
 local DAY = 86400
 local sequence = tonumber(ARGV[1])
 
 local last = redis.call('GET', KEYS[3])
-if last then
+if last == 'retired' then
+  return {'unknown'}
+elseif last then
   last = cmsgpack.unpack(last)
   if sequence == last[1] then
-    return last[2]
+    return last[2] or {'failed'}
   elseif sequence < last[1] then
     return {'late'}
   end
 elseif sequence ~= 1 then
+  redis.call('SET', KEYS[3], 'retired', 'EX', DAY)
   return {'unknown'}
 end
 
--- What could fail half-way is looked at before anything is written: an error below leaves the totals as they were.
-for i = 1, 2 do
-  if not tonumber(redis.call('GET', KEYS[i]) or 0) then
-    return redis.error_reply('ERR ' .. KEYS[i] .. ' does not hold a number')
-  end
-end
-local keyed = #ARGV > 4
-local now, eldest
+-- All is read before anything is written: what is not understood is an error, and everything stays as it was.
 local function text(number) return string.format('%.0f', number) end   -- Lua's own has 14 digits
+local totals = {}
+for i = 1, 2 do
+  local digits = redis.call('GET', KEYS[i]) or '0'
+  if not (digits == '0' or digits:find('^[1-9]%d*$')) or #digits > 15 then   -- Lua's numbers are exact up to 2^53
+    return redis.error_reply('ERR ' .. KEYS[i] .. ' does not hold a count')
+  end
+  totals[i] = digits + ARGV[i + 1]
+end
+local hits, posts = totals[1], totals[2]
+
+local keyed = #ARGV > 4
+local now
+local answers, expired = {}, {}
 if keyed then
   local time = redis.call('TIME')
   now = time[1] * 1000000 + time[2]
-  eldest = now - DAY * 1000000
+  local eldest = now - DAY * 1000000
   -- At most 1,000 are forgotten in one call, so that no call takes long; what is older and still there is not honoured.
-  local expired = redis.call('ZRANGE', KEYS[5], '-inf', text(eldest), 'BYSCORE', 'LIMIT', 0, 1000)
-  if #expired > 0 then
-    redis.call('HDEL', KEYS[4], unpack(expired))
-    redis.call('ZREM', KEYS[5], unpack(expired))
-  end
-end
-
-local hits = redis.call('INCRBY', KEYS[1], ARGV[2])
-local posts = redis.call('INCRBY', KEYS[2], ARGV[3])
-local reply = {'counted', hits, posts}
-
-if keyed then
-  local new = 0
+  expired = redis.call('ZRANGE', KEYS[5], '-inf', text(eldest), 'BYSCORE', 'LIMIT', 0, 1000)
   for i = 5, #ARGV do
     local answer = redis.call('HGET', KEYS[4], ARGV[i])
     local came = answer and redis.call('ZSCORE', KEYS[5], ARGV[i])
     if came and tonumber(came) > eldest then
       answer = cmsgpack.unpack(answer)
-    else
+      answers[ARGV[i]] = {answer[1], answer[2]}
+    end
+  end
+end
+
+-- Should a write fail all the same (a right that the user lacks), this is what is left of the batch: it failed, and may have been counted.
+redis.call('SET', KEYS[3], cmsgpack.pack({sequence}), 'EX', DAY)
+
+redis.call('INCRBY', KEYS[1], ARGV[2])
+redis.call('INCRBY', KEYS[2], ARGV[3])
+local reply = {'counted', hits, posts}
+
+if keyed then
+  if #expired > 0 then
+    redis.call('HDEL', KEYS[4], unpack(expired))
+    redis.call('ZREM', KEYS[5], unpack(expired))
+  end
+  local new = 0
+  for i = 5, #ARGV do
+    local answer = answers[ARGV[i]]
+    if not answer then
       new = new + 1
       answer = {hits, posts + new}
+      answers[ARGV[i]] = answer
       redis.call('HSET', KEYS[4], ARGV[i], cmsgpack.pack(answer))
       redis.call('ZADD', KEYS[5], text(now + i), ARGV[i])
     end

@@ -13,6 +13,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Iterator
+from enum import Enum
 from hashlib import blake2b, sha1
 from importlib import resources
 from itertools import chain, repeat
@@ -89,21 +90,50 @@ class Batch:
             future.set_exception(UnavailableError(reason))
 
 
+class Verdict(Enum):
+    """What a reply means for the batch that it answers."""
+
+    COUNTED = "its numbers are in the reply"
+    AGAIN = "not counted, now or before: to be sent under the new name"
+    LOST = "not counted now, perhaps before: to be given up"
+
+
 class Writer:
-    """What a lane is to the script: a name, and the number of its last batch."""
+    """What a lane is to the script: a name, and the number of its last batch; and what is known of that batch.
+
+    This is all that decides whether a batch is sent, sent again or given up. It does no I/O: the tests' model runs it too.
+    """
 
     def __init__(self) -> None:
-        self.rename()
+        self._rename()
 
-    def rename(self) -> None:
-        """Take a name that was never used."""
-        self.name = uuid4().hex
+    def _rename(self) -> None:
+        self.name = uuid4().hex  # never used before
         self.sequence = 0
+        self.in_doubt = False  # the batch was sent, and nothing tells whether it was counted
 
-    def next(self) -> int:
-        """Return the number of a batch that was never sent."""
+    def begin(self) -> None:
+        """Go on to a batch that was never sent."""
         self.sequence += 1
-        return self.sequence
+        self.in_doubt = False
+
+    def failed(self, error: BaseException, *, sent: bool) -> None:
+        """Note that `error` came in place of a reply; the same batch may be sent again."""
+        # An error that Redis replies with is an answer: the script counted nothing.
+        self.in_doubt = self.in_doubt or (sent and not isinstance(error, ResponseError))
+
+    def replied(self, reply: list[Any]) -> Verdict:
+        """Return what `reply` means."""
+        if reply[0] == b"counted":
+            return Verdict.COUNTED
+        # The script does not know this writer any more, and counted nothing. Only a batch that it cannot have counted before
+        # may be sent under another name.
+        lost = self.in_doubt or reply[0] != b"unknown"
+        self._rename()
+        if lost:
+            return Verdict.LOST
+        self.begin()
+        return Verdict.AGAIN
 
 
 class Lane:
@@ -127,18 +157,16 @@ class Lane:
         if not (hits or posts or digests):
             return None
         loop = asyncio.get_running_loop()
-        sequence = self._writer.next()
-        in_doubt = False  # it was sent, and nothing tells whether it was counted
+        self._writer.begin()
         for pause in chain(_PAUSES, repeat(_PAUSES[-1])):
             sent, seen, began = False, self._health.successes["work"], loop.time()
             try:
                 async with asyncio.timeout_at(min(began + self._redis_timeout, batch.deadline)):
                     await self._connection.connect()  # type: ignore[no-untyped-call] # the driver is typed in part
                     sent = True
-                    reply: list[Any] = await self._call(sequence, hits, posts, digests)
+                    reply: list[Any] = await self._call(hits, posts, digests)
             except Errors as error:
-                # An error that Redis replies with is an answer: the script counts nothing and fails, or counts all.
-                in_doubt = in_doubt or (sent and not isinstance(error, ResponseError))
+                self._writer.failed(error, sent=sent)
                 self._health.failed("work", error, seen)
                 await self.close()
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
@@ -147,20 +175,17 @@ class Lane:
                 continue
             self._round_trip.observe(loop.time() - began)
             self._health.worked("work")
-            if reply[0] == b"counted":
+            verdict = self._writer.replied(reply)
+            if verdict is Verdict.COUNTED:
                 return reply
-            # The script does not know this writer any more, and counted nothing. Only a batch that it cannot have counted before
-            # may be sent under another name.
-            self._writer.rename()
-            if in_doubt or reply[0] != b"unknown":
+            if verdict is Verdict.LOST:
                 batch.fail("Redis has lost what it knew of this request: it may have been counted")
                 return None
-            sequence = self._writer.next()
         raise AssertionError("unreachable")
 
-    async def _call(self, sequence: int, hits: int, posts: int, digests: list[bytes]) -> Any:
-        connection = self._connection
-        command = "EVALSHA", _SHA, 5, *_keys(self._name, self._writer.name), sequence, hits, posts, self._keep, *digests
+    async def _call(self, hits: int, posts: int, digests: list[bytes]) -> Any:
+        connection, writer = self._connection, self._writer
+        command = "EVALSHA", _SHA, 5, *_keys(self._name, writer.name), writer.sequence, hits, posts, self._keep, *digests
         await connection.send_command(*command)
         try:
             return await connection.read_response()
@@ -272,20 +297,31 @@ class Counter:
                 self._idle.append(idle)
                 await idle
             batch = self._queue.popleft()
-            self._size.observe(batch.size)
-            floor, rewinds = self._highest, self._rewinds
-            reply = await lane.count(batch)
-            if reply is not None:
-                _, hits, posts, *answers = reply
-                before = Counts(hits - len(batch.hits), posts - len(batch.posts))
-                highest = batch.settle(hits, posts, answers)
-                if rewinds == self._rewinds:  # else another batch has told already
-                    if before.hits < floor.hits or before.posts < floor.posts:
-                        self._rewind(floor, before)
-                        self._highest = highest
-                    else:
-                        self._highest = Counts(max(highest.hits, self._highest.hits), max(highest.posts, self._highest.posts))
-            self._release(batch)
+            try:
+                await self._count(batch, lane)
+            except Exception:  # a defect of ours costs its batch, not the lane
+                _logger.exception("a batch failed")
+            finally:  # also when the service ends
+                batch.fail("this process cannot count it")
+                self._release(batch)
+
+    async def _count(self, batch: Batch, lane: Lane) -> None:
+        """Have `lane` count `batch`, and give out the numbers."""
+        floor, rewinds = self._highest, self._rewinds
+        reply = await lane.count(batch)
+        if reply is None:
+            return
+        _, hits, posts, *answers = reply
+        before = Counts(hits - len(batch.hits), posts - len(batch.posts))
+        highest = batch.settle(hits, posts, answers)
+        self._size.observe(len(batch.hits) + len(batch.posts) + len(batch.keyed))
+        if rewinds != self._rewinds:
+            return  # another batch has told already
+        if before.hits < floor.hits or before.posts < floor.posts:
+            self._rewind(floor, before)
+            self._highest = highest
+        else:
+            self._highest = Counts(max(highest.hits, self._highest.hits), max(highest.posts, self._highest.posts))
 
     def _rewind(self, answered: Counts, found: Counts) -> None:
         """Tell that the store has less than was answered: it was restored, emptied, or failed over."""
@@ -302,10 +338,12 @@ class Counter:
 
     async def close(self) -> None:
         """Answer 503 to all who wait, and close the connections."""
+        self._idle.clear()  # who comes from now on finds no lane, and gets 503 when its time is over
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for batch in self._queue:
             self._expire(batch)
+        self._queue.clear()
         for lane in self._lanes:
             await lane.close()

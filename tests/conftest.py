@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from nanoservice.server import Running, bind
 from nanoservice.service import Service
 
 ROOT = Path(__file__).parent.parent
+COMMAND = sys.executable, "-m", "hitcounter"
 SLACK = 3  # the machines are shared: a limit that a test checks is allowed this many times as much
 
 
@@ -175,12 +176,10 @@ def spawn() -> Iterator[Callable[..., Process]]:
     """Return a function that starts a hitcounter with the settings it is given and waits until it listens."""
     processes: list[Process] = []
 
-    def start(environ: dict[str, str], cwd: Path = ROOT) -> Process:
+    def start(environ: dict[str, str], cwd: Path = ROOT, command: Sequence[str] = COMMAND) -> Process:
         environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "LOG_FORMAT": "json", **environ}
         environ |= {name: value for name, value in os.environ.items() if name.startswith(("COVERAGE", "COV_"))}
-        popen = subprocess.Popen(
-            [sys.executable, "-m", "hitcounter"], env=environ, cwd=cwd, text=True, bufsize=1, stdout=subprocess.PIPE
-        )
+        popen = subprocess.Popen(command, env=environ, cwd=cwd, text=True, bufsize=1, stdout=subprocess.PIPE)
         process = Process(popen)
         processes.append(process)
 

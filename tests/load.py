@@ -1,0 +1,173 @@
+"""A load of requests over many connections, and an account of what was answered."""
+
+import asyncio
+import itertools
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from nanoservice.connection import max_connections
+
+_LENGTH = re.compile(rb"\r\nContent-Length: (\d+)", re.IGNORECASE)
+_HEAD = b"/ HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n"
+_GET = b"GET " + _HEAD + b"\r\n"
+_POST = b"POST " + _HEAD + b"Content-Length: 0\r\n"
+
+
+@dataclass
+class Tally:
+    """What became of the requests: the number that each was answered with, or that it was not."""
+
+    hits: list[int] = field(default_factory=list)  # answered to a GET
+    posts: list[int] = field(default_factory=list)  # answered to a POST without a key
+    keys: dict[str, set[tuple[int, int]]] = field(default_factory=dict)  # the answers to each Idempotency-Key that was sent
+    repeated: int = 0  # POSTs with a key that had been sent before
+    failed_hits: int = 0
+    failed_posts: int = 0
+    statuses: Counter[int] = field(default_factory=Counter)  # 0: the connection ended without an answer
+    highest_hits: int = 0  # in any answer
+    highest_posts: int = 0
+
+    @property
+    def answered(self) -> int:
+        return self.statuses[200]
+
+    def add(self, kind: str | None, status: int, body: bytes) -> None:
+        """Note an answer; `kind` is None for a GET, else the POST's key, which may be empty."""
+        self.statuses[status] += 1
+        if status != 200:
+            if kind is None:
+                self.failed_hits += 1
+            elif kind == "":
+                self.failed_posts += 1
+            return
+        content = json.loads(body)
+        hits, posts = content["hits"], content["posts"]
+        self.highest_hits = max(hits, self.highest_hits)
+        self.highest_posts = max(posts, self.highest_posts)
+        if kind is None:
+            self.hits.append(hits)
+        elif kind == "":
+            self.posts.append(posts)
+        else:
+            self.keys[kind].add((hits, posts))
+
+    def check(self, hits: int, posts: int) -> None:
+        """Fail unless each number was given once, and the store counted all that was answered and no more than was sent."""
+        assert len(set(self.hits)) == len(self.hits), "a hit's number was answered twice"
+        counted = len(self.hits)
+        assert self.highest_hits <= hits, "the store is behind an answered hit"
+        assert counted <= hits <= counted + self.failed_hits, "a hit was lost, or counted twice"
+        # None is missing below the highest but what was not answered.
+        assert max(self.hits, default=0) - counted <= self.failed_hits
+
+        assert all(len(answers) <= 1 for answers in self.keys.values()), "a key was answered in two ways"
+        numbers = self.posts + [number for answers in self.keys.values() for _, number in answers]
+        unknown = self.failed_posts + sum(not answers for answers in self.keys.values())
+        assert len(set(numbers)) == len(numbers), "a post's number was answered twice"
+        counted = len(numbers)
+        assert self.highest_posts <= posts, "the store is behind an answered post"
+        assert counted <= posts <= counted + unknown, "a post was lost, or counted twice"
+        assert max(numbers, default=0) - counted <= unknown
+
+
+class Load:
+    """Sends requests to `ports` of loopback over `connections` keep-alive connections: GETs, POSTs, and POSTs with keys."""
+
+    def __init__(self, ports: list[int], connections: int, *, most: int = 1_000_000) -> None:
+        self.tally = Tally()
+        self._ports = ports
+        self._connections = connections
+        self._until = 0.0
+        self._requests = itertools.islice(self._mix(), most)
+
+    def _mix(self) -> Iterator[tuple[str | None, bytes]]:
+        """Yield what to send next: of eight requests, six are GETs, one is a POST, one a POST with a key.
+
+        Each key is sent four times: in a row, so that some meet in a batch, and once much later.
+        """
+        for number in itertools.count():
+            group = number // 3
+            for _ in range(6):
+                yield None, _GET
+            yield "", _POST + b"\r\n"
+            key = f"key-{group}" if number % 4 else f"key-{group // 2}"
+            if key in self.tally.keys:
+                self.tally.repeated += 1
+            self.tally.keys.setdefault(key, set())
+            yield key, _POST + b"Idempotency-Key: %s\r\n\r\n" % key.encode()
+
+    async def run(self, seconds: float, *, patience: float = 20) -> Tally:
+        """Send for `seconds`, wait for the last answers for `patience` seconds at most, and return what came of it."""
+        max_connections()  # the limit on open files as high as it goes
+        loop = asyncio.get_running_loop()
+        self._until = time.monotonic() + seconds
+        clients = []
+        for number in range(self._connections):
+            port = self._ports[number % len(self._ports)]
+            _, client = await loop.create_connection(lambda: _Client(self), "127.0.0.1", port)
+            clients.append(client)
+        late = max(0.0, self._until - time.monotonic()) + patience
+        _, open_still = await asyncio.wait([client.ended for client in clients], timeout=late)
+        if open_still:
+            for client in clients:
+                client.transport.abort()
+            await asyncio.wait(open_still, timeout=patience)
+        return self.tally
+
+    def next(self) -> tuple[str | None, bytes] | None:
+        """Return what to send next; None when it is enough."""
+        return next(self._requests, None) if time.monotonic() < self._until else None
+
+
+class _Client(asyncio.Protocol):
+    """One connection, one request at a time."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._kind: str | None = None
+        self._waiting = False
+        self._received = b""
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self._send()
+
+    def _send(self) -> None:
+        request = self._load.next()
+        if request is None:
+            self.transport.close()
+        else:
+            self._waiting = True
+            self._kind, data = request
+            self.transport.write(data)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, end, body = self._received.partition(b"\r\n\r\n")
+        if not end:
+            return
+        length = _LENGTH.search(head)
+        assert length, head
+        if len(body) < int(length[1]):
+            return
+        self._received = b""
+        self._waiting = False
+        self._load.tally.add(self._kind, int(head[9:12]), body)
+        if b"connection: close" in head.lower():
+            self.transport.close()
+        else:
+            self._send()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._waiting:
+            self._load.tally.add(self._kind, 0, b"")
+        if not self.ended.done():
+            self.ended.set_result(None)

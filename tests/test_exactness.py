@@ -1,0 +1,117 @@
+"""Each hit and each post counts once, each number is given once: under load, over crashes of the store, over a bad network."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Callable
+
+import redis
+from conftest import SLACK, Process, Valkey, eventually
+from load import Load, Tally
+from proxy import Fate, Proxy, Request
+
+SECONDS = 10  # for which each load lasts
+LOST_REPLIES = 100  # at least, in the test of a bad network
+
+Spawn = Callable[..., Process]
+
+
+def totals(valkey: Valkey) -> tuple[int, int]:
+    """Return the hits and posts that the store has."""
+    hits, posts = valkey.run("MGET", "{hitcounter}:hits", "{hitcounter}:posts")
+    return int(hits or 0), int(posts or 0)
+
+
+@contextlib.asynccontextmanager
+async def watching(valkey: Valkey, tally: Tally) -> AsyncIterator[None]:
+    """Meanwhile, fail if the store is ever behind what was answered before it was asked."""
+
+    async def watch() -> None:
+        while True:
+            answered = tally.highest_hits, tally.highest_posts
+            with contextlib.suppress(redis.RedisError):  # it is down
+                hits, posts = await asyncio.to_thread(totals, valkey)
+                assert answered[0] <= hits
+                assert answered[1] <= posts
+            await asyncio.sleep(0.05)
+
+    watcher = asyncio.create_task(watch())
+    yield
+    assert not watcher.done() or watcher.result()  # raises what it found
+    watcher.cancel()
+    await asyncio.gather(watcher, return_exceptions=True)
+
+
+def end(processes: list[Process]) -> None:
+    """End the services: what they still had under way is counted by then, or never will be."""
+    assert [process.end() for process in processes] == [0] * len(processes)
+
+
+async def test_each_number_is_answered_once_by_two_processes_to_a_thousand_connections(valkey: Valkey, spawn: Spawn) -> None:
+    services = [spawn(valkey.environ()) for _ in range(2)]
+    load = Load([service.port for service in services], connections=1000)
+    async with watching(valkey, load.tally):
+        tally = await load.run(SECONDS)
+    end(services)
+    tally.check(*totals(valkey))
+    assert tally.answered > 0.99 * tally.statuses.total()
+    assert tally.answered > 1000 * SECONDS / SLACK
+    assert tally.repeated > 100
+
+
+async def test_no_hit_is_lost_or_counted_twice_while_the_store_is_killed_three_times(valkey: Valkey, spawn: Spawn) -> None:
+    services = [spawn(valkey.environ()) for _ in range(2)]
+    load = Load([service.port for service in services], connections=200)
+    tally = load.tally
+
+    async def crash() -> None:
+        for _ in range(3):
+            answered = tally.answered
+            await eventually(lambda: tally.answered > answered + 200, SECONDS * SLACK)
+            await asyncio.sleep(SECONDS / 5)
+            await asyncio.to_thread(valkey.kill)
+            await asyncio.to_thread(valkey.start)
+
+    async with watching(valkey, tally), asyncio.TaskGroup() as group:
+        group.create_task(crash())
+        group.create_task(load.run(SECONDS))
+    end(services)
+    tally.check(*totals(valkey))
+    assert tally.answered > 1000
+    assert tally.repeated > 20
+
+
+async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_and_repeats(valkey: Valkey, spawn: Spawn) -> None:
+    chances = {
+        Fate.LOSE_REPLY: 4, Fate.LOSE_REQUEST: 2, Fate.REPEAT: 4, Fate.REPEAT_LATE: 8, Fate.SWALLOW_REPLY: 0.4, Fate.STALL: 0.4,
+    }  # fmt: skip
+    chances[Fate.PASS] = 100 - sum(chances.values())
+    dice = random.Random(1)
+
+    def fate(request: Request) -> Fate:
+        return dice.choices(list(chances), list(chances.values()))[0] if request.is_batch else Fate.PASS
+
+    async def deliver_late(proxy: Proxy) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            await proxy.release()
+
+    async with Proxy(valkey.port, fate) as proxy:
+        services = [spawn(valkey.environ(REDIS_PORT=str(proxy.port), REDIS_TIMEOUT="0.15")) for _ in range(2)]
+        load = Load([service.port for service in services], connections=200)
+        tally = load.tally
+        async with watching(valkey, tally):
+            late = asyncio.create_task(deliver_late(proxy))
+            await load.run(SECONDS)
+            late.cancel()
+            await asyncio.gather(late, return_exceptions=True)
+        await proxy.release()
+        await asyncio.to_thread(end, services)
+    tally.check(*totals(valkey))
+    assert tally.answered > 1000
+    assert tally.repeated > 20
+    # It was as bad as meant to be, and duplicates did come after newer batches.
+    assert proxy.fates[Fate.LOSE_REPLY] + proxy.fates[Fate.SWALLOW_REPLY] >= LOST_REPLIES
+    assert min(proxy.fates[fate] for fate in chances) > 0
+    assert proxy.repeated["late"] > 10
+    assert proxy.repeated["counted"] > 10
