@@ -62,6 +62,10 @@ class Pages:
         """Count nothing, and give the headers."""
         return Answer(None, _LINES[_form(request)])
 
+    async def options(self, request: web.Request) -> Answer:
+        """Count nothing, and tell the methods: as on every path, but not to be stored, as all on `/`."""
+        return Answer(None, b"Allow: GET,HEAD,OPTIONS,POST\r\nCache-Control: no-store\r\n", status=204)
+
 
 def _answer(counts: Counts, form: str) -> Answer:
     if form == _JSON:
@@ -122,6 +126,7 @@ def setup(app: web.Application, config: Config) -> None:
     app.router.add_get("/", pages.get, allow_head=False)
     app.router.add_head("/", pages.head)
     app.router.add_post("/", pages.post)
+    app.router.add_options("/", pages.options)
     app.cleanup_ctx.append(run_counter)
 
 

@@ -20,6 +20,7 @@ from nanoservice.metrics import RequestRecorder
 from nanoservice.redis import Errors, Store
 
 RECEIVE_SECONDS = 10.0  # a request must be complete by then
+SEND_SECONDS = 30.0  # a client may take nothing of its answers for so long
 KEEPALIVE_SECONDS = 75.0  # longer than the 60 s for which common proxies keep an idle connection to us
 _SPARE_DESCRIPTORS = 64  # for Redis, the log, the listening sockets, files
 
@@ -31,7 +32,7 @@ _logger = logging.getLogger(__name__)
 class Connection(web.RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("_body", "_body_since", "_head_since", "_server")
+    __slots__ = ("_body", "_body_since", "_head_since", "_server", "_taken_at", "_untaken")
 
     def __init__(self, server: "Server", **options: Any) -> None:
         super().__init__(server, **options)
@@ -39,6 +40,8 @@ class Connection(web.RequestHandler):
         self._head_since = math.inf  # when the request that is arriving began; infinite between requests
         self._body: StreamReader = EMPTY_PAYLOAD  # of the request that is being answered
         self._body_since = math.inf
+        self._untaken = math.inf  # bytes that wait for the client to take them, the fewest that were seen
+        self._taken_at = math.inf  # when that was
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection, unless there are too many."""
@@ -49,21 +52,47 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Note when a request begins to arrive, then have it parsed."""
-        if self._head_since == math.inf and self._body.is_eof():
+        # aiohttp calls it with no data to go on after a pause.
+        if data and self._head_since == math.inf and self._body.is_eof():
             self._head_since = asyncio.get_running_loop().time()
         super().data_received(data)
+        if self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):
+            # What came is no HTTP. If it stands where a body should go on, aiohttp leaves who reads that body waiting.
+            body = self._messages[-2][1] if len(self._messages) > 1 else self._body
+            if not body.is_eof():
+                body.set_exception(web.RequestPayloadError())
 
-    def begins(self, message: RawRequestMessage, body: StreamReader) -> None:
+    def begins(self, body: StreamReader) -> None:
         """Note that the head of a request is complete; its body may not be."""
         self._body, self._body_since = body, min(self._head_since, asyncio.get_running_loop().time())
-        # What comes after an upgrade is no request: no time is ever too long for not-a-number.
-        self._head_since = math.nan if message.upgrade else math.inf
+        self._head_since = math.inf
+
+    def pause_writing(self) -> None:
+        """Note that answers wait to be taken."""
+        self._untaken = math.inf
+        super().pause_writing()
 
     def overdue(self, now: float) -> bool:
-        """Return whether a request has been arriving for too long."""
-        return now - self._head_since >= RECEIVE_SECONDS or (
-            not self._body.is_eof() and now - self._body_since >= RECEIVE_SECONDS
-        )
+        """Return whether a request has been arriving for too long, or an answer leaving."""
+        if self.writing_paused and self.transport is not None:
+            untaken = self.transport.get_write_buffer_size()
+            if untaken < self._untaken:
+                self._untaken, self._taken_at = untaken, now
+            elif now - self._taken_at >= SEND_SECONDS:
+                return True
+        if self._payload_parser is not None:  # a WebSocket: what arrives is no request
+            return False
+        # A request that is complete and waits for the one before it has arrived.
+        if not self._messages and now - self._head_since >= RECEIVE_SECONDS:
+            return True
+        return not self._body.is_eof() and now - self._body_since >= RECEIVE_SECONDS
+
+    def end(self) -> None:
+        """Close the connection now, whether the client takes what is left to send or not."""
+        transport = self.transport
+        self.force_close()
+        if transport is not None:
+            transport.abort()
 
     def finish_response(self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None) -> _Finished:
         """Write the answer; an error that aiohttp made (404, 405, 413, 417) becomes problem details first."""
@@ -82,10 +111,16 @@ class Connection(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun: all that is left is to end the connection")
         if isinstance(exc, ProblemError):
-            return problem(exc.status, exc.detail, exc.headers)
-        if isinstance(exc, (web.RequestPayloadError, http_exceptions.HttpProcessingError, ConnectionError)) or status == 400:
+            answer = problem(exc.status, exc.detail, exc.headers)
+            if exc.status == 413:
+                answer.force_close()  # the rest of the body is not worth reading
+            return answer
+        if isinstance(exc, UnicodeEncodeError) and not request.headers.get("Expect", "").isascii():
+            return problem(417)  # aiohttp quotes what it does not expect, and fails if that is no text
+        gone = isinstance(exc, ConnectionError) and self.transport is None  # the client is, not what the handler talks to
+        if isinstance(exc, (web.RequestPayloadError, http_exceptions.HttpProcessingError)) or gone or status == 400:
             _logger.debug("bad request", extra={"error": type(exc).__name__})
-            answer = problem(*_UNPARSED.get(type(exc), (400, "the request is not valid HTTP")))
+            answer = problem(431, _TOO_LARGE) if _too_large(exc) else problem(400, "the request is not valid HTTP")
         elif isinstance(exc, Errors):
             return problem(503, "Redis: " + self._server.store.health.failed("work", exc), {"Retry-After": "1"})
         else:
@@ -100,12 +135,12 @@ class Connection(web.RequestHandler):
         _logger.log(logging.DEBUG if client else logging.ERROR, *args, **kw)
 
 
-_UNPARSED: dict[type, tuple[int, str]] = {
-    http_exceptions.LineTooLong: (
-        431,
-        "the request line or a header is longer than 8190 bytes, or there are more than 128 headers",
-    ),
-}
+_TOO_LARGE = "the request line or a header is longer than 8190 bytes, or there are more than 128 headers"
+
+
+def _too_large(error: BaseException | None) -> bool:
+    # aiohttp has a class for the one and only words for the other.
+    return isinstance(error, http_exceptions.LineTooLong) or getattr(error, "message", "") == "Too many headers received"
 
 
 class Server(web.Server):
@@ -163,7 +198,7 @@ class Server(web.Server):
         if self.draining:
             # Whatever class the answer is of, it now says `Connection: close`.
             message = message._replace(should_close=True)
-        protocol.begins(message, payload)
+        protocol.begins(payload)
         return self._new_request(message, payload, protocol, writer, task)
 
     def end_overdue(self) -> None:
@@ -171,7 +206,7 @@ class Server(web.Server):
         now = asyncio.get_running_loop().time()
         for connection in self.connections:
             if isinstance(connection, Connection) and connection.overdue(now):
-                connection.force_close()
+                connection.end()
 
 
 def max_connections() -> int:

@@ -1,10 +1,13 @@
 """Metrics: what is measured of every service, and the page that shows it on the admin port."""
 
+import asyncio
 import logging
 
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector, generate_latest
+
+from nanoservice.answer import Answer
 
 REGISTRY = web.AppKey("registry", CollectorRegistry)
 
@@ -24,8 +27,8 @@ def new_registry(name: str, version: str) -> CollectorRegistry:
 def admin_app(registry: CollectorRegistry) -> web.Application:
     """Return the application of the admin port: `GET /metrics` in Prometheus' text format."""
 
-    async def metrics(request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(registry), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+    async def metrics(request: web.Request) -> Answer:
+        return Answer(generate_latest(registry), b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n")
 
     app = web.Application()
     app.router.add_get("/metrics", metrics)
@@ -52,19 +55,18 @@ class RequestRecorder(AbstractAccessLogger):
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
         """Record one answered request; `time` in seconds."""
-        match = getattr(request, "match_info", None)  # a request that could not be parsed has none
+        match = getattr(request, "_match_info", None)  # a request that could not be parsed has none, which `match_info` asserts
         resource = match.route.resource if match is not None else None
-        key = request.method, resource.canonical if resource is not None else "unmatched", response.status
+        # Else a client could make us remember, and log, any number of names.
+        method = request.method if request.method in _METHODS else "other"
+        key = method, resource.canonical if resource is not None else "unmatched", response.status
         observer = self._observers.get(key)
         if observer is None:
-            method, route, status = key
-            observer = self._duration.labels(method if method in _METHODS else "other", route, str(status))
-            if method in _METHODS:  # else a client could make us remember any number of names
-                self._observers[key] = observer
+            observer = self._observers[key] = self._duration.labels(key[0], key[1], str(key[2]))
         observer.observe(time)
         # A request that failed because of the store is slow too; its cause is logged once, where it was found.
         if time >= _SLOW and response.status < 500:
-            now = request.loop.time()
+            now = asyncio.get_running_loop().time()
             if now >= self._slow_quiet_until:
                 self._slow_quiet_until = now + _SLOW
                 self.logger.warning("slow request", extra=_facts(key, time))

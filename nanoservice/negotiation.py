@@ -4,7 +4,12 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-_RANGE = re.compile(r"\s*([\w!#$&^.+*-]+)/([\w!#$&^.+*-]+)\s*((?:;[^;,]*)*)\s*", re.ASCII)
+from nanoservice.answer import ProblemError
+
+_LONGEST = 1000  # characters; browsers send about 150
+
+# What has been matched is not tried again (`++`): else many blanks would take the square of their number.
+_RANGE = re.compile(r"\s*+([\w!#$&^.+*-]++)/([\w!#$&^.+*-]++)\s*+((?:;[^;,]*+)*+)", re.ASCII)
 _QUALITY = re.compile(r";\s*q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)\s*(?:;|$)", re.ASCII | re.IGNORECASE)
 
 
@@ -13,8 +18,10 @@ def preferred(accept: str, offered: tuple[str, ...]) -> str | None:
     """Return which of the `offered` media types an Accept header wants most, None if it takes none of them.
 
     Between equals, what the header names first counts, then what is offered first. An empty header takes anything; what
-    cannot be parsed in it is passed over.
+    cannot be parsed in it is passed over. Raises ProblemError 431 if it is too long to be worth it.
     """
+    if len(accept) > _LONGEST:
+        raise ProblemError(431, f"Accept is longer than {_LONGEST} characters")
     ranges = []
     for position, part in enumerate(accept.lower().split(",")):
         if found := _RANGE.fullmatch(part):
