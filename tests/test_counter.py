@@ -446,15 +446,27 @@ async def test_batch_is_sent_again_until_it_is_answered_and_counts_once(valkey: 
         assert totals(valkey) == [3, 0]
 
 
-async def test_batch_that_redis_fails_half_way_counts_once_at_most(valkey: Valkey) -> None:
+@pytest.mark.parametrize(
+    ("breaks", "mends"),
+    [
+        (("SET", "{hitcounter}:answers", "another type"), ("DEL", "{hitcounter}:answers")),
+        (("ACL", "SETUSER", "default", "-expire"), ("ACL", "SETUSER", "default", "+expire")),
+    ],
+    ids=["another type", "no right"],
+)
+async def test_batch_that_redis_fails_half_way_counts_once_at_most(
+    valkey: Valkey, breaks: tuple[str, ...], mends: tuple[str, ...]
+) -> None:
     async with counting(valkey, timeout=0.5) as it:
         await it.hit()
-        valkey.run("SET", "{hitcounter}:answers", "another type")
+        valkey.run(*breaks)
         results = await outcomes([it.hit(), it.post(), it.post("a")])
         assert {type(result) for result in results} == {UnavailableError}
         counted_hits, counted_posts = totals(valkey)
         assert counted_hits <= 2
         assert counted_posts <= 2
+        valkey.run(*mends)
+        assert await within(it.hit()) == Counts(counted_hits + 1, counted_posts)
 
 
 # --- the end ---

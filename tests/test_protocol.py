@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import Valkey
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from redis import Redis
@@ -247,14 +247,16 @@ class Protocol(RuleBasedStateMachine):
 
 
 def test_no_order_of_events_counts_a_batch_twice_or_answers_one_that_is_not_counted(store: Any) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        lambda: Protocol(store),
+    run_state_machine_as_test(
+        lambda: Protocol(store),  # type: ignore[arg-type] # it takes any factory
         settings=settings(
             max_examples=200,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
             database=None,
+            report_multiple_bugs=False,
+            phases=[Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
         ),
     )
@@ -352,8 +354,13 @@ class Exhaustive:
         for index, message in enumerate(state.sent):
             if message.arrived < self.arrivals:
                 yield self.deliver(state, index, message)
-        if not state.forgot and state.sequence > 1 and not any(
-            message.sequence == 1 and message.writer == state.writer and message.arrived < self.arrivals for message in state.sent
+        if (
+            not state.forgot
+            and state.sequence > 1
+            and not any(
+                message.sequence == 1 and message.writer == state.writer and message.arrived < self.arrivals
+                for message in state.sent
+            )
         ):
             known = tuple(None if number == state.writer else last for number, last in enumerate(state.known))
             yield replace(state, known=known, forgot=True)
@@ -385,10 +392,10 @@ class Exhaustive:
         return len(seen)
 
 
-@pytest.mark.parametrize(("batches", "tries", "arrivals"), [(2, 2, 2), (2, 3, 2), (2, 2, 3), (3, 1, 2), (3, 2, 2)])
+@pytest.mark.parametrize(("batches", "tries", "arrivals"), [(2, 3, 2), (2, 2, 3), (3, 1, 2)])
 def test_no_interleaving_of_a_few_batches_counts_one_twice_or_answers_one_that_is_not_counted(
     store: Any, batches: int, tries: int, arrivals: int
 ) -> None:
     exhaustive = Exhaustive(store, batches, tries, arrivals)
-    assert exhaustive.explore() > 1000
+    assert exhaustive.explore() > 1000  # states
     assert {counted[:batches] for counted in exhaustive.ends} == set(itertools.product((0, 1), repeat=batches))
