@@ -5,10 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast lint format types lock lock-check coverage bench bench-quick clean
+.PHONY: help run test test-fast lint format types lock lock-check coverage bench bench-quick wheels image image-check image-multiarch image-digest test-image clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- the development environment ---
 
@@ -80,6 +80,64 @@ lock-check: $(VENV)/installed lowest-python ## fail if requirements*.txt does no
 lowest-python: $(VENV)/installed
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 	|| { echo "make: locks are made on Python 3.11; run: make PYTHON=python3.11 VENV=.venv-3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+
+# --- the benchmark ---
+
+BENCH := .venv-bench
+
+# What `make run` needs, and the peers.
+$(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt
+	@$(MAKE) --no-print-directory VENV=$(BENCH) $(BENCH)/can-run
+	@echo "installing the peers, once"
+	@$(subst $(BIN),$(BENCH)/bin,$(PIP_INSTALL)) -r bench/requirements.txt || $(subst $(VENV),$(BENCH),$(NO_WHEEL))
+	@touch $@
+
+.PHONY: bench-lock
+bench: $(BENCH)/peers ## measure the service against its peers, in 6 minutes; writes bench/results.md and bench/results.svg
+	@$(BENCH)/bin/python -m bench.run
+
+bench-quick: $(BENCH)/peers ## prove that the benchmark runs; writes nothing
+	@$(BENCH)/bin/python -m bench.run --quick
+
+bench-lock: $(VENV)/installed lowest-python ## write bench/requirements.txt anew from bench/requirements.in
+	@$(subst make lock,make bench-lock,$(LOCK)) --output-file=bench/requirements.txt bench/requirements.in
+
+# --- the image ---
+
+ENGINE ?=            # docker (with buildx), podman or buildah; found by itself if empty
+SERVICE ?= hitcounter
+IMAGE ?= $(SERVICE)
+PLATFORMS ?= linux/amd64,linux/arm64
+LAYOUT ?= $(SERVICE).oci
+WHEELS ?= wheels
+BUILD_OPTIONS ?=     # more options for the engine's build, such as --build-arg BASE=... for a mirror's
+MAKE_IMAGE = ENGINE="$(strip $(ENGINE))" SERVICE="$(SERVICE)" PLATFORMS="$(PLATFORMS)" WHEELS="$(abspath $(WHEELS))" BUILD_OPTIONS="$(strip $(BUILD_OPTIONS))" image/build.sh
+
+wheels: $(VENV)/installed ## fetch the packages for images, hash-checked; from then on they are made without a network
+	@rm -rf $(WHEELS) $(WHEELS).new
+	@for machine in x86_64 aarch64; do \
+	    $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes --dest $(WHEELS).new \
+	        --implementation cp --python-version 3.13 --abi cp313 \
+	        --platform manylinux_2_28_$$machine --platform manylinux_2_17_$$machine --platform manylinux2014_$$machine \
+	        -r requirements.txt || exit; \
+	done
+	@mv $(WHEELS).new $(WHEELS)
+
+image: ## make the image hitcounter (SERVICE=: of another package) and give it to the engine (ENGINE=docker, podman, buildah)
+	@$(MAKE_IMAGE) load $(IMAGE)
+
+image-check: ## build twice from different copies, with each engine there is, and compare
+	@$(MAKE_IMAGE) check
+
+image-multiarch: ## write an OCI layout for amd64 and arm64 to hitcounter.oci/
+	@$(MAKE_IMAGE) layout $(LAYOUT)
+
+image-digest: ## build for amd64 and arm64, and print the digests
+	@$(MAKE_IMAGE) digests
+
+test-image: $(VENV)/installed ## run the tests of the image, on the engine there is
+	@$(MAKE_IMAGE) engines >/dev/null
+	@$(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m image -o faulthandler_timeout=900 tests/delivery
 
 clean: ## remove what these commands made, but for the counts in .data/
 	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

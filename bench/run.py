@@ -1,0 +1,315 @@
+"""Measure the service against its peers: `make bench`, or `make bench-quick` to see that it runs.
+
+Two cores: the first has the server under test and nothing else, the second has this process (the load) and Redis.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import os
+import pstats
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import redis
+import uvloop
+
+from bench import report
+from bench.load import Load
+from hitcounter.counter import SCRIPT
+from nanoservice import embedded
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+PEERS = HERE / "peers"
+CONNECTIONS = 64
+# What the script calls is no command that a client sends; the service sends none of these itself.
+INSIDE_SCRIPT = {name.lower() for name in re.findall(r"redis\.call\('(\w+)'", SCRIPT)}
+# What a server under cProfile runs: imports and start are left out.
+PROFILED = """
+import cProfile, os, sys
+from hitcounter.app import SERVICE
+from nanoservice.server import main
+cProfile.run("main(SERVICE, os.environ, [])", sys.argv[1])
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long everything takes, in seconds but for the rounds."""
+
+    rounds: int  # at most
+    limit: float  # no round begins that would not end by then
+    warm: float
+    closed: float
+    open: float
+    crowd: float  # at 256 and at 1,000 connections
+    profile: float
+
+
+FULL = Plan(rounds=5, limit=320, warm=0.5, closed=2.0, open=2.0, crowd=1.0, profile=5.0)
+QUICK = Plan(rounds=1, limit=50, warm=0.1, closed=0.4, open=0.3, crowd=0.2, profile=0.5)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server under test: `PORT` in its command stands for the port."""
+
+    name: str
+    command: list[str]
+    fsync: str = "always"
+    counts_in_script: bool = False
+    throughput_only: bool = False
+
+
+def servers(go: Path | None) -> Iterator[Server]:
+    """Yield the servers; those that are compared most closely next to each other."""
+    python = sys.executable
+    gunicorn = [python, "-m", "gunicorn", "--worker-class", "gthread", "--threads", "16", "--bind", "127.0.0.1:PORT"]
+    uvicorn = [python, "-m", "uvicorn", "--no-access-log", "--log-level", "warning", "--port", "PORT"]
+    yield Server(report.EVERYSEC, [python, "-m", "hitcounter"], "everysec", counts_in_script=True, throughput_only=True)
+    yield Server(report.SERVICE, [python, "-m", "hitcounter"], counts_in_script=True)
+    yield Server(report.DICT, [python, str(PEERS / "dict_app.py")])
+    if go:
+        yield Server(report.GO, [str(go)])
+    yield Server(report.AIOHTTP, [python, str(PEERS / "aiohttp_app.py")])
+    yield Server(report.FASTAPI, [*uvicorn, "fastapi_app:app"])
+    yield Server(report.FLASK, [*gunicorn, "flask_app:app"])
+
+
+def build_go(folder: Path) -> Path | None:
+    """Return the built Go peer, or None, having said why there is none."""
+    go = shutil.which("go")
+    if not go:
+        print("Go is not here (no `go` in PATH): its peer is skipped")
+        return None
+    built = subprocess.run(
+        [go, "build", "-buildvcs=false", "-o", str(folder / "go-peer"), "."],
+        cwd=PEERS / "go", env={**os.environ, "GOTOOLCHAIN": "local"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if built.returncode:
+        print(f"the Go peer cannot be built, and is skipped: {built.stderr.strip()}")
+        return None
+    return folder / "go-peer"
+
+
+class Process:
+    """A running server."""
+
+    def __init__(self, command: list[str], core: int, redis_port: int, log: Path) -> None:
+        self.port = free_port()
+        ports = {"BIND_PORT": str(self.port), "ADMIN_PORT": "0", "REDIS_PORT": str(redis_port)}
+        environ = {"PYTHONPATH": f"{ROOT}:{PEERS}", "BIND_HOST": "127.0.0.1", "REDIS_HOST": "127.0.0.1"}
+        began = time.monotonic()
+        with log.open("wb") as output:
+            self._popen = subprocess.Popen(
+                [part.replace("PORT", str(self.port)) for part in command],
+                env=environ | ports, cwd=log.parent, stdout=output, stderr=output, start_new_session=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # noqa: PLW1509 - no thread runs here
+            )  # fmt: skip
+        while not self._answers():
+            if self._popen.poll() is not None or time.monotonic() - began > 30:
+                self.end()
+                raise SystemExit(f"bench: {command} does not answer:\n{log.read_text()[-2000:]}")
+            time.sleep(0.002)
+        self.start_seconds = time.monotonic() - began
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            return client.recv(64).startswith(b"HTTP/1.1 200 ")
+        return False
+
+    def tree(self) -> list[Path]:
+        """Return the folders in /proc of its processes."""
+        found = [Path(f"/proc/{self._popen.pid}")]
+        for folder in found:
+            for children in folder.glob("task/*/children"):
+                found += [Path(f"/proc/{pid}") for pid in children.read_text().split()]
+        return found
+
+    def cpu(self) -> float:
+        """Return the seconds of user and system time that its processes have used, those that have ended too."""
+        stats = [(folder / "stat").read_text().rpartition(")")[2].split() for folder in self.tree()]
+        return sum(int(ticks) for stat in stats for ticks in stat[11:15]) / os.sysconf("SC_CLK_TCK")
+
+    def pss(self) -> float:
+        """Return its memory in MB."""
+        texts = [(folder / "smaps_rollup").read_text() for folder in self.tree()]
+        return sum(int(size) for text in texts for size in re.findall(r"^Pss: +(\d+) kB", text, re.MULTILINE)) * 1024 / 1e6
+
+    def end(self) -> None:
+        """End it, by its id."""
+        self._popen.send_signal(signal.SIGTERM)
+        try:
+            self._popen.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._popen.pid, signal.SIGKILL)
+            self._popen.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def load(process: Process, connections: int, how: Callable[[Load], Any]) -> Load:
+    """Put a load on the server, and return the account of it."""
+    it = Load(process.port, connections)
+    gc.disable()  # the pauses would be taken for the server's
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(how(it))
+    gc.enable()
+    gc.collect()
+    return it
+
+
+def commands(store: "redis.Redis", server: Server) -> int:
+    """Return how many commands clients have sent, without those of ours."""
+    ours = {"info"} | (INSIDE_SCRIPT if server.counts_in_script else set())
+    stats = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in store.info("commandstats").items()}
+    return sum(calls for name, calls in stats.items() if name not in ours)
+
+
+def busy(core: int) -> float:
+    """Return the seconds of user and system time that all processes together have had on the core."""
+    found = re.search(rf"^cpu{core} (\d+) (\d+) (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
+    assert found
+    return sum(map(int, found.groups())) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(server: Server, plan: Plan, core: int, stores: dict[str, "redis.Redis"], folder: Path) -> report.Figures:
+    """Start the server, measure all there is, end it."""
+    store = stores[server.fsync]
+
+    def used() -> tuple[float, float, int]:
+        return process.cpu(), busy(core), commands(store, server)
+
+    process = Process(server.command, core, store.connection_pool.connection_kwargs["port"], folder / "server.log")
+    try:
+        full = load(process, CONNECTIONS, lambda it: it.closed(plan.closed, plan.warm, used))
+        if not full.answered:
+            raise SystemExit(f"bench: {server.name} answers nothing: {full.errors}")
+        cpu, on_core, sent = (end - start for start, end in zip(*full.marks, strict=True))
+        figures = {
+            "start": process.start_seconds,
+            "rate": full.answered / full.seconds,
+            "cpu": cpu / full.answered * 1e6,
+            "others": max(0.0, on_core - cpu) / full.seconds,
+            "commands": sent / full.answered,
+            "duplicates": full.duplicates / len(full.numbers),
+            "pss": process.pss(),
+        }
+        if server.throughput_only:
+            return figures
+        half = load(process, CONNECTIONS, lambda it: it.open(plan.open, figures["rate"] / 2))
+        cuts = quantiles((seconds * 1000 for seconds in half.latencies), n=100)
+        figures |= {"half": figures["rate"] / 2, "p50": cuts[49], "p99": cuts[98]}
+        for crowd in (256, 1000):
+            it = load(process, crowd, lambda it: it.closed(plan.crowd))
+            figures[f"errors_{crowd}"] = it.failed / (it.failed + len(it.numbers))
+            figures[f"failed_{crowd}"] = it.failed
+        return figures | {"pss_1000": process.pss()}
+    finally:
+        process.end()
+
+
+def profile(plan: Plan, core: int, store: "redis.Redis", folder: Path) -> str:
+    """Return the service's functions by their own time, the dearest first, as a Markdown table."""
+    command = [sys.executable, "-c", PROFILED, str(folder / "profile")]
+    process = Process(command, core, store.connection_pool.connection_kwargs["port"], folder / "server.log")
+    try:
+        it = load(process, CONNECTIONS, lambda it: it.closed(plan.profile))
+    finally:
+        process.end()
+    stats: dict[Any, Any] = pstats.Stats(str(folder / "profile")).stats  # type: ignore[attr-defined] # not in typeshed
+    total = sum(own for _, _, own, _, _ in stats.values())
+    rows = ["| share | calls/request | function |", "| ---: | ---: | --- |"]
+    for (file, line, name), (_, calls, own, _, _) in sorted(stats.items(), key=lambda item: -item[1][2])[:20]:
+        where = "" if file == "~" else f"{'/'.join(Path(file).parts[-2:])}:{line} "
+        rows.append(f"| {own / total:.1%} | {calls / len(it.numbers):.2f} | `{where}{name}` |")
+    return "\n".join(rows)
+
+
+def sync_ms(folder: Path) -> float:
+    """Return how long the disk takes to sync a small write, in milliseconds."""
+    times = []
+    with (folder / "sync").open("wb", buffering=0) as file:
+        for _ in range(100):
+            file.write(b"x" * 200)
+            began = time.perf_counter()
+            os.fdatasync(file.fileno())
+            times.append(time.perf_counter() - began)
+    return median(times) * 1000
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs; writes nothing")
+    quick = parser.parse_args().quick
+    plan = QUICK if quick else FULL
+    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+    if len(cores) < 2:
+        print("bench: it needs Linux and two cores", file=sys.stderr)
+        return 1
+    # For what we start, too: each of 1,000 connections takes a descriptor.
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 1 << 16) if limit > 0 else 1 << 16, limit))
+    data = ROOT / ".data"  # a disk as the checkout's, not a memory file system: a sync should cost what it costs
+    data.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=data)))
+        go = build_go(folder)
+        core = cores[0]
+        os.sched_setaffinity(0, {cores[1]})
+        stores = {}
+        for fsync in ("always", "everysec"):
+            port = free_port()
+            stack.enter_context(
+                embedded.valkey(folder / fsync, "--port", str(port), "--bind", "127.0.0.1", "--appendfsync", fsync)
+            )
+            stores[fsync] = redis.Redis(port=port)
+        rounds: report.Rounds = {}
+        began = time.monotonic()
+        for number in range(plan.rounds):
+            if number and (time.monotonic() - began) * (number + 1) / number > plan.limit:
+                print(f"{number} rounds are all there is time for: this machine is busy")
+                break
+            for server in servers(go):
+                figures = measure(server, plan, core, stores, folder)
+                rounds.setdefault(server.name, []).append(figures)
+                print(f"{number + 1}. {server.name}: {figures['rate']:,.0f} requests/s, {figures['cpu']:.1f} µs each", flush=True)
+        profiled = profile(plan, core, stores["always"], folder)
+        versions = {"Valkey": stores["always"].info("server").get("valkey_version", "?")}
+        if go:
+            built = subprocess.check_output(["go", "version", "-m", go], text=True)
+            versions["Go"], versions["go-redis"] = re.findall(r"(?:: go|go-redis/v9\tv)(\S+)", built)
+        others = median(figures["others"] for measured in rounds.values() for figures in measured)
+        conditions = (
+            f"{report.machine(versions)} A sync of a small write took {sync_ms(folder):.2f} ms (median). Other processes of this "
+            f"machine took {others:.0%} of the server's core meanwhile (median; quiet: 0 %): the more, the less the figures tell."
+        )
+    print(f"\n{report.table(rounds)}\n\n{report.target_table(rounds)}\n\n{conditions}\n\n{profiled}")
+    if quick:
+        print("\nThis was a quick run: its figures mean little, and nothing was written.")
+    else:
+        (HERE / "results.md").write_text(report.markdown(rounds, plan.closed, conditions, profiled))
+        (HERE / "results.svg").write_text(report.svg(rounds))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+#!/bin/sh
+# Make images, with any of three engines, the same each time. Used by the Makefile's image targets:
+#   build.sh engines | load NAME | layout FOLDER | digests | check
+# ENGINE, SERVICE, PLATFORMS, BUILD_OPTIONS, WHEELS are the Makefile's variables.
+set -eu
+
+fail() { echo "make: $*" >&2; exit 1; }
+
+engines() { # print each engine that can be used: BuildKit first, then one that builds with buildah
+  if [ "${ENGINE:-}" ]; then
+    command -v "$ENGINE" >/dev/null || fail "ENGINE=$ENGINE: there is no such command"
+    echo "$ENGINE"
+    return
+  fi
+  {
+    if docker buildx version && docker version; then echo docker >&3; fi
+    if command -v podman; then echo podman >&3; elif command -v buildah; then echo buildah >&3; fi
+  } 3>&1 >/dev/null 2>&1
+}
+
+first() {
+  engine=$(engines)
+  engine=${engine%%
+*}
+  [ "$engine" ] || fail "an image needs an engine: start Docker (with buildx), or install podman or buildah, or name one: ENGINE=..."
+}
+
+is_docker() { case "${engine##*/}" in docker*) ;; *) false ;; esac }
+
+build() { # CONTEXT [OPTION...]: run the engine's build
+  context=$1
+  shift
+  # No attestation: one has the time of the build in it. No other time either.
+  if is_docker; then
+    set -- buildx build --provenance=false --sbom=false --build-arg SOURCE_DATE_EPOCH=0 "$@"
+  else
+    set -- build --format=oci --layers --timestamp=0 "$@"
+  fi
+  if [ -d "$WHEELS" ]; then
+    set -- "$@" --build-context="wheels=$WHEELS" --network=none --build-arg PIP_NO_INDEX=1
+  fi
+  # shellcheck disable=SC2086 # several options
+  if "$engine" "$@" --file="$context/Containerfile" --build-arg SERVICE="$SERVICE" ${BUILD_OPTIONS:-} "$context"; then return; fi
+  [ ! -d "$WHEELS" ] || echo "make: built from $WHEELS/ alone; if requirements.txt has changed since then: make wheels" >&2
+  return 1
+}
+
+layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, of an index if there are several platforms
+  context=$1 folder=$2 targets=$3
+  shift 3
+  rm -rf "$folder"
+  if is_docker; then
+    build "$context" --platform="$targets" --output="type=oci,dest=$folder,tar=false" "$@"
+    return
+  fi
+  ids=
+  for platform in $(echo "$targets" | tr , ' '); do
+    build "$context" --platform="$platform" --iidfile="$work/id" "$@" || return
+    ids="$ids $(cat "$work/id")"
+  done
+  case "$targets" in
+    *,*)
+      list=localhost/image-$$
+      # shellcheck disable=SC2086 # several images
+      "$engine" manifest create "$list" $ids >/dev/null && "$engine" manifest push --quiet --all "$list" "oci:$folder:latest" || return
+      "$engine" rmi "$list" >/dev/null
+      ;;
+    *) "$engine" push --quiet "${ids# }" "oci:$folder:latest" ;;
+  esac
+}
+
+logged() { # COMMAND...: run it, and show what it says only if it fails
+  "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
+}
+
+digest() { # FOLDER: print the digest of the manifest in an OCI layout of one platform
+  sed -n 's/.*"digest": *"\(sha256:[0-9a-f]*\)".*/\1/p' "$1/index.json"
+}
+
+contents() { # FOLDER: print the digests of the layers as they are when unpacked
+  grep -aoh '"diff_ids": *\[[^]]*\]' "$1"/blobs/sha256/*
+}
+
+builder() { # print what, besides the inputs, a digest depends on
+  if is_docker; then
+    echo "BuildKit of Docker $("$engine" version --format '{{.Server.Version}}'), $("$engine" buildx version | cut -d ' ' -f 2)"
+  else
+    "$engine" --version
+  fi
+}
+
+digests() {
+  first
+  builder
+  for platform in $(echo "$PLATFORMS" | tr , ' '); do
+    logged layout . "$work/layout" "$platform"
+    echo "$platform $(digest "$work/layout")"
+  done
+}
+
+copy() { # FOLDER TIME: put what a build gets into a new folder
+  mkdir -p "$1"
+  for path in Containerfile .dockerignore $(sed -n 's/^!//p' .dockerignore); do
+    mkdir -p "$1/$(dirname "$path")"
+    cp -R "$path" "$1/$path"
+  done
+  find "$1" -exec touch -t "$2" {} +
+}
+
+check() { # build twice with each engine, under all that should not matter, and compare
+  first
+  (umask 022; copy "$work/one" 200102030405)
+  (umask 077; copy "$work/another copy" 203012312359)
+  for platform in $(echo "$PLATFORMS" | tr , ' '); do
+    layers=
+    for engine in $(engines); do
+      for context in "$work/one" "$work/another copy"; do
+        logged layout "$context" "$context.layout" "$platform" --no-cache
+      done
+      one=$(digest "$work/one.layout") another=$(digest "$work/another copy.layout")
+      echo "$platform $one ($(builder))"
+      [ "$one" = "$another" ] || fail "a second build for $platform, of a copy, gives another image: $another"
+      contents=$(contents "$work/one.layout")
+      [ "${layers:-$contents}" = "$contents" ] || fail "the layers differ between two engines: $layers and $contents"
+      layers=$contents
+    done
+  done
+}
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+case "$1" in
+  engines)
+    first
+    engines
+    ;;
+  load)
+    first
+    # Docker's own kind of manifest, which --load writes, would have another digest.
+    if is_docker; then build . --output="type=docker,name=$2,oci-mediatypes=true"; else build . --tag "$2"; fi
+    ;;
+  layout)
+    first
+    layout . "$2" "$PLATFORMS"
+    ;;
+  digests) digests ;;
+  check) check ;;
+esac

@@ -1,0 +1,62 @@
+"""Run Python again whenever a file of this package or of those beside it changes: `python -m nanoservice.reload -m hitcounter`.
+
+For development: of laptops, and of the image's `dev` target, where live sync changes the files.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_LOOK = 0.1  # seconds between two looks at the files: a few dozen, so it costs next to nothing
+
+
+def main(root: Path, arguments: list[str]) -> int:
+    """Run Python with `arguments` until a signal ends it, and again after each change of a package's files below `root`.
+
+    Return the exit status of the last run. A run that fails waits for the change that mends it, but for bad settings.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    process = None
+    try:
+        while True:
+            seen = _files(root)
+            process = subprocess.Popen([sys.executable, *arguments], env=_environ())
+            while _files(root) == seen:
+                if process.poll() == os.EX_CONFIG:
+                    return os.EX_CONFIG
+                time.sleep(_LOOK)
+            _end(process)
+    except (KeyboardInterrupt, SystemExit):
+        return _end(process) if process else 0
+
+
+def _environ() -> dict[str, str]:
+    # Nothing withdraws the address of a service that is about to come back, so there is nothing to go on serving for.
+    return {**os.environ, "DRAIN_SECONDS": "0"}
+
+
+def _files(root: Path) -> dict[Path, tuple[int, int]]:
+    """Return the time and size of each file of the packages below `root`."""
+    files = {}
+    for package in root.glob("*/__init__.py"):
+        for path in package.parent.rglob("*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # between the listing and here: a change, seen with the next look
+                continue
+            if "__pycache__" not in path.parts and path.is_file():
+                files[path] = status.st_mtime_ns, status.st_size
+    return files
+
+
+def _end(process: "subprocess.Popen[bytes]") -> int:
+    """Have the process answer what is in flight and end; return its exit status."""
+    process.terminate()
+    return process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(__file__).parent.parent, sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""That an image is a function of its inputs: the same from the same, and another from others."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SLACK
+from images import PLATFORM, WHEELS, Layout, built, engine, engines, layout, sources
+
+pytestmark = pytest.mark.image
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Path:
+    """A copy of the sources."""
+    return sources(tmp_path / "context")
+
+
+def test_two_builds_from_nothing_are_the_same_on_every_engine() -> None:
+    environ = {**os.environ, "PLATFORMS": "linux/amd64,linux/arm64", "SERVICE": "hitcounter", "WHEELS": str(WHEELS)}
+    ended = subprocess.run([ROOT / "image" / "build.sh", "check"], cwd=ROOT, env=environ, text=True, capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    print(ended.stdout)
+    assert len(re.findall(r"^linux/\w+ sha256:[0-9a-f]{64} \(.+\)$", ended.stdout, re.MULTILINE)) == 2 * len(engines())
+
+
+def test_build_from_nothing_takes_a_minute_at_most() -> None:
+    seconds = built()[1]
+    print(f"{seconds:.1f} s from nothing")
+    assert seconds < 60 * SLACK
+
+
+def test_changed_source_gives_another_image_soon(context: Path, tmp_path: Path) -> None:
+    file = context / "hitcounter" / "app.py"
+    file.write_text(file.read_text() + f"# {time.time_ns()}\n")  # of which the engine's cache knows nothing
+    began = time.monotonic()
+    changed = layout(context, tmp_path / "layout")
+    seconds = time.monotonic() - began
+    print(f"{seconds:.1f} s after a change of the source")
+    assert seconds < 8 * SLACK
+    assert changed.digest != built()[0].digest
+    assert shared(changed) == 3  # of the four layers over the base
+
+
+def shared(other: Layout) -> int:
+    """Return how many layers over the base are those of the image."""
+    mine, others = (one.config["rootfs"]["diff_ids"][-4:] for one in (built()[0], other))
+    return len(set(mine) & set(others))
+
+
+def test_changed_wheel_gives_another_image(context: Path, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    shutil.copytree(WHEELS, wheels)
+    wheel = next(wheels.glob("attrs-*.whl"))
+    before = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    repacked = tmp_path / wheel.name
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(repacked, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name) + (b"#" if name == "attr/_version_info.py" else b""))
+    repacked.replace(wheel)
+    lock = context / "requirements.txt"
+    assert before in lock.read_text()
+    lock.write_text(lock.read_text().replace(before, hashlib.sha256(wheel.read_bytes()).hexdigest()))
+    changed = layout(context, tmp_path / "layout", wheels=wheels)
+    assert changed.digest != built()[0].digest
+    assert shared(changed) == 3
+
+
+def test_changed_base_gives_another_image(context: Path, tmp_path: Path) -> None:
+    base = dict(re.findall(r"^ARG (BASE)=(\S+)$", (context / "Containerfile").read_text(), re.MULTILINE))["BASE"]
+    if given := re.search(r"--build-arg[ =]BASE=(\S+)", os.environ.get("BUILD_OPTIONS", "")):
+        base = given[1]
+    (tmp_path / "Containerfile").write_text(f"FROM {base}\nCOPY note /note\n")
+    (tmp_path / "note").write_text("another base")
+    command = [engine(), "build", "--tag=localhost/image-tests-base", f"--file={tmp_path}/Containerfile", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    changed = layout(context, tmp_path / "layout", options="--build-arg BASE=localhost/image-tests-base")
+    assert changed.digest != built()[0].digest
+    assert shared(changed) == 4
+
+
+def test_commit_changes_nothing(context: Path, tmp_path: Path) -> None:
+    git = ["git", "-C", str(context), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=one more"]):
+        subprocess.run([*git, *command], check=True)
+    assert layout(context, tmp_path / "layout").digest == built()[0].digest
+
+
+def test_times_of_files_change_nothing(context: Path, tmp_path: Path) -> None:
+    for path in context.rglob("*"):
+        os.utime(path, (1234567890, 1234567890))
+    assert layout(context, tmp_path / "layout").digest == built()[0].digest
+
+
+def test_umask_changes_nothing(context: Path, tmp_path: Path) -> None:
+    for path in context.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    assert layout(context, tmp_path / "layout").digest == built()[0].digest
+
+
+def test_files_that_are_no_input_change_nothing(context: Path, tmp_path: Path) -> None:
+    (context / "hitcounter" / "__pycache__").mkdir()
+    for name in (
+        "Makefile",
+        ".env",
+        "secret.pem",
+        "hitcounter/.app.py.swp",
+        "hitcounter/app.py~",
+        "hitcounter/__pycache__/a.pyc",
+    ):
+        (context / name).write_text("anything")
+    assert layout(context, tmp_path / "layout").digest == built()[0].digest
+
+
+def test_clock_changes_nothing(context: Path, tmp_path: Path) -> None:
+    """Two builds from nothing are at two times; and there is no time but a fixed one, and the base's, to be found."""
+    again = layout(context, tmp_path / "layout", options="--no-cache", SOURCE_DATE_EPOCH="1700000000")
+    assert again.digest == built()[0].digest
+    assert again.config["created"] == "1970-01-01T00:00:00Z"
+    own = [step["created"] for step in again.config["history"] if step["created"].startswith("1970-")]
+    assert len(own) >= 4
+
+
+def test_both_architectures_come_in_one_layout(context: Path, tmp_path: Path) -> None:
+    index = layout(context, tmp_path / "layout", PLATFORMS="linux/amd64,linux/arm64")
+    manifests = index.manifests()
+    assert set(manifests) == {"linux/amd64", "linux/arm64"}
+    assert manifests[PLATFORM] == built()[0].digest

@@ -1,0 +1,77 @@
+"""The reloader: what runs is run again when a file changes, and ends with it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SLACK, wait_for
+
+SERVICE = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit({status}))
+print("runs {word}", os.environ["DRAIN_SECONDS"], flush=True)
+while True:
+    time.sleep(0.01)
+"""
+
+
+class Reloader:
+    """The reloader of a copy of the chassis, beside a package called `thing`."""
+
+    def __init__(self, folder: Path) -> None:
+        shutil.copytree(ROOT / "nanoservice", folder / "nanoservice", ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "thing").mkdir()
+        (folder / "thing" / "__init__.py").touch()
+        self.file = folder / "thing" / "__main__.py"
+        self.folder = folder
+        self.output = folder / "output"
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        environ = {**os.environ, "DRAIN_SECONDS": "5", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "nanoservice.reload", "-m", "thing"]
+        with self.output.open("wb") as output:
+            self.popen = subprocess.Popen(command, cwd=self.folder, env=environ, stdout=output, stderr=output)
+        return self.popen
+
+    def says(self, text: str) -> None:
+        wait_for(lambda: text in self.output.read_text(), 5 * SLACK, text)
+
+
+@pytest.fixture
+def reloader(tmp_path: Path) -> Iterator[Reloader]:
+    it = Reloader(tmp_path)
+    yield it
+    it.popen.kill()
+    it.popen.wait()
+
+
+def test_change_runs_it_again_without_a_drain(reloader: Reloader) -> None:
+    reloader.file.write_text(SERVICE.format(word="one", status=0))
+    popen = reloader.start()
+    reloader.says("runs one 0")
+    reloader.file.write_text(SERVICE.format(word="two", status=0))
+    reloader.says("runs two 0")
+    (reloader.folder / "nanoservice" / "new.py").touch()
+    wait_for(lambda: reloader.output.read_text().count("runs two") == 2, 5 * SLACK)
+    popen.send_signal(signal.SIGTERM)
+    assert popen.wait(5 * SLACK) == 0
+
+
+def test_mistake_waits_for_the_change_that_mends_it(reloader: Reloader) -> None:
+    reloader.file.write_text("print('one'\n")
+    popen = reloader.start()
+    reloader.says("SyntaxError")
+    reloader.file.write_text(SERVICE.format(word="two", status=3))
+    reloader.says("runs two")
+    popen.send_signal(signal.SIGINT)
+    assert popen.wait(5 * SLACK) == 3
+
+
+def test_bad_settings_end_it(reloader: Reloader) -> None:
+    reloader.file.write_text(f"raise SystemExit({os.EX_CONFIG})")
+    assert reloader.start().wait(5 * SLACK) == os.EX_CONFIG
