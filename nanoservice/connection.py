@@ -96,7 +96,7 @@ class Connection(web.RequestHandler):
 
     def finish_response(self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None) -> _Finished:
         """Write the answer; an error that aiohttp made (404, 405, 413, 417) becomes problem details first."""
-        if isinstance(resp, web.HTTPException) and resp.status >= 400:
+        if resp.status >= 400 and isinstance(resp, web.HTTPException):
             kept = {name: resp.headers[name] for name in ("Allow", "Retry-After") if name in resp.headers}
             answer = problem(resp.status, headers=kept)
             if resp.status == 413:

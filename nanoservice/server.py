@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -78,6 +79,8 @@ async def _live(service: Service[C], config: C, store: str | None, public: socke
     try:
         ports = {"port": public.getsockname()[1], "admin_port": admin.getsockname()[1]}
         _logger.info("listening; try: curl http://localhost:%d/", ports["port"], extra=ports)
+        gc.collect()
+        gc.freeze()  # what the start made stays for good: the collector need not look at it again
         await asked.wait()
         _logger.info("draining", extra={"seconds": config.drain_seconds})
         running.drain()
