@@ -32,7 +32,7 @@ class Load:
         self._opening: set[asyncio.Task[None]] = set()
         self._ended = False
         self.clients: set[_Client] = set()
-        self.idle: list[_Client] = []
+        self.idle: deque[_Client] = deque()  # the one that has waited longest is the next: none is idle long enough to be closed
         self.errors: Counter[str] = Counter()
         self.numbers: list[int] = []  # that were answered
         self.latencies: list[float] = []  # seconds
@@ -68,7 +68,13 @@ class Load:
 
         Latency counts from when a request should have been sent: one that waits for a connection, or for us, waits.
         """
+        # A connection begins with a request: gunicorn's threads each wait on one that is silent.
+        self._closed_loop = True
         await self._open()
+        self._closed_loop = False
+        await self._settle()
+        self.errors.clear()
+        self.numbers.clear()
         loop = asyncio.get_running_loop()
         interval = 1 / rate
         timer = _Timer(interval)
@@ -82,7 +88,7 @@ class Load:
                 self._due.append(following)
                 following += interval
             while self._due and self.idle:
-                self.idle.pop().send(self._due.popleft())
+                self.idle.popleft().send(self._due.popleft())
 
         loop.add_reader(timer.descriptor, tick)
         await self._measure(seconds, lambda: None, lambda: loop.remove_reader(timer.descriptor))
@@ -97,9 +103,7 @@ class Load:
         self.marks.append(mark())
         stop()
         self._closed_loop = False
-        end = loop.time() + _PATIENCE
-        while (self._due or any(client.busy for client in self.clients)) and loop.time() < end:
-            await asyncio.sleep(0.01)
+        await self._settle()
         self._ended = True
         self.errors["no answer"] += len(self._due) + sum(client.busy for client in self.clients)
         for client in list(self.clients):
@@ -107,6 +111,12 @@ class Load:
         for task in self._opening:
             task.cancel()
         await asyncio.sleep(0.01)
+
+    async def _settle(self) -> None:
+        """Wait for the answers to all that was sent, but not for ever."""
+        end = asyncio.get_running_loop().time() + _PATIENCE
+        while (self._due or any(client.busy for client in self.clients)) and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.01)
 
     async def _open(self) -> None:
         left = self._connections

@@ -53,6 +53,7 @@ def cause(error: BaseException) -> str:
 
 # The first that fits: a part of the server's message, or the type of the error.
 _SIGNS: tuple[tuple[str | type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
+    ("ACL failure", "its user may not do this (NOPERM)"),  # inside the script
     ("MISCONF", "it refuses writes: it cannot persist them (MISCONF)"),
     ("certificate", "its TLS certificate is not trusted, or ours was refused"),
     ("SSL", "no TLS connection can be made"),

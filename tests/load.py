@@ -87,7 +87,7 @@ class Load:
     def _mix(self) -> Iterator[tuple[str | None, bytes]]:
         """Yield what to send next: of eight requests, six are GETs, one is a POST, one a POST with a key.
 
-        Each key is sent four times: in a row, so that some meet in a batch, and once much later.
+        A key comes three times close together, so that some meet in one batch; every fourth key is one from long before.
         """
         for number in itertools.count():
             group = number // 3

@@ -175,6 +175,7 @@ async def test_tls_without_the_client_certificate_is_refused(tls: TlsFront) -> N
         (exceptions.ResponseError("MISCONF Valkey is configured to save RDB snapshots"), "refuses writes"),
         (exceptions.BusyLoadingError("LOADING"), "loading"),
         (exceptions.NoPermissionError("NOPERM"), "may not"),
+        (exceptions.ResponseError("ACL failure in script: User svc has no permissions to run the 'set' command"), "may not"),
         (exceptions.ResponseError("NOAUTH Authentication required."), "wants a password"),
         (exceptions.TimeoutError("x"), "in time"),
         (TimeoutError(), "in time"),
