@@ -20,6 +20,7 @@ from itertools import chain, repeat
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+from hiredis import pack_command
 from prometheus_client import CollectorRegistry, Gauge, Histogram
 from prometheus_client import Counter as Total
 from redis.exceptions import NoScriptError, ResponseError
@@ -186,13 +187,14 @@ class Lane:
     async def _call(self, hits: int, posts: int, digests: list[bytes]) -> Any:
         connection, writer = self._connection, self._writer
         command = "EVALSHA", _SHA, 5, *_keys(self._name, writer.name), writer.sequence, hits, posts, self._keep, *digests
-        await connection.send_command(*command)
+        packed = pack_command(command)  # in C; the connection's own is in Python
+        await connection.send_packed_command(packed)
         try:
             return await connection.read_response()
         except NoScriptError:  # a new server, or one whose scripts were flushed
             await connection.send_command("SCRIPT", "LOAD", SCRIPT)
             await connection.read_response()
-            await connection.send_command(*command)
+            await connection.send_packed_command(packed)
             return await connection.read_response()
 
     async def close(self) -> None:
