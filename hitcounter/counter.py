@@ -186,7 +186,7 @@ class Lane:
 
     async def _call(self, hits: int, posts: int, digests: list[bytes]) -> Any:
         connection, writer = self._connection, self._writer
-        command = "EVALSHA", _SHA, 5, *_keys(self._name, writer.name), writer.sequence, hits, posts, self._keep, *digests
+        command: Any = "EVALSHA", _SHA, 5, *_keys(self._name, writer.name), writer.sequence, hits, posts, self._keep, *digests
         packed = pack_command(command)  # in C; the connection's own is in Python
         await connection.send_packed_command(packed)
         try:

@@ -22,7 +22,7 @@ from nanoservice.redis import Errors, Store
 RECEIVE_SECONDS = 10.0  # a request must be complete by then
 SEND_SECONDS = 30.0  # a client may take nothing of its answers for so long
 KEEPALIVE_SECONDS = 75.0  # longer than the 60 s for which common proxies keep an idle connection to us
-_SPARE_DESCRIPTORS = 64  # for Redis, the log, the listening sockets, files
+_SPARE_DESCRIPTORS = 128  # for Redis (81 at most), the log, the listening sockets, files, the admin port's own connections
 
 _Finished = Coroutine[Any, Any, tuple[web.StreamResponse, bool]]
 
@@ -122,7 +122,7 @@ class Connection(web.RequestHandler):
             _logger.debug("bad request", extra={"error": type(exc).__name__})
             answer = problem(431, _TOO_LARGE) if _too_large(exc) else problem(400, "the request is not valid HTTP")
         elif isinstance(exc, Errors):
-            return problem(503, "Redis: " + self._server.store.health.failed("work", exc), {"Retry-After": "1"})
+            return problem(503, "Redis: " + self._server.store.health.failed("probe", exc), {"Retry-After": "1"})
         else:
             _logger.error("a handler failed", exc_info=exc)
             answer = problem(status)

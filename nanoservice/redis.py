@@ -3,7 +3,7 @@
 import logging
 import ssl
 import time
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Gauge
@@ -118,6 +118,22 @@ class Health:
             )
 
 
+class _Client(Redis):
+    """A client that tells whether its commands work."""
+
+    health: Health
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        seen = self.health.successes["work"]
+        try:
+            answer = await super().execute_command(*args, **options)  # type: ignore[no-untyped-call] # typed in part
+        except Errors as error:
+            self.health.failed("work", error, seen)
+            raise
+        self.health.worked("work")
+        return answer
+
+
 class Store:
     """The Redis that the settings name, or the embedded one at the Unix socket `socket`.
 
@@ -128,11 +144,11 @@ class Store:
         self.health = Health(registry, config)
         self._kind, self._options = _options(config, socket)
         # A handler that finds all connections in use waits its turn, for as long as it would wait for an answer.
-        self.client = Redis.from_pool(
-            BlockingConnectionPool(
-                max_connections=_CONNECTIONS, timeout=config.redis_timeout, connection_class=self._kind, **self._options
-            )
+        pool = BlockingConnectionPool(
+            max_connections=_CONNECTIONS, timeout=config.redis_timeout, connection_class=self._kind, **self._options
         )
+        self.client = cast("_Client", _Client.from_pool(pool))  # which closes the pool with itself
+        self.client.health = self.health
 
     def connection(self) -> AbstractConnection:
         """Return a new connection, not open yet. Its reads have no limit: who holds it sets one around each exchange."""

@@ -18,7 +18,8 @@ def main(root: Path, arguments: list[str]) -> int:
 
     Return the exit status of the last run. A run that fails waits for the change that mends it, but for bad settings.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit())
     process = None
     try:
         while True:
@@ -29,7 +30,7 @@ def main(root: Path, arguments: list[str]) -> int:
                     return os.EX_CONFIG
                 time.sleep(_LOOK)
             _end(process)
-    except (KeyboardInterrupt, SystemExit):
+    except SystemExit:
         return _end(process) if process else 0
 
 

@@ -28,6 +28,7 @@ from nanoservice.service import C, Service, create_app
 FINISH_SECONDS = 10.0
 
 _BACKLOG = 4096  # connections that the kernel holds until they are taken
+_TAKEN = 16  # and that asyncio takes at a time, before any is counted: fewer than the descriptors kept to spare
 _DATA = Path(".data")  # of the embedded store
 
 _logger = logging.getLogger(__name__)
@@ -125,7 +126,9 @@ class Running:
         connections = web.ServerRunner(self._servers[-1], shutdown_timeout=FINISH_SECONDS)
         self._runners.append(connections)
         await connections.setup()
-        await web.SockSite(connections, sock, backlog=_BACKLOG).start()
+        # asyncio's own event loop takes as many at a time as it lets wait; so it is told one number, and the kernel the other.
+        await web.SockSite(connections, sock, backlog=_TAKEN).start()
+        sock.listen(_BACKLOG)
 
     async def _sweep(self) -> None:
         while True:

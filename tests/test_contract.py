@@ -269,7 +269,7 @@ async def test_bodies_are_not_held(spawn: Callable[..., Process], valkey: Valkey
         return used
 
     before = await upload(5)
-    assert await upload(200) - before < 80 * MIB
+    assert await upload(200) - before < 140 * MIB  # of 200: what the event loop reads at a time is in there
 
 
 async def test_hit_with_a_body_is_a_hit(served: Served) -> None:

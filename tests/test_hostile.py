@@ -528,7 +528,7 @@ async def test_surplus_connections_are_closed_and_the_others_served(
             early = [await connect() for _ in range(10)]
             late = await asyncio.gather(*(connect() for _ in range(390)))
             served = await asyncio.gather(*(answers(wire) for wire in late))
-            assert 100 < sum(served) <= 256 - 64 - 10
+            assert 100 < sum(served) <= 256 - 128 - 10
             assert all(await asyncio.gather(*(answers(wire) for wire in early)))
             assert not idle(process)
             async with connected(process.admin_port) as admin:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import second_service
 from aiohttp import web
-from conftest import ROOT, SLACK, Served, Valkey, eventually, serving
+from conftest import ROOT, SLACK, Served, Valkey, eventually, metric, serving
 
 from nanoservice import config
 from nanoservice.config import ConfigError
@@ -74,6 +74,8 @@ async def test_redis_that_fails_is_503_and_recovered_from(
     valkey.start()
     await eventually(lambda: _is(greeter, "/greet/ada", 200), 2 * SLACK)
     await eventually(lambda: _is(greeter, "/readyz", 200), 2 * SLACK)
+    assert await metric(greeter, "redis_up") == 1
+    assert len([line for line in caplog.messages if line == "Redis works again"]) == 1
 
 
 async def _is(served: Served, path: str, expected: int) -> bool:
