@@ -46,8 +46,9 @@ $(VENV)/installed: $(VENV)/can-run
 run: $(VENV)/can-run ## run the service on port 8080, with a store of its own in .data/ unless REDIS_HOST is set
 	@exec $(BIN)/python -m hitcounter
 
+# In two processes: most tests wait most of the time.
 test: $(VENV)/installed ## run all tests that need nothing but this machine
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 coverage: $(VENV)/installed ## run the tests and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
