@@ -175,9 +175,9 @@ class Lane:
                     return None
                 continue
             self._round_trip.observe(loop.time() - began)
-            self._health.worked("work")
             verdict = self._writer.replied(reply)
             if verdict is Verdict.COUNTED:
+                self._health.worked("work")  # any other reply shows nothing: it comes before the script writes what it counts
                 return reply
             if verdict is Verdict.LOST:
                 batch.fail("Redis has lost what it knew of this request: it may have been counted")

@@ -116,7 +116,8 @@ Break = Callable[[Valkey], object]
 async def test_redis_that_refuses_is_named_once_and_recovered_from(
     valkey: Valkey, caplog: pytest.LogCaptureFixture, breaks: Break, mends: Break, cause: str
 ) -> None:
-    async with serving(valkey.environ(REQUEST_TIMEOUT="0.5")) as served:
+    # One lane: its second batch is told that its writer is not known, which is an answer, but not work that was done.
+    async with serving(valkey.environ(REQUEST_TIMEOUT="0.5", LANES="1")) as served:
         breaks(valkey)
         answers = await asyncio.gather(*(get(served) for _ in range(30)))
         answers += await asyncio.gather(*(get(served) for _ in range(30)))
