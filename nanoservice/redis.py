@@ -41,6 +41,9 @@ class _Credentials(CredentialProvider):
             password = config.redis_password.reveal() if config.redis_password else ""
         return (config.redis_username, password) if config.redis_username else (password,)
 
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return self.get_credentials()  # a small file of this machine
+
 
 def cause(error: BaseException) -> str:
     """Return in a few words why Redis could not serve, with no address in it: it is shown to clients too."""

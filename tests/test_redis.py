@@ -33,9 +33,10 @@ async def status(served: Served) -> int:
         return answer.status
 
 
-async def test_user_and_password_are_used(secured: Valkey) -> None:
+async def test_user_and_password_are_used_without_a_word(secured: Valkey, caplog: pytest.LogCaptureFixture) -> None:
     async with serving(secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="first")) as served:
         assert await status(served) == 200
+    assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
 
 
 async def test_password_without_a_user_is_the_default_users(valkey: Valkey) -> None:
