@@ -117,14 +117,15 @@ BUILD_OPTIONS ?=     # more options for the engine's build, such as --build-arg 
 MAKE_IMAGE = ENGINE="$(strip $(ENGINE))" SERVICE="$(SERVICE)" PLATFORMS="$(PLATFORMS)" WHEELS="$(abspath $(WHEELS))" BUILD_OPTIONS="$(strip $(BUILD_OPTIONS))" image/build.sh
 
 wheels: $(VENV)/installed ## fetch the packages for images, hash-checked; from then on they are made without a network
-	@rm -rf $(WHEELS) $(WHEELS).new
+	@[ -z "$$(ls -A $(WHEELS) 2>/dev/null | grep -v '\.whl$$')" ] || { echo "make: $(WHEELS) has more than wheels in it: name another folder with WHEELS=..." >&2; exit 1; }
+	@rm -rf $(WHEELS).new
 	@for machine in x86_64 aarch64; do \
 	    $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes --dest $(WHEELS).new \
 	        --implementation cp --python-version 3.13 --abi cp313 \
 	        --platform manylinux_2_28_$$machine --platform manylinux_2_17_$$machine --platform manylinux2014_$$machine \
 	        -r requirements.txt || exit; \
 	done
-	@mv $(WHEELS).new $(WHEELS)
+	@rm -rf $(WHEELS) && mv $(WHEELS).new $(WHEELS)
 
 image: ## make the image hitcounter (SERVICE=: of another package) and give it to the engine (ENGINE=docker, podman, buildah)
 	@$(MAKE_IMAGE) load $(IMAGE)
@@ -140,8 +141,9 @@ image-digest: ## build for amd64 and arm64, and print the digests
 
 test-image: $(VENV)/installed ## run the tests of the image, on the engine there is
 	@$(MAKE_IMAGE) engines >/dev/null
-	@$(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m image -o faulthandler_timeout=900 tests/delivery
+	@[ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
+	@$(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m image -o faulthandler_timeout=900 -rP tests/delivery
 
-clean: ## remove what these commands made, but for the counts in .data/
-	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+clean: ## remove what these commands made, but for the counts in .data/ and the images in an engine
+	rm -rf $(VENV) .venv-* wheels wheels.new *.oci .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 #   build.sh engines | load NAME | layout FOLDER | digests | check
 # ENGINE, SERVICE, PLATFORMS, BUILD_OPTIONS, WHEELS are the Makefile's variables.
 set -eu
+unset SOURCE_DATE_EPOCH # buildah would take it, and refuse --timestamp beside it
 
 fail() { echo "make: $*" >&2; exit 1; }
 
@@ -13,7 +14,8 @@ engines() { # print each engine that can be used: BuildKit first, then one that 
     return
   fi
   {
-    if docker buildx version && docker version; then echo docker >&3; fi
+    # Podman too may have the name `docker`, and a command `buildx`.
+    if docker buildx version | grep -q docker/buildx && docker version; then echo docker >&3; fi
     if command -v podman; then echo podman >&3; elif command -v buildah; then echo buildah >&3; fi
   } 3>&1 >/dev/null 2>&1
 }
@@ -30,6 +32,8 @@ is_docker() { case "${engine##*/}" in docker*) ;; *) false ;; esac }
 build() { # CONTEXT [OPTION...]: run the engine's build
   context=$1
   shift
+  [ -e "$context/$SERVICE/__main__.py" ] && grep -qx "!$SERVICE" "$context/.dockerignore" \
+  || fail "SERVICE=$SERVICE: there has to be a $SERVICE/__main__.py, and a line !$SERVICE in .dockerignore"
   # No attestation: one has the time of the build in it. No other time either.
   if is_docker; then
     set -- buildx build --provenance=false --sbom=false --build-arg SOURCE_DATE_EPOCH=0 "$@"
@@ -48,6 +52,7 @@ build() { # CONTEXT [OPTION...]: run the engine's build
 layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, of an index if there are several platforms
   context=$1 folder=$2 targets=$3
   shift 3
+  [ ! -e "$folder" ] || [ -e "$folder/oci-layout" ] || fail "$folder is no OCI layout: name another folder with LAYOUT=..."
   rm -rf "$folder"
   if is_docker; then
     build "$context" --platform="$targets" --output="type=oci,dest=$folder,tar=false" "$@"
@@ -83,7 +88,7 @@ contents() { # FOLDER: print the digests of the layers as they are when unpacked
 
 builder() { # print what, besides the inputs, a digest depends on
   if is_docker; then
-    echo "BuildKit of Docker $("$engine" version --format '{{.Server.Version}}'), $("$engine" buildx version | cut -d ' ' -f 2)"
+    echo "BuildKit $("$engine" buildx inspect --bootstrap | sed -n 's/^ *BuildKit version: *//p' | head -n 1), driver $("$engine" buildx inspect | sed -n 's/^Driver: *//p')"
   else
     "$engine" --version
   fi
@@ -121,7 +126,7 @@ check() { # build twice with each engine, under all that should not matter, and 
       echo "$platform $one ($(builder))"
       [ "$one" = "$another" ] || fail "a second build for $platform, of a copy, gives another image: $another"
       contents=$(contents "$work/one.layout")
-      [ "${layers:-$contents}" = "$contents" ] || fail "the layers differ between two engines: $layers and $contents"
+      [ "${layers:-$contents}" = "$contents" ] || fail "the layers differ between two engines (those of buildah before 1.43 are known to): $layers and $contents"
       layers=$contents
     done
   done
@@ -129,6 +134,8 @@ check() { # build twice with each engine, under all that should not matter, and 
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 case "$1" in
   engines)
     first

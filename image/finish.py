@@ -34,7 +34,7 @@ def packages(root: Path, metadata: Path) -> None:
             shutil.copytree(folder, metadata / folder.relative_to(root))
             shutil.rmtree(folder)
     for library in sorted(root.rglob("*.so")):
-        library.write_bytes(stripped(library.read_bytes()))
+        library.write_bytes(stripped(library))
     for source in sorted(root.rglob("*.py")):
         compile_source(source, root, "/" / source.relative_to(root))
     normalise(root)
@@ -57,7 +57,8 @@ def service(name: str, root: Path, library: Path, standard_library: Path) -> Non
         compile_source(standard_library / module, library, _STANDARD_LIBRARY / module)
     for folder in list(app.rglob("__pycache__")):
         shutil.rmtree(folder)
-    shutil.copytree(app, root / "app", symlinks=True, ignore=shutil.ignore_patterns("reload.py"))  # for development alone
+    shutil.copytree(app, root / "app", symlinks=True)
+    (root / "app" / "nanoservice" / "reload.py").unlink()  # for development alone
     for source in sorted(root.rglob("*.py")):
         compile_source(source, root, "/" / source.relative_to(root))
     normalise(library)
@@ -75,11 +76,15 @@ def compile_source(source: Path, root: Path, path: Path) -> None:
     )
 
 
-def stripped(library: bytes) -> bytes:
+def stripped(path: Path) -> bytes:
     """Return the shared library (64-bit little-endian ELF) without what no process loads of it: debug data, symbol table.
 
     As `strip` does, for any architecture: neither image has one. Wheels come with it, and it is two thirds of them.
+    Raises ValueError for what is no such library.
     """
+    library = path.read_bytes()
+    if library[:6] != b"\x7fELF\x02\x01":
+        raise ValueError(f"{path} is no 64-bit little-endian ELF file")
     headers, size, count = *struct.unpack_from("<Q", library, 32), *struct.unpack_from("<HH", library, 54)
     end = headers + size * count
     for header in range(headers, end, size):

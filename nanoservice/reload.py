@@ -3,6 +3,7 @@
 For development: of laptops, and of the image's `dev` target, where live sync changes the files.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -43,13 +44,13 @@ def _files(root: Path) -> dict[Path, tuple[int, int]]:
     """Return the time and size of each file of the packages below `root`."""
     files = {}
     for package in root.glob("*/__init__.py"):
-        for path in package.parent.rglob("*"):
-            try:
-                status = path.stat()
-            except FileNotFoundError:  # between the listing and here: a change, seen with the next look
-                continue
-            if "__pycache__" not in path.parts and path.is_file():
-                files[path] = status.st_mtime_ns, status.st_size
+        # Not rglob: on Python 3.11 a folder that goes away meanwhile is an error to it.
+        for folder, folders, names in os.walk(package.parent):
+            folders[:] = [name for name in folders if name != "__pycache__"]
+            for path in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):  # between the listing and here: seen with the next look
+                    status = path.stat()
+                    files[path] = status.st_mtime_ns, status.st_size
     return files
 
 

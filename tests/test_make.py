@@ -132,6 +132,16 @@ def test_lock_on_another_python_is_refused(copy: Path, tmp_path: Path) -> None:
     assert "locks are made on Python 3.11" in ended.stderr
 
 
+def test_folder_that_has_more_than_wheels_is_left_alone(copy: Path) -> None:
+    for name in ("mine", ".venv"):
+        (copy / name).mkdir()
+    for stamp in (".venv/can-run", ".venv/installed", "mine/letter"):
+        (copy / stamp).touch()
+    ended = make("wheels", "WHEELS=mine", cwd=copy)
+    assert "mine has more than wheels in it" in ended.stderr
+    assert (copy / "mine" / "letter").exists()
+
+
 def test_folder_that_is_no_environment_is_left_alone(copy: Path) -> None:
     (copy / "mine").mkdir()
     (copy / "mine" / "letter").touch()

@@ -1,10 +1,19 @@
 """What can be said of the files that make the image without an engine."""
 
+import importlib.util
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
+
+_spec = importlib.util.spec_from_file_location("finish", ROOT / "image" / "finish.py")
+assert _spec is not None
+assert _spec.loader is not None
+finish = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(finish)
 
 
 def test_hadolint_finds_nothing() -> None:
@@ -27,6 +36,39 @@ def test_no_engine_is_told_in_one_line(tmp_path: Path) -> None:
         assert ended.returncode == 1
         assert ended.stderr.startswith("make: ")
         assert ended.stderr.count("\n") == 1
+
+
+def test_folder_that_is_no_layout_is_left_alone(tmp_path: Path) -> None:
+    letter = tmp_path / "letter"
+    letter.touch()
+    engine = tmp_path / "docker"  # one that does nothing
+    engine.write_text("#!/bin/sh\n")
+    engine.chmod(0o755)
+    command = ["make", "image-multiarch", f"LAYOUT={tmp_path}", f"ENGINE={engine}"]
+    ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert f"make: {tmp_path} is no OCI layout" in ended.stderr
+    assert letter.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the libraries of this platform are no ELF files")
+def test_stripping_changes_nothing_that_is_loaded() -> None:
+    libraries = sorted(Path(sys.prefix).rglob("*.so"))
+    assert len(libraries) > 10
+    for path in libraries:
+        whole, stripped = path.read_bytes(), finish.stripped(path)
+        table, size, count = *struct.unpack_from("<Q", whole, 32), *struct.unpack_from("<HH", whole, 54)
+        for header in range(table, table + size * count, size):
+            (kind,), (begin,) = struct.unpack_from("<I", whole, header), struct.unpack_from("<Q", whole, header + 8)
+            (length,) = struct.unpack_from("<Q", whole, header + 32)
+            if kind == 1:  # loaded; the first 64 bytes of the file tell where the sections are, which are left out
+                assert whole[max(begin, 64) : begin + length] == stripped[max(begin, 64) : begin + length], path
+
+
+def test_what_is_no_library_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "text.so"
+    path.write_text("no library")
+    with pytest.raises(ValueError, match=r"text\.so is no 64-bit"):
+        finish.stripped(path)
 
 
 def test_every_base_is_named_by_its_digest() -> None:
