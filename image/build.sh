@@ -52,7 +52,9 @@ build() { # CONTEXT [OPTION...]: run the engine's build
 layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, of an index if there are several platforms
   context=$1 folder=$2 targets=$3
   shift 3
-  [ ! -e "$folder" ] || [ -e "$folder/oci-layout" ] || fail "$folder is no OCI layout: name another folder with LAYOUT=..."
+  # A build that failed leaves a part of a layout.
+  others=$(ls -A "$folder" 2>/dev/null | grep -vx -e blobs -e index.json -e ingest -e oci-layout) || true
+  [ -z "$others" ] || fail "$folder is no OCI layout: name another folder with LAYOUT=..."
   rm -rf "$folder"
   if is_docker; then
     build "$context" --platform="$targets" --output="type=oci,dest=$folder,tar=false" "$@"
