@@ -53,8 +53,12 @@ test: $(VENV)/installed ## run all tests that need nothing but this machine
 coverage: $(VENV)/installed ## run the tests and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
+# redis.sh runs in its image's sh, .ci/steps is sourced: neither says by itself what it is written for.
 lint: $(VENV)/installed ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/yamllint --strict .
+	@$(BIN)/shellcheck --shell=sh image/*.sh manifests/*.sh manifests/*/*.sh
+	@$(BIN)/shellcheck --shell=bash .ci/run .ci/steps .ci/buildah
 
 format: $(VENV)/installed ## mend style
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
@@ -143,6 +147,47 @@ test-image: $(VENV)/installed ## run the tests of the image, on the engine there
 	@$(MAKE_IMAGE) engines >/dev/null
 	@[ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
 	@$(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m image -o faulthandler_timeout=900 -rP tests/delivery
+
+# --- on Kubernetes ---
+
+KUBECTL ?= kubectl
+NAMESPACE ?= hitcounter
+REGISTRY ?=          # where the cluster gets its images, such as registry.example.com/team; minikube and kind need none
+VALKEY ?=            # another image of Valkey than the manifests', as name:tag
+ON_CLUSTER = KUBECTL="$(KUBECTL)" NAMESPACE="$(NAMESPACE)" REGISTRY="$(strip $(REGISTRY))" IMAGE="$(IMAGE)" VALKEY="$(strip $(VALKEY))" ENGINE="$(strip $(ENGINE))"
+
+.PHONY: deploy undeploy secret secret-rotate manifests e2e backup restore
+deploy: ## build, and run all of it on the current cluster (minikube, kind, or with REGISTRY=): prints its URL
+	@$(ON_CLUSTER) manifests/deploy.sh check && $(MAKE) --no-print-directory image && $(ON_CLUSTER) manifests/deploy.sh deploy
+
+undeploy: ## take all of it away again, the counts too
+	@$(ON_CLUSTER) manifests/deploy.sh undeploy
+
+secret: ## make the passwords in the cluster, those that are not there yet
+	@$(ON_CLUSTER) manifests/secret.sh make
+
+secret-rotate: ## make new passwords, without a failed request
+	@$(ON_CLUSTER) manifests/secret.sh rotate
+
+manifests: ## write manifests/rendered/ anew: each variant as one plain file
+	@KUBECTL="$(KUBECTL)" manifests/render.sh manifests/rendered
+
+FILE ?=              # a snapshot of Redis
+IN_REDIS = $(KUBECTL) --namespace=$(NAMESPACE) exec redis-0 --container=redis
+
+backup: ## write what Redis has now to FILE
+	@[ "$(strip $(FILE))" ] || { echo "make: where to? make backup FILE=hitcounter.rdb" >&2; exit 1; }
+	@$(IN_REDIS) -- sh /etc/redis/redis.sh backup >"$(FILE).new" && mv "$(FILE).new" "$(FILE)" || { rm -f "$(FILE).new"; exit 1; }
+
+restore: ## have Redis go on from FILE; what it has now stays in its volume, as before-restore, until the next time
+	@[ -f "$(strip $(FILE))" ] || { echo "make: from where? make restore FILE=hitcounter.rdb" >&2; exit 1; }
+	@$(IN_REDIS) --stdin -- sh /etc/redis/redis.sh restore <"$(FILE)"
+	@$(KUBECTL) --namespace=$(NAMESPACE) delete pod redis-0
+	@$(KUBECTL) --namespace=$(NAMESPACE) rollout status statefulset/redis --timeout=180s
+
+e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in namespaces of their own
+	@$(ON_CLUSTER) manifests/deploy.sh check
+	@$(ON_CLUSTER) $(BIN)/python -m pytest -m cluster -o faulthandler_timeout=900 -rP tests/e2e
 
 clean: ## remove what these commands made, but for the counts in .data/ and the images in an engine
 	rm -rf $(VENV) .venv-* wheels wheels.new *.oci .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

@@ -1,0 +1,528 @@
+"""The rules of the manifests, on what is applied: the rendered files of each variant."""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate  # type: ignore[import-untyped] # it has no types
+import pytest
+import yaml
+from conftest import ROOT
+from kubernetes_validate import utils
+
+from hitcounter.app import SERVICE
+from nanoservice import config, probes
+from nanoservice.config import variables
+from nanoservice.server import FINISH_SECONDS
+from nanoservice.service import Service, create_app
+
+Object = dict[str, Any]
+
+MANIFESTS = ROOT / "manifests"
+COMPONENTS = sorted(folder.name for folder in (MANIFESTS / "components").iterdir())
+RENDERED = {path.stem: list(yaml.safe_load_all(path.read_text())) for path in sorted((MANIFESTS / "rendered").glob("*.yaml"))}
+PRODUCTION = [variant for variant in RENDERED if variant.startswith("production")]
+WITH_REDIS = [variant for variant in RENDERED if not variant.endswith("redis-outside")]
+SERVICES: dict[str, Service[Any]] = {SERVICE.name: SERVICE}
+KUBERNETES = [f"1.{minor}" for minor in range(30, 38)]
+
+LABEL = "app.kubernetes.io/"
+VALKEY_CONF = [
+    line.split(maxsplit=1) for line in (MANIFESTS / "redis" / "valkey.conf").read_text().splitlines() if line[:1] > "#"
+]
+USERS = {line.split()[1]: line.split()[2:] for line in (MANIFESTS / "redis" / "users.acl").read_text().splitlines()}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What runs pods, in one variant."""
+
+    variant: str
+    object: Object
+
+    def __str__(self) -> str:
+        return f"{self.variant}-{self.name}"
+
+    @property
+    def kind(self) -> str:
+        return str(self.object["kind"])
+
+    @property
+    def name(self) -> str:
+        return str(self.object["metadata"]["name"])
+
+    @property
+    def labels(self) -> dict[str, str]:
+        labels: dict[str, str] = self.object["spec"]["template"]["metadata"]["labels"]
+        return labels
+
+    @property
+    def pod(self) -> Object:
+        pod: Object = self.object["spec"]["template"]["spec"]
+        return pod
+
+    @property
+    def containers(self) -> list[Object]:
+        return [*self.pod.get("initContainers", []), *self.pod["containers"]]
+
+    @property
+    def container(self) -> Object:
+        """The only one."""
+        (container,) = self.containers
+        return container
+
+    @property
+    def ports(self) -> dict[str, int]:
+        return {port["name"]: port["containerPort"] for port in self.container["ports"]}
+
+    @property
+    def mounts(self) -> dict[str, Object]:
+        """By its path in the container, the volume: {name, kind of volume: ...}."""
+        claims = self.object["spec"].get("volumeClaimTemplates", [])
+        volumes = {claim["metadata"]["name"]: {"persistentVolumeClaim": claim["spec"]} for claim in claims}
+        volumes |= {volume["name"]: volume for volume in self.pod["volumes"]}
+        mounts = self.container["volumeMounts"]
+        assert {mount["name"] for mount in mounts} == volumes.keys()
+        return {mount["mountPath"]: volumes[mount["name"]] for mount in mounts}
+
+    def secret_file(self, path: str) -> tuple[str, str]:
+        """Return the secret and its key that the file at `path` in the container holds."""
+        secret = self.mounts[str(Path(path).parent)]["secret"]
+        items = secret.get("items", [{"key": Path(path).name, "path": Path(path).name}])
+        (key,) = (item["key"] for item in items if item["path"] == Path(path).name)
+        return secret["secretName"], key
+
+
+def of_kind(variant: str, *kinds: str) -> list[Object]:
+    return [it for it in RENDERED[variant] if it["kind"] in kinds]
+
+
+def named(variant: str, kind: str, name: str) -> Object:
+    (found,) = (it for it in of_kind(variant, kind) if it["metadata"]["name"] == name)
+    return found
+
+
+def workloads(variant: str) -> list[Workload]:
+    return [Workload(variant, it) for it in RENDERED[variant] if "template" in it.get("spec", {})]
+
+
+def selected(variant: str, labels: dict[str, str]) -> Workload:
+    """Return the workload whose pods have `labels`; there is one."""
+    assert labels
+    (found,) = (it for it in workloads(variant) if labels.items() <= it.labels.items())
+    return found
+
+
+def redis(variant: str) -> Workload:
+    return Workload(variant, named(variant, "StatefulSet", "redis"))
+
+
+def setting(name: str) -> str:
+    """Return what valkey.conf sets `name` to."""
+    (value,) = (value for key, value in VALKEY_CONF if key == name)
+    return value
+
+
+def number(quantity: str) -> float:
+    """Return the number that a quantity of Kubernetes or of Valkey is: cores, or bytes."""
+    digits, unit = re.fullmatch(r"([0-9.]+)(\w*)", str(quantity)).groups()  # type: ignore[union-attr] # else it is none
+    return float(digits) * {"": 1, "m": 0.001, "mb": 2**20, "Mi": 2**20, "Gi": 2**30}[unit]
+
+
+WORKLOADS = [it for variant in RENDERED for it in workloads(variant)]
+of_each_workload = pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+of_each_service = pytest.mark.parametrize("workload", [it for it in WORKLOADS if it.name in SERVICES], ids=str)
+in_each_variant = pytest.mark.parametrize("variant", RENDERED)
+
+
+# --- what there is ---
+
+
+def test_every_variant_is_rendered() -> None:
+    assert RENDERED.keys() == {"minikube", "production", *(f"production-{name}" for name in COMPONENTS)}
+
+
+@in_each_variant
+def test_variant_holds_what_is_checked_here_and_nothing_else(variant: str) -> None:
+    # A kind that is new here needs rules of its own below.
+    store = ["ConfigMap", "NetworkPolicy", "Service", "StatefulSet"] if variant in WITH_REDIS else []
+    scaled = ["HorizontalPodAutoscaler", "Ingress"] if variant in PRODUCTION else []
+    service = ["ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service"]
+    namespace = ["Namespace", "NetworkPolicy"]
+    assert sorted(it["kind"] for it in RENDERED[variant]) == sorted(store + scaled + service * len(SERVICES) + namespace)
+    assert {it.name for it in workloads(variant)} == SERVICES.keys() | ({"redis"} if store else set())
+
+
+def test_no_secret_stands_in_the_manifests() -> None:
+    for path in MANIFESTS.rglob("*.yaml"):
+        assert not re.search(r"kind['\"]?:\s*['\"]?Secret\b|secretGenerator|stringData", path.read_text()), path
+
+
+@pytest.mark.parametrize("variant", WITH_REDIS)
+def test_rendered_files_of_redis_are_those_of_the_sources(variant: str) -> None:
+    data = named(variant, "ConfigMap", redis(variant).mounts["/etc/redis"]["configMap"]["name"])["data"]
+    assert data == {name: (MANIFESTS / "redis" / name).read_text() for name in ("redis.sh", "users.acl", "valkey.conf")}
+
+
+# --- Kubernetes' own rules ---
+
+
+@pytest.fixture(autouse=True)
+def schemas_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils, "schema_contents", read_schema)
+
+
+read_schema = cache(utils.schema_contents)
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_schema_of_each_kubernetes_takes_every_object(version: str) -> None:
+    checked: list[Object] = []
+    for it in (it for variant in RENDERED for it in RENDERED[variant]):
+        if it not in checked:  # most are the same in all variants
+            # It would fall back to an older version's schema: the one that was used is returned.
+            assert kubernetes_validate.validate(it, version, strict=True) == version
+            checked.append(it)
+    read_schema.cache_clear()  # 40 MB
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_schema_of_each_kubernetes_finds_a_misspelt_field(version: str) -> None:
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "x"},
+        "spec": {"ports": [{"port": 1, "tragetPort": 1}]},
+    }
+    with pytest.raises(kubernetes_validate.ValidationError, match="tragetPort"):
+        kubernetes_validate.validate(service, version, strict=True)
+
+
+@in_each_variant
+def test_all_is_in_a_namespace_that_enforces_restricted(variant: str) -> None:
+    (namespace,) = of_kind(variant, "Namespace")
+    levels = {name.split("/")[1]: level for name, level in namespace["metadata"]["labels"].items() if "pod-security" in name}
+    assert levels == {"enforce": "restricted", "warn": "restricted", "audit": "restricted"}
+    others = [it for it in RENDERED[variant] if it is not namespace]
+    assert {it["metadata"]["namespace"] for it in others} == {namespace["metadata"]["name"]}
+
+
+# --- pods ---
+
+
+@of_each_workload
+def test_pod_is_hardened(workload: Workload) -> None:
+    assert workload.pod["automountServiceAccountToken"] is False
+    assert workload.pod["enableServiceLinks"] is False
+    assert not workload.pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "serviceAccountName"}
+    context = workload.pod["securityContext"]
+    for name in ("runAsUser", "runAsGroup", "fsGroup"):
+        assert type(context[name]) is int
+        assert context[name] > 0
+    assert context["runAsNonRoot"] is True
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in workload.containers:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+
+
+@of_each_workload
+def test_container_has_requests_and_limits(workload: Workload) -> None:
+    for container in workload.containers:
+        requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+        assert requests.keys() == limits.keys() == {"cpu", "memory"}
+        for name in requests:
+            assert 0 < number(requests[name]) <= number(limits[name])
+
+
+@of_each_workload
+def test_volume_is_mounted_whole_and_what_is_given_is_read_only(workload: Workload) -> None:
+    for container in workload.containers:
+        for mount in container["volumeMounts"]:
+            assert mount.keys() <= {"name", "mountPath", "readOnly"}  # no subPath: the kubelet never updates one
+            given = workload.mounts[mount["mountPath"]].keys() & {"secret", "configMap"}
+            assert mount.get("readOnly", False) is bool(given)
+    for volume in workload.mounts.values():
+        assert volume.keys() & {"secret", "configMap", "emptyDir", "persistentVolumeClaim"}
+        assert "secret" not in volume or volume["secret"]["defaultMode"] == 0o440
+        assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"]
+
+
+@of_each_workload
+def test_image_never_moves(workload: Workload) -> None:
+    for container in workload.containers:
+        assert container["imagePullPolicy"] == "IfNotPresent"
+        by_digest = re.fullmatch(r"[a-z0-9./:-]+@sha256:[0-9a-f]{64}", container["image"])
+        # Only for a laptop a service's image has its bare name: that of what was built is put in its place.
+        assert by_digest or (workload.variant not in PRODUCTION and container["image"] == workload.name in SERVICES)
+        assert ":latest" not in container["image"]
+
+
+@of_each_workload
+def test_workload_and_its_pods_have_the_recommended_labels(workload: Workload) -> None:
+    component = "service" if workload.name in SERVICES else "store"
+    expected = {"name": workload.name, "component": component, "part-of": "hitcounter"}
+    assert workload.labels == workload.object["metadata"]["labels"] == {LABEL + key: value for key, value in expected.items()}
+
+
+# --- services: the code and the manifests agree ---
+
+
+def settings(workload: Workload) -> dict[str, str]:
+    """Return the variables of the workload's container."""
+    container = workload.container
+    found: dict[str, str] = {}
+    for source in container["envFrom"]:
+        found |= named(workload.variant, "ConfigMap", source["configMapRef"]["name"])["data"]
+    for variable in container["env"]:
+        assert variable.keys() == {"name", "value"}
+        assert variable["name"] not in found
+        found[variable["name"]] = variable["value"]
+    return found
+
+
+def configured(workload: Workload, folder: Path) -> Any:
+    """Return the settings of the workload as its service reads them. Files of secrets are stood in for by those in `folder`."""
+    service, environ = SERVICES[workload.name], settings(workload)
+    for name, spec in variables(service.config):
+        if name in environ and spec.metadata["parse"] is config.file:
+            secret, key = workload.secret_file(environ[name])
+            environ[name] = str(folder / f"{secret}.{key}")
+            Path(environ[name]).write_text("x")
+    return service.config.read(environ)
+
+
+@of_each_service
+def test_service_knows_every_variable_and_takes_its_value(workload: Workload, tmp_path: Path) -> None:
+    known = {name for name, _ in variables(SERVICES[workload.name].config)}
+    assert settings(workload).keys() <= known
+    assert configured(workload, tmp_path).log_format == "json"
+
+
+@of_each_service
+def test_service_authenticates_with_the_password_that_is_made_for_it(workload: Workload, tmp_path: Path) -> None:
+    assert configured(workload, tmp_path).redis_username == workload.name
+    assert workload.secret_file(settings(workload)["REDIS_PASSWORD_FILE"]) == (f"{workload.name}-redis", "password")
+
+
+@of_each_service
+def test_service_finds_redis(workload: Workload, tmp_path: Path) -> None:
+    read = configured(workload, tmp_path)
+    if workload.variant not in WITH_REDIS:
+        assert read.redis_tls
+        return
+    service = named(workload.variant, "Service", read.redis_host)
+    assert [port["port"] for port in service["spec"]["ports"]] == [read.redis_port]
+    assert read.redis_tls == ("--tls-port" in redis(workload.variant).container.get("args", []))
+
+
+@of_each_service
+def test_ports_are_those_that_the_service_listens_on(workload: Workload, tmp_path: Path) -> None:
+    read = configured(workload, tmp_path)
+    assert workload.ports == {"http": read.bind_port, "admin": read.admin_port}
+    assert (read.bind_host, workload.container["name"]) == ("", workload.name)
+
+
+@of_each_service
+def test_probes_ask_what_they_should(workload: Workload, tmp_path: Path) -> None:
+    expected = {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
+    found = {name: probe for name, probe in workload.container.items() if name.endswith("Probe")}
+    assert {name: probe["httpGet"] for name, probe in found.items()} == {
+        name: {"path": path, "port": "http"} for name, path in expected.items()
+    }
+    # Never anything that looks at Redis: a restart of this process would not mend it.
+    routes = create_app(SERVICES[workload.name], configured(workload, tmp_path)).router.routes()
+    handlers = {(route.method, route.resource.canonical): route.handler for route in routes if route.resource}
+    assert handlers["GET", "/livez"] is probes.livez
+    assert ("GET", "/readyz") in handlers
+    assert found["readinessProbe"]["timeoutSeconds"] > probes._LIMIT
+
+
+@of_each_service
+def test_readiness_outlasts_a_restart_of_redis(workload: Workload) -> None:
+    probe = workload.container["readinessProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 30
+
+
+@of_each_service
+def test_grace_period_is_longer_than_the_end_can_take(workload: Workload, tmp_path: Path) -> None:
+    read = configured(workload, tmp_path)
+    close = read.redis_timeout  # for the connections to Redis
+    assert 0 < read.drain_seconds
+    assert read.drain_seconds + FINISH_SECONDS + close < workload.pod["terminationGracePeriodSeconds"]
+
+
+@of_each_service
+def test_rollout_never_has_a_pod_too_few_and_spreads_over_nodes(workload: Workload) -> None:
+    spec = workload.object["spec"]
+    assert workload.kind == "Deployment"
+    assert spec["strategy"] == {"rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
+    (spread,) = workload.pod["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    assert selected(workload.variant, spread["labelSelector"]["matchLabels"]) == workload
+
+
+@of_each_service
+def test_changed_settings_roll_the_pods(workload: Workload) -> None:
+    (source,) = workload.container["envFrom"]
+    assert re.fullmatch(workload.name + "-[a-z0-9]{10}", source["configMapRef"]["name"])
+
+
+# --- what stands around the pods ---
+
+
+@of_each_workload
+def test_workload_selects_its_own_pods(workload: Workload) -> None:
+    assert selected(workload.variant, workload.object["spec"]["selector"]["matchLabels"]) == workload
+
+
+@in_each_variant
+def test_services_show_one_port_and_never_the_admin_port(variant: str) -> None:
+    ports = {}
+    for service in of_kind(variant, "Service"):
+        workload = selected(variant, service["spec"]["selector"])
+        assert service["metadata"]["name"] == workload.name
+        assert service["spec"].keys() <= {"ports", "selector", "type"}
+        (port,) = service["spec"]["ports"]
+        assert workload.ports[port["targetPort"]] != config.Config.admin_port
+        ports[workload.name] = port | {"type": service["spec"].get("type", "ClusterIP")}
+    http = {"name": "http", "port": 80, "targetPort": "http", "type": "ClusterIP"}
+    if variant == "minikube":
+        http |= {"nodePort": 30080, "type": "NodePort"}
+    expected = dict.fromkeys(SERVICES, http)
+    if variant in WITH_REDIS:
+        expected["redis"] = {"name": "redis", "port": 6379, "targetPort": "redis", "type": "ClusterIP"}
+    assert ports == expected
+
+
+@in_each_variant
+def test_drain_of_a_node_takes_one_pod_of_a_service_at_a_time_and_is_never_held_up_by_redis(variant: str) -> None:
+    budgets = [it["spec"] for it in of_kind(variant, "PodDisruptionBudget")]
+    assert [selected(variant, budget.pop("selector")["matchLabels"]).name for budget in budgets] == list(SERVICES)
+    assert budgets == [{"maxUnavailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow"}] * len(SERVICES)
+
+
+@of_each_service
+def test_autoscaler_alone_says_how_many_pods_there_are(workload: Workload) -> None:
+    assert "replicas" not in workload.object["spec"]
+    scalers = of_kind(workload.variant, "HorizontalPodAutoscaler")
+    assert len(scalers) == (workload.variant in PRODUCTION)
+    for scaler in (it["spec"] for it in scalers):
+        assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": workload.name}
+        assert 2 <= scaler["minReplicas"] < scaler["maxReplicas"]
+        (metric,) = scaler["metrics"]
+        aim = number(metric["resource"]["target"]["averageValue"])
+        assert number(workload.container["resources"]["requests"]["cpu"]) < aim < 1  # one thread uses no more than a core
+
+
+@pytest.mark.parametrize("variant", PRODUCTION)
+def test_ingress_leads_to_a_port_that_there_is(variant: str) -> None:
+    (ingress,) = of_kind(variant, "Ingress")
+    for path in (path for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]):
+        backend = path["backend"]["service"]
+        ports = named(variant, "Service", backend["name"])["spec"]["ports"]
+        assert backend["port"]["name"] in {port["name"] for port in ports}
+
+
+@in_each_variant
+def test_network_lets_through_what_is_needed_and_nothing_else(variant: str) -> None:
+    both = ["Ingress", "Egress"]
+    policies = {it["metadata"]["name"]: it["spec"] for it in of_kind(variant, "NetworkPolicy")}
+    assert policies.pop("default-deny") == {"podSelector": {}, "policyTypes": both}
+    if variant in WITH_REDIS:
+        assert policies.pop("redis") == {
+            "podSelector": {"matchLabels": {LABEL + "name": "redis"}},
+            "policyTypes": both,
+            "ingress": [
+                {"from": [{"podSelector": {"matchLabels": {LABEL + "component": "service"}}}], "ports": [{"port": "redis"}]}
+            ],
+        }
+        to_redis: Object = {"podSelector": {"matchExpressions": [_is(LABEL + "name", "redis")]}}
+    else:
+        to_redis = {"ipBlock": {"cidr": "192.0.2.0/24"}}
+    dns = {
+        "namespaceSelector": {"matchExpressions": [_is("kubernetes.io/metadata.name", "kube-system")]},
+        "podSelector": {"matchExpressions": [_is("k8s-app", "kube-dns")]},
+    }
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    assert policies == {
+        name: {
+            "podSelector": {"matchLabels": {LABEL + "name": name}},
+            "policyTypes": both,
+            "ingress": [{"ports": [{"port": "http"}]}, {"from": [monitoring], "ports": [{"port": "admin"}]}],
+            "egress": [
+                {"to": [to_redis], "ports": [{"port": 6379}]},
+                {
+                    "to": [dns, {"ipBlock": {"cidr": "169.254.20.10/32"}}],
+                    "ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}],
+                },
+            ],
+        }
+        for name in SERVICES
+    }
+
+
+def _is(label: str, value: str) -> Object:
+    return {"key": label, "operator": "In", "values": [value]}
+
+
+# --- Redis ---
+
+
+def test_redis_keeps_what_it_acknowledged_and_forgets_nothing() -> None:
+    expected = {
+        "appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction", "save": '""', "dir": "/data",
+    }  # fmt: skip
+    assert {name: setting(name) for name in expected} == expected
+    for variant in WITH_REDIS:
+        assert redis(variant).object["spec"]["replicas"] == 1
+        assert "persistentVolumeClaim" in redis(variant).mounts[setting("dir")]
+
+
+@pytest.mark.parametrize("variant", WITH_REDIS)
+def test_redis_has_room_for_a_rewrite_and_a_snapshot(variant: str) -> None:
+    most = number(setting("maxmemory"))
+    assert number(redis(variant).container["resources"]["limits"]["memory"]) >= 3 * most
+    assert number(redis(variant).mounts["/tmp"]["emptyDir"]["sizeLimit"]) >= most
+    assert number(redis(variant).mounts["/data"]["persistentVolumeClaim"]["resources"]["requests"]["storage"]) >= 8 * most
+
+
+@pytest.mark.parametrize("variant", WITH_REDIS)
+def test_redis_is_run_by_its_script_and_every_path_of_it_is_mounted(variant: str) -> None:
+    container, mounts = redis(variant).container, redis(variant).mounts
+    assert container["command"] == ["sh", "/etc/redis/redis.sh", "start"]
+    found = {name: probe["exec"]["command"][2:] for name, probe in container.items() if name.endswith("Probe")}
+    assert found == {"livenessProbe": ["alive"], "readinessProbe": ["ready"]}
+    script = (MANIFESTS / "redis" / "redis.sh").read_text()
+    for path in re.findall(r"(?<![\w/])/(?:etc|run|data|tmp)\b[\w/.]*", script + " ".join(value for _, value in VALKEY_CONF)):
+        assert any(Path(path).is_relative_to(folder) for folder in mounts), path
+    assert setting("unixsocket") in script
+    assert f"mv {setting('aclfile')}.new {setting('aclfile')}" in script
+    assert mounts["/run/secrets/redis"]["secret"]["secretName"] == "redis-users"
+
+
+@pytest.mark.parametrize("variant", WITH_REDIS)
+def test_redis_listens_on_its_port_alone(variant: str) -> None:
+    args = redis(variant).container.get("args", [])
+    options = dict(zip(args[::2], args[1::2], strict=True))
+    assert redis(variant).ports == {"redis": int(setting("port"))}
+    if args:
+        assert (options["--port"], options["--tls-port"]) == ("0", setting("port"))
+        files = [value for name, value in options.items() if name.endswith("-file")]
+        assert [redis(variant).secret_file(path)[0] for path in files] == ["redis-tls"] * 3
+
+
+def test_users_of_redis_are_those_who_need_it_and_each_has_its_own_keys() -> None:
+    assert USERS["default"] == ["off"]
+    assert USERS.keys() == {"default", "probe", "operator"} | SERVICES.keys()
+    for name, rights in list(USERS.items())[1:]:
+        keys = [f"~{{{name}}}:*"] if name in SERVICES else []
+        assert rights[: len(keys) + 2] == ["resetchannels", *keys, "-@all"]
+        assert all(re.fullmatch(r"\+[a-z]+(\|[a-z]+)?", right) for right in rights[len(keys) + 2 :])
+    assert USERS["probe"][2:] == ["+ping"]
+    assert USERS["operator"][2:] == ["+acl|load", "+sync", "+psync", "+replconf"]

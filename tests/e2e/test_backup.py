@@ -1,0 +1,68 @@
+"""What Redis has stays: through the end of its pod, and out of a backup."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from cluster import Deployed, Namespace, cluster, install, other
+from conftest import wait_for
+
+__all__ = ["cluster", "other"]  # fixtures
+
+pytestmark = pytest.mark.cluster
+
+
+def test_volume_survives_the_pod(cluster: Deployed) -> None:
+    namespace = cluster.namespace
+    before = namespace.counts()
+    namespace.kubectl("delete", "pod", "redis-0")
+    namespace.await_rollout("statefulset/redis")
+    assert namespace.counts() == (before[0] + 1, before[1])
+
+
+def test_service_tells_that_redis_was_set_back(cluster: Deployed, tmp_path: Path) -> None:
+    namespace, file = cluster.namespace, tmp_path / "hitcounter.rdb"
+    before = namespace.counts()
+    namespace.make("backup", f"FILE={file}")
+    for _ in range(3):
+        namespace.counts()
+    namespace.make("restore", f"FILE={file}")
+    assert wait_for(lambda: _counts(namespace), 30) == (before[0] + 1, before[1])
+    assert "Redis has lost counts that were answered" in namespace.kubectl("logs", "deployment/hitcounter")
+
+
+def test_backup_gives_the_counts_of_its_moment_in_another_namespace(cluster: Deployed, other: Namespace, tmp_path: Path) -> None:
+    file = tmp_path / "hitcounter.rdb"
+    at_backup = cluster.namespace.counts()
+    cluster.namespace.make("backup", f"FILE={file}")
+    for _ in range(3):
+        last = cluster.namespace.counts()
+    install(cluster, other)
+    assert other.counts() == (1, 0)
+    other.make("restore", f"FILE={file}")
+    restored = wait_for(lambda: _counts(other), 30)
+    print(f"\nbacked up at {at_backup}, restored {restored[0] - 1} hits; lost: the {last[0] - at_backup[0]} that came after")
+    assert restored == (at_backup[0] + 1, at_backup[1])
+    # It had answered one hit of its own before. What is restored is more than that, so nothing seems lost to it.
+    log = other.kubectl("logs", "deployment/hitcounter")
+    assert "Redis has lost counts" not in log
+
+
+def _counts(namespace: Namespace) -> tuple[int, int] | None:
+    """Return the counts, or None for a 503: what was sent to the Redis that ended is in doubt."""
+    with suppress(AssertionError):
+        return namespace.counts()
+    return None
+
+
+def test_restore_refuses_what_is_no_snapshot_and_changes_nothing(cluster: Deployed, tmp_path: Path) -> None:
+    file = tmp_path / "hitcounter.rdb"
+    cluster.namespace.make("backup", f"FILE={file}")
+    torn = tmp_path / "torn.rdb"
+    torn.write_bytes(file.read_bytes()[:-20])
+    before = cluster.namespace.counts()
+    with pytest.raises(AssertionError, match="no snapshot of Redis; nothing has changed"):
+        cluster.namespace.make("restore", f"FILE={torn}")
+    assert cluster.namespace.counts() == (before[0] + 1, before[1])
+    assert not re.search("restored", cluster.namespace.kubectl("exec", "redis-0", "--", "ls", "/data"))

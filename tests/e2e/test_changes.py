@@ -1,0 +1,89 @@
+"""What an operator does to a service that works: none of it costs a request."""
+
+import json
+import re
+
+import pytest
+from cluster import Deployed, Namespace, cluster, counts, step, traffic
+from conftest import wait_for
+
+__all__ = ["cluster"]  # a fixture
+
+pytestmark = pytest.mark.cluster
+
+
+def scale(namespace: Namespace, replicas: int) -> None:
+    namespace.kubectl("scale", "deployment/hitcounter", f"--replicas={replicas}")
+    wait_for(lambda: len(namespace.ready()) == len(namespace.pods()) == replicas, 120)
+
+
+def evict(namespace: Namespace, pod: str) -> None:
+    """Ask for the pod's end as `kubectl drain` does: a disruption budget may refuse."""
+    body = f'{{"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {{"name": "{pod}", "namespace": "{namespace.name}"}}}}'
+    path = f"/api/v1/namespaces/{namespace.name}/pods/{pod}/eviction"
+    namespace.kubectl("create", f"--raw={path}", "--filename=-", input=body)
+
+
+def change_config(namespace: Namespace) -> None:
+    """Deploy once more with another setting: a ConfigMap of another name."""
+    container = namespace.get("deployment", "hitcounter")["spec"]["template"]["spec"]["containers"][0]
+    config = container["envFrom"][0]["configMapRef"]["name"]
+    data = namespace.get("configmap", config)["data"] | {"LANES": "3"}
+    following = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{config}-next"}, "data": data}
+    namespace.apply(json.dumps(following))
+    patch = (
+        f'[{{"op": "replace", "path": "/spec/template/spec/containers/0/envFrom/0/configMapRef/name", "value": "{config}-next"}}]'
+    )
+    namespace.kubectl("patch", "deployment/hitcounter", "--type=json", f"--patch={patch}")
+    namespace.await_rollout("deployment/hitcounter")
+
+
+async def test_changes_cost_no_request(cluster: Deployed) -> None:
+    namespace = cluster.namespace
+    before = await counts(cluster.url)
+    async with traffic(cluster.url, 220, least=20_000) as load:
+        await step(namespace.kubectl, "rollout", "restart", "deployment/hitcounter")
+        await step(namespace.await_rollout, "deployment/hitcounter")
+        rolled = load.sent
+        await step(scale, namespace, 3)
+        await step(scale, namespace, 1)
+        await step(scale, namespace, 2)
+        scaled = load.sent
+        await step(evict, namespace, (await step(namespace.ready))[0])
+        await step(lambda: wait_for(lambda: len(namespace.ready()) == len(namespace.pods()) == 2, 120))
+        evicted = load.sent
+        await step(change_config, namespace)
+        changed = load.sent
+    print(f"\nrolled by request {rolled}, scaled by {scaled}, evicted by {evicted}, changed by {changed}; {load.statuses()}")
+    assert load.sent >= 20_000
+    assert not load.failures
+    load.check(before, await counts(cluster.url))
+
+
+async def test_eviction_beyond_the_budget_is_refused(cluster: Deployed) -> None:
+    namespace = cluster.namespace
+    await step(scale, namespace, 2)
+    first, second = await step(namespace.ready)
+    await step(evict, namespace, first)
+    with pytest.raises(AssertionError, match="disruption budget"):
+        await step(evict, namespace, second)
+
+
+async def test_passwords_are_rotated_without_a_failed_request(cluster: Deployed) -> None:
+    namespace = cluster.namespace
+    old = namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").strip()
+    assert namespace.valkey("PING", user="hitcounter", password=old) == "PONG"
+    async with traffic(cluster.url, 100) as load:
+        said = await step(namespace.make, "secret-rotate")
+    print(f"\n{load.statuses()}")
+    assert not load.failures
+    new = namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").strip()
+    assert old != new
+    assert old not in said
+    assert new not in said
+    assert namespace.valkey("PING", user="hitcounter", password=new) == "PONG"
+    assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=old))
+    namespace.kubectl("delete", "pod", "redis-0")  # and it stays so
+    namespace.await_rollout("statefulset/redis")
+    assert namespace.valkey("PING", user="hitcounter", password=new) == "PONG"
+    assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=old))

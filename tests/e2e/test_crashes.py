@@ -1,0 +1,158 @@
+"""Processes are killed and pods taken away under load: 200 or 503, every number once, no answered hit lost."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from cluster import SERVICE, Deployed, Namespace, Traffic, cluster, counts, namespace, reachable, step, traffic
+from conftest import wait_for
+
+__all__ = ["cluster"]  # a fixture
+
+pytestmark = pytest.mark.cluster
+
+REDIS = "app.kubernetes.io/name=redis"
+
+# Ends process 1 of the container $1 with signal 9, from the node: from inside, process 1 is not reached by it.
+_KILL = """
+for folder in /proc/[0-9]*; do
+  if grep -q "$1" $folder/cgroup 2>/dev/null && grep -q '^NSpid:.*[[:space:]]1$' $folder/status; then
+    kill -9 "${folder#/proc/}" && exit
+  fi
+done
+echo "no process of the container $1"; exit 1
+"""
+
+
+class Node:
+    """A pod that sees the node's processes. It runs Valkey's image, which the cluster has, for its shell."""
+
+    def __init__(self, namespace: Namespace, image: str) -> None:
+        self._namespace = namespace
+        spec = {
+            "hostPID": True,
+            "terminationGracePeriodSeconds": 0,
+            "containers": [
+                {
+                    "name": "node",
+                    "image": image,
+                    "command": ["sleep", "3600"],
+                    "securityContext": {"privileged": True, "runAsUser": 0},
+                }
+            ],
+        }
+        namespace.apply(json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"}, "spec": spec}))
+        namespace.kubectl("wait", "--for=condition=Ready", "pod/node", "--timeout=60s")
+
+    def kill(self, container: str) -> None:
+        """End process 1 of a container as a crash would."""
+        self._namespace.kubectl("exec", "node", "--", "sh", "-c", _KILL, "sh", container.split("//")[1])
+
+
+@pytest.fixture
+def node(cluster: Deployed) -> Iterator[Node]:
+    with namespace("node", "privileged") as one:
+        yield Node(one, cluster.valkey)
+
+
+def status(namespace: Namespace, selector: str) -> Any:
+    """Return the status of the one container of the one pod that is selected."""
+    (pod,) = namespace.pods(selector)
+    return pod["status"]["containerStatuses"][0]
+
+
+class Windows:
+    """The times between a blow and the recovery from it."""
+
+    def __init__(self, load: Traffic) -> None:
+        self._load = load
+        self.all: list[tuple[float, float]] = []
+
+    async def recover(self, began: float, namespace: Namespace, ready: Callable[[], Any]) -> float:
+        """Wait until `ready` is true, and a request that is sent after that is answered; return the seconds since `began`.
+
+        Should Redis have been away for more than half a minute, the service is not ready either, and new connections are refused,
+        until the next look of the kubelet: the window ends when a new connection is answered.
+        """
+        await step(wait_for, ready, 120)
+        since = time.monotonic()
+        await step(wait_for, lambda: self._load.last_answered > since, 30, "an answer")
+        seconds = time.monotonic() - began
+        await step(wait_for, namespace.ready, 30)
+        async with asyncio.timeout(30):
+            while not await reachable(self._load.url):
+                await asyncio.sleep(0.1)
+        self.all.append((began, time.monotonic()))
+        return seconds
+
+    def check(self) -> None:
+        """Fail if a request failed at another time, or in another way than by a 503 or a broken connection."""
+        for failure in self._load.failures:
+            ended = failure.at + failure.seconds
+            assert any(failure.at <= last and ended >= first for first, last in self.all), (failure, self.all)
+            assert failure.what == "503" or not failure.what.isdigit(), failure
+
+
+@asynccontextmanager
+async def blows(cluster: Deployed, what: str) -> AsyncIterator[tuple[Traffic, Windows, list[float]]]:
+    """Have a load go on while the block hits, and account for every request."""
+    before = await counts(cluster.url)
+    async with traffic(cluster.url, 100) as load:
+        windows = Windows(load)
+        times: list[float] = []
+        yield load, windows, times
+    print(f"\n{what}: recovered in {', '.join(f'{one:.1f}' for one in times)} s; {load.statuses()}")
+    windows.check()
+    load.check(before, await counts(cluster.url))
+
+
+@pytest.mark.parametrize("selector", [SERVICE, REDIS], ids=["service", "Valkey"])
+async def test_killed_process_costs_no_answered_hit(cluster: Deployed, node: Node, selector: str) -> None:
+    namespace = cluster.namespace
+    async with blows(cluster, "kill -9") as (_, windows, times):
+        for _ in range(3):
+            old = await step(status, namespace, selector)
+
+            def back(old: Any = old) -> bool:
+                new = status(namespace, selector)
+                return bool(new["ready"] and new["containerID"] != old["containerID"])
+
+            began = time.monotonic()
+            await step(node.kill, old["containerID"])
+            times.append(await windows.recover(began, namespace, back))
+    # The kubelet waits 10 s before the second restart, and 20 s before the third.
+    alone = [f"{seconds - wait:.1f}" for seconds, wait in zip(times, (0, 10, 20), strict=True)]
+    print(f"without the kubelet's back-off: {', '.join(alone)} s")
+
+
+@pytest.mark.parametrize("selector", [SERVICE, REDIS], ids=["service", "Valkey"])
+async def test_pod_taken_away_at_once_costs_no_answered_hit(cluster: Deployed, selector: str) -> None:
+    namespace = cluster.namespace
+    async with blows(cluster, "pod deleted with grace 0") as (_, windows, times):
+        for _ in range(7):
+            (old,) = await step(namespace.pods, selector)
+
+            def back(old: Any = old) -> bool:
+                return any(
+                    pod["metadata"]["uid"] != old["metadata"]["uid"] and pod["metadata"]["name"] in namespace.ready(selector)
+                    for pod in namespace.pods(selector)
+                )
+
+            began = time.monotonic()
+            await step(namespace.kubectl, "delete", "pod", old["metadata"]["name"], "--grace-period=0", "--force")
+            times.append(await windows.recover(began, namespace, back))
+
+
+async def test_clients_are_not_refused_while_redis_restarts(cluster: Deployed) -> None:
+    namespace = cluster.namespace
+    (pod,) = namespace.ready()
+    async with blows(cluster, "Redis restarted") as (load, windows, times):
+        began = time.monotonic()
+        await step(namespace.kubectl, "delete", "pod", "redis-0")
+        times.append(await windows.recover(began, namespace, lambda: namespace.ready(REDIS)))
+    assert {failure.what for failure in load.failures} <= {"503"}  # the service stayed where it is
+    assert namespace.ready() == [pod]

@@ -1,0 +1,151 @@
+"""Who may reach what, and do what. Each denial has its control: the same from where it is allowed."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from cluster import Deployed, Namespace, cluster, namespace, other
+from conftest import wait_for
+
+__all__ = ["cluster", "other"]  # fixtures
+
+pytestmark = pytest.mark.cluster
+
+# Prints whether a TCP connection to each HOST:PORT can be opened.
+_REACH = """
+import json, socket, sys
+def reach(target):
+    host, port = target.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), 2).close()
+    except OSError as error:
+        return False
+    return True
+print(json.dumps({target: reach(target) for target in sys.argv[1:]}))
+"""
+
+
+def reach(namespace: Namespace, pod: str, *targets: str) -> dict[str, bool]:
+    """Return which of the targets the pod reaches."""
+    answer: dict[str, bool] = json.loads(namespace.python(pod, _REACH, *targets))
+    return answer
+
+
+def start(namespace: Namespace, image: str, name: str = "client", labels: dict[str, str] | None = None) -> str:
+    """Start a pod that serves HTTP on port 8000, and return its address. It has Python to try things with."""
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": labels or {}},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "terminationGracePeriodSeconds": 0,
+            "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [
+                {
+                    "name": "client",
+                    "image": image,
+                    "command": ["/usr/bin/python3.13", "-m", "http.server", "8000", "--directory", "/tmp"],
+                    "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+                }
+            ],
+        },
+    }
+    namespace.apply(json.dumps(pod))
+    namespace.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=60s")
+    return str(namespace.get("pod", name)["status"]["podIP"])
+
+
+@pytest.fixture
+def monitoring() -> Iterator[Namespace]:
+    """The namespace that monitoring has in a cluster: made for the test where there is none."""
+    one = Namespace("monitoring")
+    there = "monitoring" in one.kubectl("get", "namespaces", "--output=name")
+    if not there:
+        one.create()
+    try:
+        yield one
+    finally:
+        if there:
+            one.kubectl("delete", "pod", "client", "--ignore-not-found")
+        else:
+            one.delete()
+
+
+def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
+    cluster: Deployed, other: Namespace, monitoring: Namespace
+) -> None:
+    ours = cluster.namespace
+    redis, (pod,) = f"redis.{ours.name}:6379", ours.pods()
+    address = pod["status"]["podIP"]
+    start(other, cluster.image)
+    start(monitoring, cluster.image)
+    start(ours, cluster.image, "stranger")
+
+    assert reach(ours, ours.ready()[0], redis) == {redis: True}
+    assert reach(other, "client", redis, f"{address}:8080", f"{address}:9090") == {
+        redis: False,
+        f"{address}:8080": True,
+        f"{address}:9090": False,
+    }
+    # A namespace-wide denial holds for a pod that nobody wrote a policy for.
+    assert reach(ours, "stranger", redis, f"{address}:8080") == {redis: False, f"{address}:8080": False}
+    ours.kubectl("delete", "pod", "stranger")
+
+    def monitored() -> bool:  # it is known to the policies a moment after it has its address
+        return reach(monitoring, "client", f"{address}:9090", redis) == {f"{address}:9090": True, redis: False}
+
+    wait_for(monitored, 15)
+
+
+def test_service_reaches_redis_and_dns_and_nothing_else(cluster: Deployed, other: Namespace) -> None:
+    ours = cluster.namespace
+    server = f"{start(other, cluster.image)}:8000"
+    api = "kubernetes.default.svc:443"  # found, so DNS was reached
+    redis = f"redis.{ours.name}:6379"
+    assert reach(ours, ours.ready()[0], redis, server, api) == {redis: True, server: False, api: False}
+    start(other, cluster.image, "control")
+    assert reach(other, "control", server, api) == {server: True, api: True}
+
+
+def test_redis_reaches_nothing(cluster: Deployed, other: Namespace) -> None:
+    server = start(other, cluster.image)
+    # Valkey's own client is all there is to try with. Python's server does not know the protocol, but it answers.
+    command = ["timeout", "3", "valkey-cli", "-h", server, "-p", "8000", "PING"]
+    with pytest.raises(AssertionError, match=r"Could not connect|: (124|143)"):
+        cluster.namespace.kubectl("exec", "redis-0", "--", *command)
+    start(other, cluster.image, "control")
+    assert reach(other, "control", f"{server}:8000") == {f"{server}:8000": True}
+
+
+DENIED = [
+    ("FLUSHALL",), ("KEYS", "*"), ("CONFIG", "GET", "*"), ("CLIENT", "KILL", "TYPE", "normal"), ("GET", "{another}:hits"),
+    ("SET", "{another}:hits", "1"), ("ACL", "LIST"), ("SHUTDOWN",), ("EVAL", "return 1", "0"),
+]  # fmt: skip
+
+
+def test_services_user_may_do_what_the_script_does_and_nothing_else(cluster: Deployed) -> None:
+    ours = cluster.namespace
+
+    def ask(*command: str, user: str = "hitcounter") -> str:
+        return ours.valkey(*command, user=user)
+
+    # NOPERM, not "unknown command": the server has it, and would do it for another.
+    for command in DENIED:
+        assert ask(*command).startswith("NOPERM"), command
+    assert ask("GET", "{hitcounter}:hits").isdigit()
+    assert ask("PING") == "PONG"
+    assert ask("PING", user="probe") == "PONG"
+    assert ask("GET", "{hitcounter}:hits", user="probe").startswith("NOPERM")
+    assert ask("GET", "{hitcounter}:hits", user="operator").startswith("NOPERM")
+    assert ask("ACL", "LOAD", user="operator") == "OK"
+    assert "NOAUTH" in ours.kubectl("exec", "redis-0", "--", "valkey-cli", "-s", "/run/valkey/socket", "PING")
+
+
+def test_namespace_takes_only_restricted_pods(cluster: Deployed) -> None:
+    command = ["run", "root", "--image=x", "--dry-run=server"]
+    with pytest.raises(AssertionError, match='violates PodSecurity "restricted'):
+        cluster.namespace.kubectl(*command)
+    with namespace("privileged", "privileged") as control:
+        control.kubectl(*command)

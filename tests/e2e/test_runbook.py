@@ -1,0 +1,236 @@
+"""What docs/operations.md says of faults: provoked, seen, mended."""
+
+import base64
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import yaml
+from cluster import Deployed, Namespace, cluster, compose, install, namespace, other
+from conftest import ROOT, wait_for
+
+__all__ = ["cluster", "other"]  # fixtures
+
+pytestmark = pytest.mark.cluster
+
+REDIS = "app.kubernetes.io/name=redis"
+
+
+@pytest.fixture
+def installed(cluster: Deployed, other: Namespace) -> Namespace:
+    """A service and a Redis to break."""
+    install(cluster, other)
+    assert other.counts() == (1, 0)
+    return other
+
+
+def log(namespace: Namespace, pod: str, *options: str) -> str:
+    with suppress(AssertionError):  # while there is none
+        return namespace.kubectl("logs", pod, *options)
+    return ""
+
+
+def newcomer(namespace: Namespace, *known: str) -> str:
+    """Return the name of the service's pod that is none of the known ones, as soon as there is one."""
+
+    def new() -> list[str]:
+        return [name for pod in namespace.pods() if (name := pod["metadata"]["name"]) not in known]
+
+    return str(wait_for(new, 30)[0])
+
+
+def counts(namespace: Namespace) -> tuple[int, int] | None:
+    """Return the counts; None for a 503, or if no pod is ready."""
+    with suppress(AssertionError, IndexError):
+        return namespace.counts()
+    return None
+
+
+def detail(namespace: Namespace) -> str:
+    """Return why the service's pod answers 503; empty if it does not."""
+    script = (
+        "import urllib.request as u, urllib.error as e, json\n"
+        "try: u.urlopen('http://localhost:8080/', timeout=9).read(); print()\n"
+        "except e.HTTPError as error: print(error.code, json.load(error)['detail'])"
+    )
+    return namespace.python(namespace.pods()[0]["metadata"]["name"], script).strip()
+
+
+def test_wrong_password_keeps_the_new_pod_out_and_the_old_one_serving(installed: Namespace) -> None:
+    (old,) = installed.ready()
+    wrong = base64.b64encode(b"wrong").decode()
+    installed.kubectl("patch", "secret", "hitcounter-redis", "--patch", json.dumps({"data": {"password": wrong}}))
+    installed.kubectl("rollout", "restart", "deployment/hitcounter")
+    new = newcomer(installed, old)
+    wait_for(lambda: "Redis fails: wrong user or password" in log(installed, new), 60)
+    assert installed.ready() == [old]
+    assert installed.counts() == (2, 0)
+    assert installed.make("secret").strip() == "wrote the secret hitcounter-redis"
+    installed.kubectl("rollout", "restart", "deployment/hitcounter")  # or wait for the kubelet to change the file in the pod
+    installed.await_rollout("deployment/hitcounter")
+    assert installed.counts() == (3, 0)
+
+
+def test_image_that_cannot_be_pulled_leaves_the_old_pod_serving(installed: Namespace) -> None:
+    (old,) = installed.ready()
+    installed.kubectl("set", "image", "deployment/hitcounter", "hitcounter=localhost:5000/no-such-image:1")
+    new = newcomer(installed, old)
+
+    def reason() -> Any:
+        states = installed.get("pod", new)["status"].get("containerStatuses", [{}])
+        return states[0].get("state", {}).get("waiting", {}).get("reason", "")
+
+    wait_for(lambda: reason() in ("ErrImagePull", "ImagePullBackOff"), 60)
+    assert installed.ready() == [old]
+    assert installed.counts() == (2, 0)
+    installed.kubectl("rollout", "undo", "deployment/hitcounter")
+    installed.await_rollout("deployment/hitcounter")
+
+
+def test_cluster_without_dns_keeps_new_pods_out_and_old_ones_serving(installed: Namespace) -> None:
+    (old,) = installed.ready()
+    rules = installed.get("networkpolicy", "hitcounter")["spec"]["egress"]
+    patch = [{"op": "replace", "path": "/spec/egress", "value": rules[:1]}]
+    installed.kubectl("patch", "networkpolicy", "hitcounter", "--type=json", f"--patch={json.dumps(patch)}")
+    installed.kubectl("rollout", "restart", "deployment/hitcounter")
+    new = newcomer(installed, old)
+    wait_for(lambda: re.search("Redis fails: it (does not answer in time|cannot be reached)", log(installed, new)), 60)
+    assert installed.ready() == [old]
+    assert installed.counts() == (2, 0)  # its connections are open
+    patch[0]["value"] = rules
+    installed.kubectl("patch", "networkpolicy", "hitcounter", "--type=json", f"--patch={json.dumps(patch)}")
+    began = time.monotonic()
+    installed.await_rollout("deployment/hitcounter")
+    print(f"\nready {time.monotonic() - began:.0f} s after DNS was back")
+
+
+def test_redis_that_is_away_for_a_minute_restarts_no_service(installed: Namespace) -> None:
+    installed.kubectl("scale", "statefulset/redis", "--replicas=0")
+    began = time.monotonic()
+    wait_for(lambda: detail(installed).startswith("503 Redis: it "), 30)
+    wait_for(lambda: not installed.ready(), 90)
+    print(f"\nnot ready after {time.monotonic() - began:.0f} s")
+    time.sleep(max(0.0, began + 45 - time.monotonic()))  # three looks of liveness, and one more
+    installed.kubectl("scale", "statefulset/redis", "--replicas=1")
+    installed.await_rollout("statefulset/redis")
+    began = time.monotonic()
+    wait_for(lambda: counts(installed) == (2, 0), 60)
+    print(f"counts {time.monotonic() - began:.0f} s after Redis was ready")
+    (pod,) = installed.pods()
+    assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+def test_full_memory_is_refused_and_nothing_forgotten(cluster: Deployed, installed: Namespace) -> None:
+    manifests = compose(cluster, installed, "resources: [../hitcounter, ../redis]")
+
+    def limit(memory: str) -> None:
+        installed.apply(manifests.replace("maxmemory 64mb", f"maxmemory {memory}"))
+        installed.kubectl("rollout", "restart", "statefulset/redis")
+        installed.await_rollout("statefulset/redis")
+
+    limit("500kb")  # less than it has when it is empty
+    wait_for(lambda: detail(installed) == "503 Redis: it is out of memory (OOM)", 30)
+    assert "Redis fails: it is out of memory (OOM)" in installed.kubectl("logs", "deployment/hitcounter")
+    assert installed.ready()  # it answers; more pods would not help
+    limit("64mb")
+    assert wait_for(lambda: counts(installed), 30) == (2, 0)
+
+
+# As the service's user: puts 60 MB into Redis, and more than 64 MB into its append-only file, so that it is rewritten.
+_FILL = """
+export REDISCLI_AUTH="$(tail -n 1 /run/secrets/redis/hitcounter)"
+for i in $(seq 20); do
+  head -c 4000000 /dev/zero | tr '\\0' x |
+  valkey-cli -s /run/valkey/socket --user hitcounter -x SET "{hitcounter}:fill:$((i % 14))"
+done
+"""
+
+
+def test_full_redis_has_room_to_rewrite_its_file(installed: Namespace) -> None:
+    assert set(installed.kubectl("exec", "redis-0", "--", "sh", "-c", _FILL).split()) == {"OK"}
+    wait_for(lambda: "2.base.rdb" in installed.kubectl("exec", "redis-0", "--", "ls", "/data/appendonlydir"), 60)
+    assert wait_for(lambda: counts(installed), 30) == (2, 0)
+    (pod,) = installed.pods(REDIS)
+    assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+# A volume that is small in truth, and a second container that can fill it.
+_SMALL = """
+patches:
+  - target: {kind: StatefulSet, name: redis}
+    patch: |-
+      - {op: remove, path: /spec/volumeClaimTemplates}
+      - {op: add, path: /spec/template/spec/volumes/-, value: {name: data, emptyDir: {medium: Memory, sizeLimit: 16Mi}}}
+      - op: add
+        path: /spec/template/spec/containers/-
+        value:
+          name: filler
+          image: docker.io/valkey/valkey
+          command: [sleep, "3600"]
+          securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
+          volumeMounts: [{name: data, mountPath: /data}]
+"""
+
+
+def test_full_disk_ends_redis_and_costs_no_answered_hit(cluster: Deployed, other: Namespace) -> None:
+    install(cluster, other, _SMALL)
+    for number in range(1, 6):
+        assert other.counts() == (number, 0)
+    fill = ["exec", "redis-0", "--container=filler", "--", "sh", "-c"]
+    other.kubectl(*fill, "head -c 32000000 /dev/zero >/data/filler || true")
+    wait_for(lambda: detail(other).startswith("503 Redis: it "), 60)
+
+    def ended() -> bool:
+        words = log(other, "redis-0", "--container=redis", "--previous") + log(other, "redis-0", "--container=redis")
+        return "Can't recover from AOF write error" in words
+
+    wait_for(ended, 60)
+    other.kubectl(*fill, "rm /data/filler")
+    began = time.monotonic()
+    after = wait_for(lambda: counts(other), 180)
+    print(f"\ncounts {time.monotonic() - began:.0f} s after there was space again, the kubelet's back-off included")
+    assert after >= (6, 0)
+
+
+def test_missing_secret_is_named_and_made(cluster: Deployed, other: Namespace) -> None:
+    other.apply(compose(cluster, other, "resources: [../hitcounter, ../redis]"))
+
+    def named() -> bool:
+        told = " ".join(event["message"] for event in other.get("events", "--field-selector=type=Warning"))
+        return 'secret "redis-users" not found' in told and 'secret "hitcounter-redis" not found' in told
+
+    wait_for(named, 60)
+    assert "redis-users" in other.make("secret")
+    began = time.monotonic()
+    other.await_rollout("deployment/hitcounter")
+    print(f"\nready {time.monotonic() - began:.0f} s after the secrets were made")
+
+
+def blocks() -> Iterator[tuple[str, Any]]:
+    """Yield the YAML objects that the texts show."""
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"^```yaml\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL):
+            for one in yaml.safe_load_all(block):
+                yield file.name, one
+
+
+def test_examples_in_the_texts_apply() -> None:
+    found = list(blocks())
+    assert found
+    with namespace("examples") as one:
+        for file, example in found:
+            assert {"apiVersion", "kind"} <= example.keys(), file
+            if "." not in example["apiVersion"].split("/")[0] or example["apiVersion"].endswith("k8s.io/v1"):
+                one.kubectl("apply", "--dry-run=server", "--filename=-", input=json.dumps(example))
+
+
+def test_targets_in_the_texts_exist() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text() + (ROOT / "README.md").read_text()
+    wanted = set(re.findall(r"^(?:    )?make ([a-z0-9-]+)|`make ([a-z0-9-]+)", text, re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    for target in {one or two for one, two in wanted}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -1,0 +1,96 @@
+"""The components: TLS to Redis, and a Redis outside the cluster."""
+
+import json
+
+import pytest
+import trustme
+from cluster import Deployed, Namespace, cluster, compose, install, namespace, other
+from conftest import wait_for
+
+__all__ = ["cluster", "other"]  # fixtures
+
+pytestmark = pytest.mark.cluster
+
+# Prints what Redis answers to PING: 'plain' without TLS, 'tls' with it.
+_PING = """
+import socket, ssl, sys
+raw = socket.create_connection(("redis", 6379), 3)
+raw.settimeout(3)
+if sys.argv[1] == "tls":
+    context = ssl.create_default_context(cafile="/run/secrets/redis-ca/ca.crt")
+    raw = context.wrap_socket(raw, server_hostname="redis")
+raw.sendall(b"PING\\r\\n")
+try:
+    print(raw.recv(64))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_tls_component_leaves_nothing_in_clear(cluster: Deployed, other: Namespace) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("redis")
+    data = {
+        "ca.crt": authority.cert_pem.bytes(),
+        "tls.crt": b"".join(part.bytes() for part in certificate.cert_chain_pems),
+        "tls.key": certificate.private_key_pem.bytes(),
+    }
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "redis-tls"},
+        "type": "kubernetes.io/tls",
+        "stringData": {name: content.decode() for name, content in data.items()},
+    }
+    other.apply(json.dumps(secret))
+    install(cluster, other, "components: [../components/redis-tls]")
+    assert other.counts() == (1, 0)
+    (pod,) = other.ready()
+    assert "NOAUTH" in other.python(pod, _PING, "tls")
+    assert "NOAUTH" not in other.python(pod, _PING, "plain")
+    assert "NOAUTH" in cluster.namespace.python(cluster.namespace.ready()[0], _PING, "plain")  # where there is no TLS
+
+
+def test_redis_outside_is_used_and_nothing_else_let_out(cluster: Deployed, other: Namespace) -> None:
+    with namespace("outside") as outside:
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "redis-0"},
+            "spec": {
+                "automountServiceAccountToken": False,
+                "terminationGracePeriodSeconds": 1,
+                "securityContext": {"runAsNonRoot": True, "runAsUser": 999, "seccompProfile": {"type": "RuntimeDefault"}},
+                "containers": [
+                    {
+                        "name": "redis",
+                        "image": cluster.valkey,
+                        "command": ["valkey-server", "--protected-mode", "no", "--dir", "/tmp"],
+                        "args": ["--user", "hitcounter", "on", ">of-the-provider", "~*", "+@all"],
+                        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+                    }
+                ],
+            },
+        }
+        outside.apply(json.dumps(pod))
+        outside.kubectl("wait", "--for=condition=Ready", "pod/redis-0", "--timeout=60s")
+        address = outside.get("pod", "redis-0")["status"]["podIP"]
+
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hitcounter-redis"}, "stringData": {}}
+        other.apply(json.dumps(secret | {"stringData": {"password": "of-the-provider"}}))
+        text = compose(
+            cluster,
+            other,
+            "resources: [../hitcounter, ../redis]",
+            "components: [../components/redis-outside]",
+        )
+        assert "kind: StatefulSet" not in text
+        # What is the user's to set.
+        text = text.replace("redis.example.com", address).replace('REDIS_TLS: "true"', 'REDIS_TLS: "false"')
+        other.apply(text)
+        other.kubectl("wait", "--for=create", "deployment/hitcounter", "--timeout=10s")
+        wait_for(lambda: other.pods(), 30)
+        assert not other.ready()  # the policy names other addresses
+        other.apply(text.replace("192.0.2.0/24", f"{address}/32"))
+        other.await_rollout("deployment/hitcounter")
+        assert other.counts() == (1, 0)
