@@ -32,7 +32,7 @@ is_docker() { case "${engine##*/}" in docker*) ;; *) false ;; esac }
 build() { # CONTEXT [OPTION...]: run the engine's build
   context=$1
   shift
-  [ -e "$context/$SERVICE/__main__.py" ] && grep -qx "!$SERVICE" "$context/.dockerignore" \
+  { [ -e "$context/$SERVICE/__main__.py" ] && grep -qx "!$SERVICE" "$context/.dockerignore"; } \
   || fail "SERVICE=$SERVICE: there has to be a $SERVICE/__main__.py, and a line !$SERVICE in .dockerignore"
   # No attestation: one has the time of the build in it. No other time either.
   if is_docker; then
@@ -53,7 +53,7 @@ layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, of an in
   context=$1 folder=$2 targets=$3
   shift 3
   # A build that failed leaves a part of a layout.
-  others=$(ls -A "$folder" 2>/dev/null | grep -vx -e blobs -e index.json -e ingest -e oci-layout) || true
+  others=$(find "$folder" -mindepth 1 -maxdepth 1 ! -name blobs ! -name index.json ! -name ingest ! -name oci-layout 2>/dev/null) || true
   [ -z "$others" ] || fail "$folder is no OCI layout: name another folder with LAYOUT=..."
   rm -rf "$folder"
   if is_docker; then
