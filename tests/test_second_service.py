@@ -82,8 +82,9 @@ async def _is(served: Served, path: str, expected: int) -> bool:
     return await status(served, path) == expected
 
 
-async def test_more_handlers_than_connections_wait_their_turn(greeter: Served) -> None:
-    answers = await asyncio.gather(*(status(greeter, "/greet/ada") for _ in range(100)))
+async def test_more_handlers_than_connections_wait_their_turn(valkey: Valkey) -> None:
+    async with serving(valkey.environ(REDIS_TIMEOUT=str(1 * SLACK)), second_service.SERVICE) as greeter:
+        answers = await asyncio.gather(*(status(greeter, "/greet/ada") for _ in range(100)))
     assert set(answers) == {200}
 
 
