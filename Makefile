@@ -51,7 +51,7 @@ test: $(VENV)/installed ## run all tests that need nothing but this machine
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 coverage: $(VENV)/installed ## run the tests and show which lines they do not reach
-	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
+	@$(BIN)/coverage run -m pytest && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 # redis.sh runs in its image's sh, .ci/steps is sourced: neither says by itself what it is written for.
 lint: $(VENV)/installed ## check style
@@ -74,12 +74,10 @@ lock: $(VENV)/installed lowest-python ## write requirements*.txt anew from requi
 	@for name in requirements requirements-dev; do $(LOCK) --output-file=$$name.txt $$name.in || exit; done
 
 lock-check: $(VENV)/installed lowest-python ## fail if requirements*.txt does not follow from requirements*.in
-	@rm -rf $(VENV)/lock && mkdir -p $(VENV)/lock/bench && cp requirements*.in requirements*.txt $(VENV)/lock
-	@cp bench/requirements.* $(VENV)/lock/bench
-	@cd $(VENV)/lock && for name in requirements requirements-dev bench/requirements; do \
-	    made=lock; [ $$name != bench/requirements ] || made=bench-lock; \
-	    $(subst "make lock","make $$made",$(subst $(BIN),$(abspath $(BIN)),$(LOCK))) --output-file=$$name.txt $$name.in || exit; \
-	    cmp -s $$name.txt $(CURDIR)/$$name.txt || { echo "make: $$name.txt is stale; run: make $$made" >&2; exit 1; }; \
+	@rm -rf $(VENV)/lock && mkdir $(VENV)/lock && cp requirements*.in requirements*.txt $(VENV)/lock
+	@cd $(VENV)/lock && for name in requirements requirements-dev; do \
+	    $(subst $(BIN),$(abspath $(BIN)),$(LOCK)) --output-file=$$name.txt $$name.in || exit; \
+	    cmp -s $$name.txt $(CURDIR)/$$name.txt || { echo "make: $$name.txt is stale; run: make lock" >&2; exit 1; }; \
 	done
 
 # pip-compile resolves for the Python that runs it; what 3.11 needs, the newer ones take too, but not the other way round.

@@ -92,7 +92,7 @@ def _idempotency_key(request: web.Request) -> str | None:
     if not keys:
         return None
     if len(keys) > 1 or not _KEY.fullmatch(keys[0]):
-        raise ProblemError(400, "Idempotency-Key must be one header of 1 to 255 printable ASCII characters")
+        raise ProblemError(400, "Idempotency-Key must be one header of 1 to 255 visible ASCII characters")
     return keys[0]
 
 

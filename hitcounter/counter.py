@@ -72,10 +72,7 @@ class Batch:
         return len(self.hits), len(self.posts), [digest for digest, _ in self.keyed]
 
     def settle(self, hits: int, posts: int, answers: list[int]) -> Counts:
-        """Give each its number, in order of arrival: hits, then posts, then posts with a key.
-
-        Return the highest of the first two: an answer to a key may be of long ago.
-        """
+        """Give each its number, in order of arrival: hits, then posts, then posts with a key. Return the highest."""
         before = Counts(hits - len(self.hits), posts - len(self.posts))
         for number, future in enumerate(self.hits, before.hits + 1):
             if not future.done():
@@ -86,7 +83,7 @@ class Batch:
         for (_, future), *counts in zip(self.keyed, answers[::2], answers[1::2], strict=True):
             if not future.done():
                 future.set_result(Counts(*counts))
-        return Counts(hits, posts)
+        return Counts(hits, max([posts, *answers[1::2]]))
 
     def fail(self, reason: str) -> None:
         """Answer 503 to all who still wait."""

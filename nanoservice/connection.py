@@ -14,11 +14,10 @@ from typing import Any
 from aiohttp import EMPTY_PAYLOAD, StreamReader, http_exceptions, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
-from redis.exceptions import RedisError
 
 from nanoservice.answer import ProblemError, problem
 from nanoservice.metrics import RequestRecorder
-from nanoservice.redis import Store
+from nanoservice.redis import Errors, Store
 
 RECEIVE_SECONDS = 10.0  # a request must be complete by then
 SEND_SECONDS = 30.0  # a client may take nothing of its answers for so long
@@ -122,7 +121,7 @@ class Connection(web.RequestHandler):
         if isinstance(exc, (web.RequestPayloadError, http_exceptions.HttpProcessingError)) or gone or status == 400:
             _logger.debug("bad request", extra={"error": type(exc).__name__})
             answer = problem(431, _TOO_LARGE) if _too_large(exc) else problem(400, "the request is not valid HTTP")
-        elif isinstance(exc, RedisError):  # which the driver makes of whatever keeps it from Redis
+        elif isinstance(exc, Errors):
             return problem(503, "Redis: " + self._server.store.health.failed("probe", exc), {"Retry-After": "1"})
         else:
             _logger.error("a handler failed", exc_info=exc)

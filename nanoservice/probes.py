@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from nanoservice.answer import Answer, UnavailableError
+from nanoservice.answer import Answer, problem
 from nanoservice.redis import Errors, Store
 
 _CACHED = 1.0  # seconds that an answer of Redis counts for
@@ -34,9 +34,8 @@ class Readiness:
 
     async def readyz(self, request: web.Request) -> Answer:
         """Answer 200, or 503 with the reason; takes a second at most."""
-        if reason := await self.reason():
-            raise UnavailableError(reason)
-        return Answer(b"ready\n", _OK)
+        reason = await self.reason()
+        return problem(503, reason) if reason else Answer(b"ready\n", _OK)
 
     async def reason(self) -> str:
         """Return why this process should get no requests; empty when it should."""

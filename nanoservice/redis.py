@@ -1,7 +1,6 @@
 """The connection to Redis: how it is opened, what an error of it means, and whether it works."""
 
 import logging
-import math
 import ssl
 import time
 from typing import Any, cast
@@ -18,7 +17,6 @@ from redis.credentials import CredentialProvider
 from nanoservice.config import Config
 
 _CONNECTIONS = 16  # of `Store.client`, at most
-_QUIET = 10.0  # seconds for which a cause is not told again: it may come and go with every request
 
 # Everything that a broken, busy or unreachable Redis raises.
 Errors = (exceptions.RedisError, OSError, TimeoutError)
@@ -37,9 +35,8 @@ class _Credentials(CredentialProvider):
         if config.redis_password_file:
             try:
                 password = config.redis_password_file.read_text().rstrip("\r\n")
-            except (OSError, UnicodeDecodeError) as error:
-                # Not `from error`: one of these has the file's content.
-                raise exceptions.AuthenticationError(f"REDIS_PASSWORD_FILE cannot be read: {type(error).__name__}") from None
+            except OSError as error:
+                raise exceptions.AuthenticationError(f"REDIS_PASSWORD_FILE: {error.strerror}") from error
         else:
             password = config.redis_password.reveal() if config.redis_password else ""
         return (config.redis_username, password) if config.redis_username else (password,)
@@ -86,8 +83,8 @@ class Health:
         self._server = f"{config.redis_host}:{config.redis_port}" if config.redis_host else "embedded"
         self.successes = {"probe": 0, "work": 0}
         self._failing: set[str] = set()
-        self._told: dict[str, float] = {}  # when each cause was
-        self._since = math.inf  # when it began to fail; infinite if nobody was told
+        self._logged: set[str] = set()
+        self._since = 0.0
         self.reason = ""  # why it does not work; empty while it does
 
     def failed(self, what: str, error: BaseException, seen: int | None = None) -> str:
@@ -98,18 +95,14 @@ class Health:
         words = cause(error)
         if seen is not None and seen != self.successes[what]:
             return words
-        if not isinstance(error, exceptions.ResponseError):
-            what = "probe"  # work that did not get through: a probe that does shows that it would
-        now = time.monotonic()
         if not self._failing:
+            self._since = time.monotonic()
             self._up.set(0)
         self._failing.add(what)
         self.reason = words
-        if now - self._told.get(words, -math.inf) >= _QUIET:
-            self._since = min(self._since, now)
-            text = str(error).partition(", with args")[0]  # behind that Redis quotes a command, AUTH's password too
-            _logger.error("Redis fails: %s", words, extra={"redis": self._server, "error": text or type(error).__name__})
-        self._told[words] = now
+        if words not in self._logged:
+            self._logged.add(words)
+            _logger.error("Redis fails: %s", words, extra={"redis": self._server, "error": str(error) or type(error).__name__})
         return words
 
     def worked(self, what: str) -> None:
@@ -121,11 +114,11 @@ class Health:
         self._failing -= {what} if what == "probe" else {what, "probe"}
         if not self._failing:
             self._up.set(1)
+            self._logged.clear()
             self.reason = ""
-            if self._since < math.inf:
-                seconds = round(time.monotonic() - self._since, 1)
-                _logger.warning("Redis works again", extra={"redis": self._server, "seconds": seconds})
-            self._since = math.inf
+            _logger.warning(
+                "Redis works again", extra={"redis": self._server, "seconds": round(time.monotonic() - self._since, 1)}
+            )
 
 
 class _Client(Redis):

@@ -23,8 +23,8 @@ from nanoservice.probes import READINESS
 from nanoservice.redis import STORE
 from nanoservice.service import C, Service, create_app
 
-# The end, in seconds: drain (DRAIN_SECONDS, 5 in a cluster) + finish (10) + cut off and close (1 each) = 17, below the 30 of
-# Kubernetes' terminationGracePeriodSeconds.
+# The end, in seconds: drain (DRAIN_SECONDS, 5 in a cluster) + finish (10) + close (1) = 16, below the 30 of Kubernetes'
+# terminationGracePeriodSeconds.
 FINISH_SECONDS = 10.0
 
 _BACKLOG = 4096  # connections that the kernel holds until they are taken
@@ -53,8 +53,6 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
             asyncio.Runner(loop_factory=_event_loop()) as runner,
         ):
             return runner.run(_live(service, config, store, public, admin))
-    except KeyboardInterrupt:  # before the service takes signals itself
-        return 128 + signal.SIGINT
     except ConfigError as error:
         print("\n".join(f"{service.name}: {problem}" for problem in error.problems), file=sys.stderr)
         return os.EX_CONFIG
@@ -102,8 +100,7 @@ class Running:
     def __init__(self, app: web.Application) -> None:
         self.app = app
         self._servers: list[Server] = []
-        self._resources: list[web.BaseRunner] = []  # in the order of their start
-        self._connections: list[web.BaseRunner] = []
+        self._runners: list[web.BaseRunner] = []  # in the order of their start
         self._sweeper: asyncio.Task[None] | None = None
 
     @classmethod
@@ -122,12 +119,12 @@ class Running:
     async def _serve(self, app: web.Application, sock: socket.socket, recorder: RequestRecorder) -> None:
         # One runner makes and closes the application's resources, the other has its connections, which are our own.
         resources = web.AppRunner(app)
-        self._resources.append(resources)
+        self._runners.append(resources)
         await resources.setup()
         assert resources.server is not None  # since setup()
         self._servers.append(Server(resources.server, recorder, self.app[STORE]))
         connections = web.ServerRunner(self._servers[-1], shutdown_timeout=FINISH_SECONDS)
-        self._connections.append(connections)
+        self._runners.append(connections)
         await connections.setup()
         # asyncio's own event loop takes as many at a time as it lets wait; so it is told one number, and the kernel the other.
         await web.SockSite(connections, sock, backlog=_TAKEN).start()
@@ -152,12 +149,8 @@ class Running:
         """Stop listening, finish what is in flight, close the resources, Redis last of all."""
         if self._sweeper:
             self._sweeper.cancel()
-        # aiohttp waits once for a request to finish, and once more for it to take note that it is cancelled.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FINISH_SECONDS + 1):
-                await asyncio.gather(*(runner.cleanup() for runner in self._connections))
-        while self._resources:
-            await self._resources.pop().cleanup()
+        while self._runners:
+            await self._runners.pop().cleanup()
 
 
 def bind(host: str, port: int, variable: str) -> socket.socket:

@@ -502,7 +502,7 @@ async def test_malformed_key_is_400_and_counts_nothing(served: Served, headers: 
         for _ in range(2):
             reply = await wire.reply()
             assert is_problem(reply, 400)
-            assert reply.json["detail"] == "Idempotency-Key must be one header of 1 to 255 printable ASCII characters"
+            assert reply.json["detail"] == "Idempotency-Key must be one header of 1 to 255 visible ASCII characters"
         await wire.send(request("GET", "/", *keys), request("GET", "/", JSON, *keys), request("HEAD", "/", *keys))
         assert (await wire.reply()).status == 200  # it is ignored here
         assert (await wire.reply()).json == {"hits": 2, "posts": 0}
@@ -577,12 +577,8 @@ async def failing(valkey: Valkey) -> AsyncIterator[Served]:
         yield served
 
 
-async def test_connection_that_a_handler_cannot_make_is_blamed_on_neither_the_client_nor_redis(
-    failing: Served, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert is_problem(await ask(failing.port, request("GET", "/refused")), 500)
-    assert "something else than Redis" in caplog.text  # the traceback
-    assert "Redis" not in " ".join(caplog.messages)
+async def test_connection_that_a_handler_cannot_make_is_not_blamed_on_the_client(failing: Served) -> None:
+    assert is_problem(await ask(failing.port, request("GET", "/refused")), 503)
 
 
 async def test_body_that_is_longer_than_aiohttp_reads_is_413(failing: Served) -> None:

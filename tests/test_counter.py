@@ -372,18 +372,6 @@ async def test_emptied_store_is_told_once_and_counting_goes_on(valkey: Valkey, c
         assert it.metric("counter_rewinds_total") == 2
 
 
-async def test_answer_of_long_ago_is_no_new_rewind(valkey: Valkey) -> None:
-    async with counting(valkey) as it:
-        for _ in range(3):
-            await it.counter.post()
-        await it.counter.post("old")
-        valkey.run("SET", "{hitcounter}:posts", "0")
-        for _ in range(3):
-            await it.counter.post()
-            assert (await it.counter.post("old")).posts == 4
-        assert it.metric("counter_rewinds_total") == 1
-
-
 async def test_lost_replies_and_lanes_out_of_step_are_no_rewinds(valkey: Valkey) -> None:
     number = 0
 

@@ -9,8 +9,6 @@ import aiohttp
 import pytest
 from conftest import SLACK, Process, Valkey, wait_for
 
-from nanoservice.server import FINISH_SECONDS
-
 Spawn = Callable[..., Process]
 
 
@@ -119,21 +117,6 @@ async def test_hung_redis_does_not_hold_up_the_end(valkey: Valkey, spawn: Spawn)
         assert status == 0
         assert time.monotonic() - began < 4 * SLACK
         assert {answer.status for answer in await asyncio.gather(*waiting)} == {503}
-
-
-async def test_clients_that_never_finish_hold_up_the_end_for_ten_seconds_together(valkey: Valkey, spawn: Spawn) -> None:
-    process = spawn(valkey.environ())
-    ports = (process.port, process.log[0]["admin_port"])
-    stuck = [await asyncio.open_connection("127.0.0.1", port) for port in ports]
-    for (_, writer), path in zip(stuck, (b"/", b"/metrics"), strict=True):
-        writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n" % path)
-        await writer.drain()
-    began = time.monotonic()
-    assert await asyncio.to_thread(process.end, signal.SIGTERM, 60) == 0
-    # The limit on a request's arrival, 10 s as well, may come first. One after the other they would take 20.
-    assert 5 < time.monotonic() - began < FINISH_SECONDS + 5
-    for _, writer in stuck:
-        writer.close()
 
 
 async def test_second_signal_stops_at_once(valkey: Valkey, spawn: Spawn) -> None:
