@@ -160,7 +160,7 @@ class Lane:
         loop = asyncio.get_running_loop()
         self._writer.begin()
         for pause in chain(_PAUSES, repeat(_PAUSES[-1])):
-            sent, seen, began = False, self._health.successes["work"], loop.time()
+            sent, seen, began = False, self._health.successes, loop.time()
             try:
                 async with asyncio.timeout_at(min(began + self._redis_timeout, batch.deadline)):
                     await self._connection.connect()  # type: ignore[no-untyped-call] # the driver is typed in part

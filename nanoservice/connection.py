@@ -17,7 +17,6 @@ from aiohttp.http import RawRequestMessage
 
 from nanoservice.answer import ProblemError, problem
 from nanoservice.metrics import RequestRecorder
-from nanoservice.redis import Errors, Store
 
 RECEIVE_SECONDS = 10.0  # a request must be complete by then
 SEND_SECONDS = 30.0  # a client may take nothing of its answers for so long
@@ -121,8 +120,6 @@ class Connection(web.RequestHandler):
         if isinstance(exc, (web.RequestPayloadError, http_exceptions.HttpProcessingError)) or gone or status == 400:
             _logger.debug("bad request", extra={"error": type(exc).__name__})
             answer = problem(431, _TOO_LARGE) if _too_large(exc) else problem(400, "the request is not valid HTTP")
-        elif isinstance(exc, Errors):
-            return problem(503, "Redis: " + self._server.store.health.failed("probe", exc), {"Retry-After": "1"})
         else:
             _logger.error("a handler failed", exc_info=exc)
             answer = problem(status)
@@ -146,9 +143,8 @@ def _too_large(error: BaseException | None) -> bool:
 class Server(web.Server):
     """Makes a `Connection` for each client of `app`, and ends those that take too long."""
 
-    def __init__(self, app_server: web.Server, recorder: RequestRecorder, store: Store) -> None:
+    def __init__(self, app_server: web.Server, recorder: RequestRecorder) -> None:
         super().__init__(app_server.request_handler, request_factory=self._begin)  # type: ignore[arg-type] # __call__ makes Connections
-        self.store = store
         self.draining = False
         self._new_request = app_server.request_factory
         self._options = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from nanoservice.answer import Answer, problem
+from nanoservice.answer import Answer, UnavailableError
 from nanoservice.redis import Errors, Store
 
 _CACHED = 1.0  # seconds that an answer of Redis counts for
@@ -34,8 +34,9 @@ class Readiness:
 
     async def readyz(self, request: web.Request) -> Answer:
         """Answer 200, or 503 with the reason; takes a second at most."""
-        reason = await self.reason()
-        return problem(503, reason) if reason else Answer(b"ready\n", _OK)
+        if reason := await self.reason():
+            raise UnavailableError(reason)
+        return Answer(b"ready\n", _OK)
 
     async def reason(self) -> str:
         """Return why this process should get no requests; empty when it should."""
@@ -50,12 +51,13 @@ class Readiness:
 
     async def _look(self) -> None:
         try:
+            if self.store.health.reason:
+                await self.close()  # what cannot be reached now is a new connection, with the password of now
             async with asyncio.timeout(_LIMIT):
                 await self._connection.send_command("PING")
                 await self._connection.read_response()
         except Errors as error:
             self._reason = "Redis: " + self.store.health.failed("probe", error)
-            await self.close()  # the next look opens a new one, with the password of then
         else:
             self.store.health.worked("probe")
             self._reason = ""

@@ -3,17 +3,20 @@
 import logging
 import ssl
 import time
+from collections.abc import Awaitable
 from typing import Any, cast
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Gauge
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
+from nanoservice.answer import UnavailableError
 from nanoservice.config import Config
 
 _CONNECTIONS = 16  # of `Store.client`, at most
@@ -21,7 +24,16 @@ _CONNECTIONS = 16  # of `Store.client`, at most
 # Everything that a broken, busy or unreachable Redis raises.
 Errors = (exceptions.RedisError, OSError, TimeoutError)
 
+# Of these, what tells nothing of Redis: a handler may expect it, or is at fault.
+_HANDLERS = (exceptions.DataError, exceptions.NoScriptError, exceptions.WatchError)
+
+_QUIET = 60.0  # seconds for which the log is not told the same again
+
 _logger = logging.getLogger(__name__)
+
+
+class _PasswordFileError(exceptions.AuthenticationError):
+    """The file with the password is of no use; the text is ours."""
 
 
 class _Credentials(CredentialProvider):
@@ -34,9 +46,11 @@ class _Credentials(CredentialProvider):
         config = self._config
         if config.redis_password_file:
             try:
-                password = config.redis_password_file.read_text().rstrip("\r\n")
+                password = config.redis_password_file.read_text("utf-8").rstrip("\r\n")
             except OSError as error:
-                raise exceptions.AuthenticationError(f"REDIS_PASSWORD_FILE: {error.strerror}") from error
+                raise _PasswordFileError(f"REDIS_PASSWORD_FILE: {error.strerror}") from error
+            except UnicodeDecodeError:
+                raise _PasswordFileError("REDIS_PASSWORD_FILE is not UTF-8") from None  # the error has what it read
         else:
             password = config.redis_password.reveal() if config.redis_password else ""
         return (config.redis_username, password) if config.redis_username else (password,)
@@ -45,13 +59,26 @@ class _Credentials(CredentialProvider):
         return self.get_credentials()  # a small file of this machine
 
 
+class _Discreet(AbstractConnection):
+    """A connection whose handshake fails without the server's words: servers quote what they do not know, such as AUTH."""
+
+    async def on_connect_check_health(self, check_health: bool = True) -> None:
+        try:
+            await super().on_connect_check_health(check_health)
+        except exceptions.RedisError as error:
+            if not isinstance(error, _PasswordFileError):
+                error.args = ()
+            raise
+
+
 def cause(error: BaseException) -> str:
     """Return in a few words why Redis could not serve, with no address in it: it is shown to clients too."""
     text = str(error)
     for sign, words in _SIGNS:
         if sign in text if isinstance(sign, str) else isinstance(error, sign):
             return words
-    return "an unexpected error: " + (text.split(" ", 1)[0] or type(error).__name__)
+    code = text.partition(" ")[0]
+    return "an unexpected error: " + (code if code.isupper() else type(error).__name__)
 
 
 # The first that fits: a part of the server's message, or the type of the error.
@@ -74,16 +101,18 @@ _SIGNS: tuple[tuple[str | type[BaseException] | tuple[type[BaseException], ...],
 class Health:
     """Whether Redis works for us: tells the log each cause once an outage, and the metric `redis_up`.
 
-    Two things are watched, since one can fail without the other: "probe" (it answers) and "work" (it does what the
-    service asks, such as writing). Work that succeeds shows that it answers too.
+    Two things are watched, since one can fail without the other: "probe" (it answers, over a new connection while anything
+    fails) and "work" (it does what the service asks, such as writing). Work that succeeds shows that it answers too; a probe
+    that does shows that work which could not reach Redis can now, and nothing of work that Redis refused.
     """
 
     def __init__(self, registry: CollectorRegistry, config: Config) -> None:
         self._up = Gauge("redis_up", "Whether Redis answers and does what the service asks of it", registry=registry)
         self._server = f"{config.redis_host}:{config.redis_port}" if config.redis_host else "embedded"
-        self.successes = {"probe": 0, "work": 0}
-        self._failing: set[str] = set()
-        self._logged: set[str] = set()
+        self.successes = 0  # of work
+        self._refused = False
+        self._logged: set[str] = set()  # in this outage
+        self._quiet_until: dict[str, float] = {}
         self._since = 0.0
         self.reason = ""  # why it does not work; empty while it does
 
@@ -92,60 +121,84 @@ class Health:
 
         `seen`: the `successes` when it was tried. If there were others since, the failure is yesterday's news.
         """
-        words = cause(error)
-        if seen is not None and seen != self.successes[what]:
+        words, now = cause(error), time.monotonic()
+        if seen is not None and seen != self.successes:
             return words
-        if not self._failing:
-            self._since = time.monotonic()
+        if not self.reason:
+            self._since = now
             self._up.set(0)
-        self._failing.add(what)
         self.reason = words
-        if words not in self._logged:
+        self._refused = self._refused or (what == "work" and isinstance(error, exceptions.ResponseError))
+        if words not in self._logged and now >= self._quiet_until.get(words, 0.0):
             self._logged.add(words)
-            _logger.error("Redis fails: %s", words, extra={"redis": self._server, "error": str(error) or type(error).__name__})
+            self._quiet_until[words] = now + _QUIET
+            text = str(error).partition(", with args")[0]  # of a command that is unknown: they may be secret
+            _logger.error("Redis fails: %s", words, extra={"redis": self._server, "error": text or type(error).__name__})
         return words
 
     def worked(self, what: str) -> None:
         """Note that `what` worked."""
-        self.successes[what] += 1
-        if not self._failing:
+        self.successes += what == "work"
+        if not self.reason:
             self._up.set(1)
-            return
-        self._failing -= {what} if what == "probe" else {what, "probe"}
-        if not self._failing:
+        elif what == "work" or not self._refused:
             self._up.set(1)
-            self._logged.clear()
+            self._refused = False
             self.reason = ""
-            _logger.warning(
-                "Redis works again", extra={"redis": self._server, "seconds": round(time.monotonic() - self._since, 1)}
-            )
+            if self._logged:
+                self._logged.clear()
+                seconds = round(time.monotonic() - self._since, 1)
+                _logger.warning("Redis works again", extra={"redis": self._server, "seconds": seconds})
+
+    async def watch(self, work: Awaitable[Any]) -> Any:
+        """Return what `work` returns; raises UnavailableError if Redis cannot do it."""
+        seen = self.successes
+        try:
+            answer = await work
+        except _HANDLERS:
+            raise
+        except Errors as error:
+            raise UnavailableError("Redis: " + self.failed("work", error, seen)) from error
+        self.worked("work")
+        return answer
 
 
 class _Client(Redis):
-    """A client that tells whether its commands work."""
+    """A client whose commands and pipelines are watched."""
 
     health: Health
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        seen = self.health.successes["work"]
-        try:
-            answer = await super().execute_command(*args, **options)  # type: ignore[no-untyped-call] # typed in part
-        except Errors as error:
-            self.health.failed("work", error, seen)
-            raise
-        self.health.worked("work")
-        return answer
+        return await self.health.watch(super().execute_command(*args, **options))  # type: ignore[no-untyped-call] # typed in part
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "_Pipeline":
+        pipeline = _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+        pipeline.health = self.health
+        return pipeline
+
+
+class _Pipeline(Pipeline):
+    health: Health
+
+    async def immediate_execute_command(self, *args: Any, **options: Any) -> Any:
+        return await self.health.watch(super().immediate_execute_command(*args, **options))  # type: ignore[no-untyped-call] # the same
+
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        done = super().execute(raise_on_error)
+        return await (self.health.watch(done) if self.command_stack else done)
 
 
 class Store:
     """The Redis that the settings name, or the embedded one at the Unix socket `socket`.
 
-    `client` is for commands one by one, by any handler; `connection()` for who keeps one connection to itself.
+    `client` is for the commands and pipelines of any handler: a Redis that fails is a 503 by itself, since they raise
+    UnavailableError. `connection()` is for who keeps one connection to itself.
     """
 
     def __init__(self, config: Config, registry: CollectorRegistry, socket: str | None = None) -> None:
         self.health = Health(registry, config)
-        self._kind, self._options = _options(config, socket)
+        kind, self._options = _options(config, socket)
+        self._kind: type[AbstractConnection] = type("Connection", (_Discreet, kind), {})
         # A handler that finds all connections in use waits its turn, for as long as it would wait for an answer.
         pool = BlockingConnectionPool(
             max_connections=_CONNECTIONS, timeout=config.redis_timeout, connection_class=self._kind, **self._options

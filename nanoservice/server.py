@@ -20,7 +20,6 @@ from nanoservice.config import ConfigError, StartError, table
 from nanoservice.connection import Server
 from nanoservice.metrics import REGISTRY, RequestRecorder, admin_app
 from nanoservice.probes import READINESS
-from nanoservice.redis import STORE
 from nanoservice.service import C, Service, create_app
 
 # The end, in seconds: drain (DRAIN_SECONDS, 5 in a cluster) + finish (10) + close (1) = 16, below the 30 of Kubernetes'
@@ -122,7 +121,7 @@ class Running:
         self._runners.append(resources)
         await resources.setup()
         assert resources.server is not None  # since setup()
-        self._servers.append(Server(resources.server, recorder, self.app[STORE]))
+        self._servers.append(Server(resources.server, recorder))
         connections = web.ServerRunner(self._servers[-1], shutdown_timeout=FINISH_SECONDS)
         self._runners.append(connections)
         await connections.setup()

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,8 @@ def is_problem(reply: Reply, status: int) -> bool:
     assert reply.status == status
     assert reply.headers["Content-Type"] == "application/problem+json"
     assert reply.headers["Cache-Control"] == "no-store"
-    assert set(reply.headers) <= {"Date", "Content-Type", "Cache-Control", "Content-Length", "Allow", "Connection", "Retry-After"}
+    ours = {"Date", "Content-Type", "Cache-Control", "Content-Length", "Connection"}
+    assert set(reply.headers) <= ours | {"Allow", "Retry-After"}
     assert reply.json.keys() - {"detail"} == {"type", "title", "status"}
     assert (reply.json["type"], reply.json["status"]) == ("about:blank", status)
     return True
@@ -163,6 +166,7 @@ async def test_unready_is_503_with_the_reason_while_alive(served: Served, valkey
     reply = await ask(served.port, request("GET", "/readyz"))
     assert is_problem(reply, 503)
     assert reply.json["detail"] == "Redis: it cannot be reached"
+    assert reply.headers["Retry-After"] == "1"
     assert (await ask(served.port, request("GET", "/livez"))).status == 200
     assert (await ask(served.port, request("HEAD", "/readyz"), head=True)).status == 503
 
@@ -292,6 +296,19 @@ async def test_compressed_body_is_taken_as_it_came(served: Served) -> None:
 
 
 # --- the connection ---
+
+
+async def test_date_is_that_of_the_answer(served: Served) -> None:
+    async def date() -> float:
+        return parsedate_to_datetime((await ask(served.port, request("GET", "/livez"))).headers["Date"]).timestamp()
+
+    first = await date()
+    assert abs(first - time.time()) < 1 + SLACK
+
+    async def later() -> bool:
+        return await date() > first
+
+    await eventually(later, 2 * SLACK)
 
 
 async def test_expected_continue_comes_before_the_body(served: Served) -> None:
@@ -564,10 +581,14 @@ def _failing(app: web.Application, config: config.Config) -> None:
     async def refused(request: web.Request) -> web.Response:
         raise ConnectionRefusedError("something else than Redis")
 
+    async def missing(request: web.Request) -> web.Response:
+        raise FileNotFoundError("a file of the handler")
+
     async def upload(request: web.Request) -> web.Response:
         return web.Response(text=str(len(await request.read())))
 
-    app.router.add_get("/refused", refused)
+    for handler in (refused, missing):
+        app.router.add_get(f"/{handler.__name__}", handler)
     app.router.add_post("/upload", upload)
 
 
@@ -577,8 +598,13 @@ async def failing(valkey: Valkey) -> AsyncIterator[Served]:
         yield served
 
 
-async def test_connection_that_a_handler_cannot_make_is_not_blamed_on_the_client(failing: Served) -> None:
-    assert is_problem(await ask(failing.port, request("GET", "/refused")), 503)
+@pytest.mark.parametrize(("path", "error"), [("/refused", "ConnectionRefusedError"), ("/missing", "FileNotFoundError")])
+async def test_error_of_a_handler_is_not_blamed_on_the_client_or_on_redis(
+    failing: Served, path: str, error: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert is_problem(await ask(failing.port, request("GET", path)), 500)
+    assert caplog.messages == ["a handler failed"]
+    assert f"\n{error}: " in caplog.text
 
 
 async def test_body_that_is_longer_than_aiohttp_reads_is_413(failing: Served) -> None:

@@ -66,6 +66,18 @@ async def test_every_operation_has_a_name_of_its_own_and_a_summary(served: Serve
     assert all(operation["summary"] for operation in operations)
 
 
+async def test_every_503_is_documented_with_when_to_try_again(served: Served) -> None:
+    found = await document(served)
+    unavailable = [
+        found["components"]["responses"][answers["503"]["$ref"].rsplit("/", 1)[1]]
+        for answers in (found["paths"][path][method]["responses"] for path, method in documented(found))
+        if "503" in answers
+    ]
+    assert len(unavailable) == 4
+    assert all(answer["headers"]["Retry-After"] == {"$ref": "#/components/headers/RetryAfter"} for answer in unavailable)
+    assert found["components"]["headers"]["RetryAfter"]["required"]
+
+
 def check(process: Process, folder: Path, *options: str) -> None:
     """Have schemathesis try the service with all its checks."""
     done = subprocess.run(

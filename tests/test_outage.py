@@ -15,7 +15,7 @@ async def get(served: Served, path: str = "/") -> tuple[int, dict[str, Any], flo
     async with served.client.get(path) as answer:
         body = await answer.json() if answer.content_type.endswith("json") else {}
         assert (answer.status == 503) == ("detail" in body)
-        if answer.status == 503 and path == "/":
+        if answer.status == 503:
             assert answer.headers["Retry-After"] == "1"
         return answer.status, body, time.monotonic() - began
 
@@ -55,12 +55,40 @@ async def test_requests_get_503_in_time_and_probes_tell_the_truth(served: Served
     assert await metric(served, "redis_up") == 1
 
 
-async def test_short_restart_is_waited_out_without_a_503(served: Served, valkey: Valkey) -> None:
+async def test_probe_that_succeeds_ends_an_outage_without_another_request(
+    served: Served, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    valkey.kill()
+    assert (await get(served))[0] == 503
+    valkey.start()
+    await eventually(lambda: is_ready(served), 2 * SLACK)
+    assert await metric(served, "redis_up") == 1
+    assert caplog.messages[-1] == "Redis works again"
+
+
+async def test_probe_that_succeeds_does_not_deny_that_redis_refuses_work(
+    served: Served, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    valkey.run("ACL", "SETUSER", "default", "-evalsha")
+    assert (await get(served))[0] == 503
+    assert await is_ready(served)
+    assert await metric(served, "redis_up") == 0
+    valkey.run("ACL", "SETUSER", "default", "+evalsha")
+    assert (await get(served))[0] == 200
+    assert await metric(served, "redis_up") == 1
+    assert caplog.messages == ["Redis fails: its user may not do this (NOPERM)", "Redis works again"]
+
+
+async def test_short_restart_is_waited_out_without_a_503(
+    served: Served, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
     assert (await get(served))[0] == 200
     valkey.kill()
     waiting = asyncio.create_task(get(served))
+    await eventually(lambda: "Redis fails: it cannot be reached" in caplog.messages, 2)
     valkey.start()
     assert (await waiting)[0] == 200
+    assert caplog.messages == ["Redis fails: it cannot be reached", "Redis works again"]
 
 
 async def test_readiness_looks_once_a_second_however_often_it_is_asked(served: Served, valkey: Valkey) -> None:
@@ -190,3 +218,15 @@ async def test_waiters_are_bounded_and_one_more_gets_503_at_once(valkey: Valkey,
 
 async def _pending(served: Served, number: int) -> bool:
     return await metric(served, "counter_pending") == number
+
+
+async def test_slow_requests_are_one_line_a_second(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(valkey.environ(REQUEST_TIMEOUT="30", REDIS_TIMEOUT="30")) as served:
+        for lines in (1, 2):
+            valkey.freeze()
+            waiting = [asyncio.create_task(get(served)) for _ in range(20)]
+            await eventually(lambda: _pending(served, 20), 5)
+            await asyncio.sleep(1.1)  # for them to be slow
+            valkey.thaw()
+            assert {status for status, *_ in await asyncio.gather(*waiting)} == {200}
+            assert caplog.messages == ["slow request"] * lines

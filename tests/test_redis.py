@@ -4,13 +4,19 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trustme
-from conftest import Served, Valkey, eventually, serving
+from conftest import Served, Valkey, eventually, metric, serving
+from prometheus_client import CollectorRegistry
 from redis import exceptions
 
-from nanoservice.redis import cause
+from nanoservice import redis as module
+from nanoservice.answer import UnavailableError
+from nanoservice.config import Config
+from nanoservice.redis import Health, Store, cause
 
 
 @pytest.fixture
@@ -53,9 +59,45 @@ async def test_wrong_password_is_503_until_it_is_right(secured: Valkey, caplog: 
                 assert answer.headers["Retry-After"] == "1"
                 assert (await answer.json())["detail"] == "Redis: wrong user or password"
         assert len([line for line in caplog.messages if "wrong user or password" in line]) == 1
-        assert "second" not in caplog.text
+        assert "second" not in logged(caplog)
         as_admin(secured, "ACL", "SETUSER", "svc", ">second")
         await eventually(lambda: _is(served, 200), 6)
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    """Return all that was logged, with what came through `extra=`."""
+    return str([vars(record) for record in caplog.records])
+
+
+async def test_password_that_redis_quotes_is_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    valkey = Valkey(tmp_path, "--rename-command", "AUTH", "")
+    valkey.start()
+    try:
+        async with serving(valkey.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="s3cret", REQUEST_TIMEOUT="0.3")) as served:
+            for path in ("/", "/readyz"):
+                async with served.client.get(path) as answer:
+                    assert answer.status == 503
+                    assert "s3cret" not in await answer.text()
+    finally:
+        valkey.kill()
+    assert "Redis fails" in caplog.text
+    assert "s3cret" not in logged(caplog)
+
+
+async def test_probe_over_an_open_connection_does_not_deny_that_the_password_is_wrong(secured: Valkey) -> None:
+    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="first", REQUEST_TIMEOUT="0.3")
+    async with serving(environ) as served:
+        async with served.client.get("/readyz") as answer:  # opens the connection of the probe
+            assert answer.status == 200
+        as_admin(secured, "ACL", "SETUSER", "svc", "resetpass", ">second")
+        assert await status(served) == 503
+
+        async def not_ready() -> bool:
+            async with served.client.get("/readyz") as answer:
+                return answer.status == 503
+
+        await eventually(not_ready, 6)
+        assert await metric(served, "redis_up") == 0
 
 
 async def _is(served: Served, expected: int) -> bool:
@@ -84,6 +126,99 @@ async def test_password_file_that_went_away_is_503_until_it_is_back(secured: Val
         assert await status(served) == 503
         file.write_text("first")
         await eventually(lambda: _is(served, 200), 6)
+
+
+async def test_password_file_that_is_no_text_is_503_and_not_quoted(
+    secured: Valkey, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(b"s3cret\xff")
+    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file), REQUEST_TIMEOUT="0.3")
+    async with serving(environ) as served:
+        assert await status(served) == 503
+        assert [record for record in caplog.records if vars(record).get("error") == "REDIS_PASSWORD_FILE is not UTF-8"]
+        assert not [record for record in caplog.records if record.exc_info]
+        assert "s3cret" not in logged(caplog)
+        file.write_text("first")
+        await eventually(lambda: _is(served, 200), 6)
+
+
+# --- commands of handlers ---
+
+
+@pytest.fixture
+async def store(valkey: Valkey) -> AsyncIterator[Store]:
+    it = Store(Config.read(valkey.environ()), CollectorRegistry())
+    yield it
+    await it.client.aclose()
+
+
+async def test_command_and_pipeline_say_that_redis_is_unavailable(store: Store, valkey: Valkey) -> None:
+    client: Any = store.client
+    assert await client.incr("n") == 1
+    assert await client.pipeline().incr("n").incr("n").execute() == [2, 3]
+    valkey.kill()
+    for work in (client.incr("n"), client.pipeline().incr("n").execute(), client.pipeline().watch("n")):
+        with pytest.raises(UnavailableError, match="Redis: it cannot be reached"):
+            await work
+    assert store.health.reason
+    assert await client.pipeline().execute() == []
+    assert store.health.reason  # nothing to do shows nothing
+    valkey.start()
+    await client.pipeline().incr("n").execute()
+    assert not store.health.reason
+
+
+async def test_what_a_handler_expects_or_does_wrong_is_not_blamed_on_redis(
+    store: Store, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    client: Any = store.client
+    script = client.register_script("return 7")
+    for _ in range(2):
+        assert await script() == 7  # the driver loads it when it is told that it is not there
+        valkey.run("SCRIPT", "FLUSH")
+    with pytest.raises(exceptions.DataError):
+        await client.set("n", None)
+    async with client.pipeline() as pipeline:
+        await pipeline.watch("n")
+        valkey.run("SET", "n", "1")
+        pipeline.multi()
+        pipeline.set("n", "2")
+        with pytest.raises(exceptions.WatchError):
+            await pipeline.execute()
+    assert "Redis fails" not in caplog.text
+
+
+async def test_arguments_of_an_unknown_command_are_not_logged(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UnavailableError, match="an unexpected error: ResponseError"):
+        await store.client.execute_command("NOSUCH", "s3cret")
+    assert "unknown command 'NOSUCH'" in logged(caplog)
+    assert "s3cret" not in logged(caplog)
+
+
+def test_same_words_are_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    now = 1000.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    health = Health(CollectorRegistry(), Config())
+
+    def lines() -> int:
+        return len(caplog.records)
+
+    for _ in range(100):
+        health.failed("work", OSError())
+        health.worked("work")
+    assert lines() == 2
+    health.failed("work", exceptions.ReadOnlyError())
+    health.worked("work")
+    assert lines() == 4  # other words
+    health.failed("work", OSError())  # an outage that begins soon after the last
+    now += 61
+    assert lines() == 4
+    for _ in range(100):
+        health.failed("work", OSError())
+    assert lines() == 5  # and lasts
+    health.worked("work")
+    assert [record.getMessage() for record in caplog.records][-2:] == ["Redis fails: it cannot be reached", "Redis works again"]
 
 
 class TlsFront:
@@ -181,9 +316,11 @@ async def test_tls_without_the_client_certificate_is_refused(tls: TlsFront) -> N
         (exceptions.TimeoutError("x"), "in time"),
         (TimeoutError(), "in time"),
         (exceptions.ConnectionError("Error 111 connecting to 10.1.2.3:6379."), "cannot be reached"),
-        (exceptions.ResponseError("ERR secret-thing of 10.1.2.3"), "an unexpected error: ERR"),
+        (exceptions.ResponseError("NOREPLICAS Not enough replicas of 10.1.2.3"), "an unexpected error: NOREPLICAS"),
+        (exceptions.ResponseError("secret-thing of 10.1.2.3"), "an unexpected error: ResponseError"),
     ],
 )
 def test_cause_is_told_in_words_without_an_address(error: Exception, words: str) -> None:
     assert words in cause(error)
     assert "10.1.2.3" not in cause(error)
+    assert "secret" not in cause(error)

@@ -9,6 +9,7 @@ import pytest
 import second_service
 from aiohttp import web
 from conftest import ROOT, SLACK, Served, Valkey, eventually, metric, serving
+from proxy import Fate, Proxy
 
 from nanoservice import config
 from nanoservice.config import ConfigError
@@ -76,6 +77,22 @@ async def test_redis_that_fails_is_503_and_recovered_from(
     await eventually(lambda: _is(greeter, "/readyz", 200), 2 * SLACK)
     assert await metric(greeter, "redis_up") == 1
     assert len([line for line in caplog.messages if line == "Redis works again"]) == 1
+
+
+async def test_log_is_bounded_while_one_kind_of_work_fails_and_another_succeeds(
+    greeter: Served, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    valkey.run("RPUSH", "{greeter}:bob", "no number")
+    for _ in range(20):
+        assert [await status(greeter, f"/greet/{name}") for name in ("bob", "ada")] == [503, 200]
+    assert caplog.messages == ["Redis fails: an unexpected error: WRONGTYPE", "Redis works again"]
+
+
+async def test_command_whose_reply_is_lost_is_not_sent_again(valkey: Valkey) -> None:
+    async with Proxy(valkey.port, lambda request: Fate.LOSE_REPLY if request.words[0] == b"INCRBY" else Fate.PASS) as proxy:
+        async with serving(valkey.environ(REDIS_PORT=str(proxy.port)), second_service.SERVICE) as served:
+            assert await status(served, "/greet/ada") == 503
+    assert valkey.run("GET", "{greeter}:ada") == "1"
 
 
 async def _is(served: Served, path: str, expected: int) -> bool:
