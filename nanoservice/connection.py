@@ -93,6 +93,14 @@ class Connection(web.RequestHandler):
         if transport is not None:
             transport.abort()
 
+    async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's signature
+        """Finish the request that is being answered, in `timeout` seconds at most."""
+        try:
+            async with asyncio.timeout(timeout):
+                await super().shutdown(None)
+        except TimeoutError:
+            await super().shutdown(0.1)  # aiohttp's own timeout is spent twice: on the handler, then on its end
+
     def finish_response(self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None) -> _Finished:
         """Write the answer; an error that aiohttp made (404, 405, 413, 417) becomes problem details first."""
         if resp.status >= 400 and isinstance(resp, web.HTTPException):

@@ -99,7 +99,8 @@ class Running:
     def __init__(self, app: web.Application) -> None:
         self.app = app
         self._servers: list[Server] = []
-        self._runners: list[web.BaseRunner] = []  # in the order of their start
+        self._connections: list[web.ServerRunner] = []
+        self._resources: list[web.AppRunner] = []
         self._sweeper: asyncio.Task[None] | None = None
 
     @classmethod
@@ -118,12 +119,12 @@ class Running:
     async def _serve(self, app: web.Application, sock: socket.socket, recorder: RequestRecorder) -> None:
         # One runner makes and closes the application's resources, the other has its connections, which are our own.
         resources = web.AppRunner(app)
-        self._runners.append(resources)
+        self._resources.append(resources)
         await resources.setup()
         assert resources.server is not None  # since setup()
         self._servers.append(Server(resources.server, recorder))
         connections = web.ServerRunner(self._servers[-1], shutdown_timeout=FINISH_SECONDS)
-        self._runners.append(connections)
+        self._connections.append(connections)
         await connections.setup()
         # asyncio's own event loop takes as many at a time as it lets wait; so it is told one number, and the kernel the other.
         await web.SockSite(connections, sock, backlog=_TAKEN).start()
@@ -148,8 +149,8 @@ class Running:
         """Stop listening, finish what is in flight, close the resources, Redis last of all."""
         if self._sweeper:
             self._sweeper.cancel()
-        while self._runners:
-            await self._runners.pop().cleanup()
+        for runners in (self._connections, self._resources):
+            await asyncio.gather(*(runner.cleanup() for runner in runners))
 
 
 def bind(host: str, port: int, variable: str) -> socket.socket:

@@ -202,9 +202,9 @@ def spawn() -> Iterator[Callable[..., Process]]:
         process.popen.stdout.close()
 
 
-async def metric(served: Served, name: str) -> float:
+async def metric(service: Served | Process, name: str) -> float:
     """Return the sum of the samples of `name` on the admin port."""
-    async with served.client.get(f"http://127.0.0.1:{served.admin_port}/metrics") as answer:
+    async with aiohttp.request("GET", f"http://127.0.0.1:{service.admin_port}/metrics") as answer:
         lines = (await answer.text()).splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
 

@@ -1,13 +1,17 @@
 """The end: nothing that was accepted is lost, and nothing holds it up."""
 
 import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import Callable
 
 import aiohttp
 import pytest
-from conftest import SLACK, Process, Valkey, wait_for
+from conftest import SLACK, Process, Served, Valkey, eventually, metric, serving, wait_for
+from wire import connected, request
+
+from nanoservice import server
 
 Spawn = Callable[..., Process]
 
@@ -88,6 +92,10 @@ def test_exit_status_is_0_after_either_signal(valkey: Valkey, spawn: Spawn, how:
     assert process.log[-1]["message"] == "ended"
 
 
+async def pending(service: Process | Served, number: int) -> bool:
+    return await metric(service, "counter_pending") == number
+
+
 async def test_what_is_in_flight_is_answered(valkey: Valkey, spawn: Spawn) -> None:
     process = spawn(valkey.environ(REQUEST_TIMEOUT="10", REDIS_TIMEOUT="10"))
     async with aiohttp.ClientSession() as client:
@@ -95,7 +103,7 @@ async def test_what_is_in_flight_is_answered(valkey: Valkey, spawn: Spawn) -> No
             assert answer.status == 200
         valkey.freeze()
         waiting = asyncio.create_task(client.get(process.url))
-        await asyncio.sleep(0.2)  # for the request to arrive
+        await eventually(lambda: pending(process, 1), 5)
         process.popen.send_signal(signal.SIGTERM)
         await asyncio.to_thread(wait_for, lambda: any(line["message"] == "draining" for line in process.log), 5)
         valkey.thaw()
@@ -111,12 +119,35 @@ async def test_hung_redis_does_not_hold_up_the_end(valkey: Valkey, spawn: Spawn)
             assert answer.status == 200
         valkey.freeze()
         waiting = [asyncio.create_task(client.get(process.url)) for _ in range(50)]
-        await asyncio.sleep(0.2)  # for the requests to arrive
+        await eventually(lambda: pending(process, 50), 5)
         began = time.monotonic()
         status = await asyncio.to_thread(process.end, signal.SIGTERM, 30)
         assert status == 0
         assert time.monotonic() - began < 4 * SLACK
         assert {answer.status for answer in await asyncio.gather(*waiting)} == {503}
+
+
+async def test_what_never_ends_is_waited_for_once(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server.FINISH_SECONDS == 10  # with a drain of 5 and a second to close: 16
+    monkeypatch.setattr(server, "FINISH_SECONDS", 2.0)
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving(valkey.environ(REQUEST_TIMEOUT="60", REDIS_TIMEOUT="60")) as served:
+            valkey.freeze()
+            for port, data in (
+                (served.port, request()),  # its handler waits for Redis
+                (served.port, request("POST", "/", "Content-Length: 9")),  # and here for the body
+                (served.admin_port, request("GET", "/metrics", "Content-Length: 9")),  # answered, but for the body
+            ):
+                await (await stack.enter_async_context(connected(port))).send(data)
+            deaf = await stack.enter_async_context(connected(served.port))  # takes nothing of its answers
+            deaf.reader._transport.pause_reading()  # type: ignore[attr-defined] # there is no other way to it
+            with pytest.raises(TimeoutError):
+                while True:
+                    deaf.writer.write(request("GET", "/openapi.json") * 1000)
+                    await asyncio.wait_for(deaf.writer.drain(), 0.3)
+            await eventually(lambda: pending(served, 1), 5)
+            began = time.monotonic()
+        assert 2 <= time.monotonic() - began < 3.9  # not twice as long, for whatever reason
 
 
 async def test_second_signal_stops_at_once(valkey: Valkey, spawn: Spawn) -> None:
