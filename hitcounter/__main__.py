@@ -3,7 +3,11 @@
 import os
 import sys
 
-from hitcounter.app import SERVICE
-from nanoservice.server import main
+try:
+    from hitcounter.app import SERVICE
+    from nanoservice.server import main
 
-sys.exit(main(SERVICE, os.environ, sys.argv[1:]))
+    status = main(SERVICE, os.environ, sys.argv[1:])
+except KeyboardInterrupt:  # Ctrl-C before the service itself listens for it, or after
+    status = 130
+sys.exit(status)

@@ -16,6 +16,12 @@ from typing import Any, Self
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)")
 
 
+_LINKED = "; Kubernetes sets this variable for a Service of this name: give the pod `enableServiceLinks: false`"
+
+# How much like one of ours a variable of another prefix must be: more than LINES, which terminals set, is like LANES.
+_ALIKE = 0.85
+
+
 class ConfigError(Exception):
     """What is wrong with the settings: `problems` has a line for each variable, none with a value in it."""
 
@@ -57,7 +63,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,18}", text) or not low <= int(text) <= high:
-            raise ValueError(f"a whole number from {low} to {high}")
+            raise ValueError(f"a whole number from {low} to {high}" + (_LINKED if "://" in text else ""))
         return int(text)
 
     return parse
@@ -87,9 +93,7 @@ def choice(*names: str) -> Callable[[str], str]:
 
 def flag(text: str) -> bool:
     """Return whether `text` says yes."""
-    return {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[
-        choice("true", "on", "1", "false", "off", "0")(text)
-    ]
+    return choice("true", "on", "1", "false", "off", "0")(text) in ("true", "on", "1")
 
 
 def host(text: str) -> str:
@@ -100,16 +104,6 @@ def host(text: str) -> str:
         except ValueError:
             raise ValueError("a host name or address alone: no scheme, user or port") from None
     return text
-
-
-def port(text: str) -> int:
-    """Return the port of a server to connect to."""
-    if "://" in text:
-        raise ValueError(
-            "a port number from 1 to 65535; Kubernetes sets this variable for a Service of this name: "
-            "give the pod `enableServiceLinks: false`"
-        )
-    return integer(1, 65535)(text)
 
 
 def file(text: str) -> Path:
@@ -129,7 +123,7 @@ class Config:
     bind_host: str = setting("", "address to listen on; default: all", host)
     admin_port: int = setting(9090, "port of `/metrics`; 0: any free one; keep it off the public", integer(0, 65535))
     redis_host: str = setting("", "Redis to use; default, in development only: an embedded Valkey", host)
-    redis_port: int = setting(6379, "its port", port)
+    redis_port: int = setting(6379, "its port", integer(1, 65535))
     redis_username: str = setting("", "user to authenticate as")
     redis_password: Secret | None = setting(None, "password of that user", Secret)
     redis_password_file: Path | None = setting(
@@ -178,6 +172,13 @@ class Config:
             yield "REDIS_CA_FILE, REDIS_CERT_FILE and REDIS_KEY_FILE need REDIS_TLS=true"
         if not self.redis_host and (self.redis_password or self.redis_password_file or self.redis_tls):
             yield "REDIS_HOST must be set for REDIS_PASSWORD, REDIS_PASSWORD_FILE or REDIS_TLS to mean anything"
+        elif not self.redis_host:
+            from nanoservice import embedded  # noqa: PLC0415 - what only development needs costs production no start-up time
+
+            try:
+                embedded.executable()
+            except ConfigError as error:
+                yield from error.problems
 
 
 def variables(config: type[Config]) -> list[tuple[str, Any]]:
@@ -195,12 +196,10 @@ def table(config: type[Config]) -> str:
 
 
 def _unknown(environ: Mapping[str, str], known: list[str]) -> Iterator[str]:
-    """Yield a line for each variable that looks like ours and is not: most likely a misspelt one."""
+    """Yield a line for each variable that begins like one of ours, or is one but for a letter: most likely a misspelt one."""
     prefixes = tuple({name.split("_")[0] + "_" for name in known if "_" in name})
     for name, value in environ.items():
-        if name in known or not name.startswith(prefixes):
-            continue
-        if _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and "://" in value):
+        if name in known or _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and "://" in value):
             continue  # set by Kubernetes, not by anyone who meant us
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        yield f"{name} is not a setting; the nearest is {nearest}"
+        for nearest in difflib.get_close_matches(name, known, n=1, cutoff=0.0 if name.startswith(prefixes) else _ALIKE):
+            yield f"{name} is not a setting; the nearest is {nearest}"

