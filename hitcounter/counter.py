@@ -72,7 +72,10 @@ class Batch:
         return len(self.hits), len(self.posts), [digest for digest, _ in self.keyed]
 
     def settle(self, hits: int, posts: int, answers: list[int]) -> Counts:
-        """Give each its number, in order of arrival: hits, then posts, then posts with a key. Return the highest."""
+        """Give each its number, in order of arrival: hits, then posts, then posts with a key.
+
+        Return the highest, but for posts with a key: their answers may be from before the store lost something.
+        """
         before = Counts(hits - len(self.hits), posts - len(self.posts))
         for number, future in enumerate(self.hits, before.hits + 1):
             if not future.done():
@@ -83,7 +86,7 @@ class Batch:
         for (_, future), *counts in zip(self.keyed, answers[::2], answers[1::2], strict=True):
             if not future.done():
                 future.set_result(Counts(*counts))
-        return Counts(hits, max([posts, *answers[1::2]]))
+        return Counts(hits, posts)
 
     def fail(self, reason: str) -> None:
         """Answer 503 to all who still wait."""
@@ -180,7 +183,8 @@ class Lane:
                 self._health.worked("work")  # any other reply shows nothing: it comes before the script writes what it counts
                 return reply
             if verdict is Verdict.LOST:
-                batch.fail("Redis has lost what it knew of this request: it may have been counted")
+                what = "failed half-way" if reply[0] == b"failed" else "has lost what it knew of this request"
+                batch.fail(f"Redis {what}: it may have been counted")
                 return None
         raise AssertionError("unreachable")
 
@@ -320,19 +324,15 @@ class Counter:
         if rewinds != self._rewinds:
             return  # another batch has told already
         if before.hits < floor.hits or before.posts < floor.posts:
-            self._rewind(floor, before)
+            self._rewinds += 1
+            self._rewound.inc()
+            _logger.error(
+                "Redis has lost counts that were answered; counting goes on from what it has",
+                extra={"answered": floor._asdict(), "found": before._asdict()},
+            )
             self._highest = highest
         else:
             self._highest = Counts(max(highest.hits, self._highest.hits), max(highest.posts, self._highest.posts))
-
-    def _rewind(self, answered: Counts, found: Counts) -> None:
-        """Tell that the store has less than was answered: it was restored, emptied, or failed over."""
-        self._rewinds += 1
-        self._rewound.inc()
-        _logger.error(
-            "Redis has lost counts that were answered; counting goes on from what it has",
-            extra={"answered": answered._asdict(), "found": found._asdict()},
-        )
 
     async def start(self) -> None:
         """Begin to take requests."""

@@ -163,9 +163,10 @@ async def test_ten_thousand_wait_for_a_frozen_store_one_more_is_told_at_once_and
         await it.hit()
         valkey.freeze()
         used = []
-        tracemalloc.start()
         try:
-            for _ in range(4):
+            for number in range(5):
+                if number == 1:
+                    tracemalloc.start()  # which makes all slow: the first time is not measured by it
                 began = time.monotonic()
                 waiting = [it.hit() for _ in range(most)]
                 assert it.metric("counter_pending") == most
@@ -174,19 +175,20 @@ async def test_ten_thousand_wait_for_a_frozen_store_one_more_is_told_at_once_and
                     it.hit()
                 with pytest.raises(UnavailableError, match="too many requests wait already"):
                     it.post("key")
-                assert time.monotonic() - refused < 0.05 * SLACK
+                assert number or time.monotonic() - refused < 0.05 * SLACK
                 results = await outcomes(waiting)
-                assert time.monotonic() - began < (timeout + 0.4) * SLACK
+                assert number or time.monotonic() - began < (timeout + 0.4) * SLACK
                 assert {type(result) for result in results} == {UnavailableError}
                 assert it.metric("counter_pending") == 0
                 del waiting, results
                 gc.collect()
-                used.append(tracemalloc.get_traced_memory()[0])
+                if number:
+                    used.append(tracemalloc.get_traced_memory()[0])
         finally:
             tracemalloc.stop()
         assert max(used[1:]) - used[0] < 2_000_000, used  # one fill takes about ten
         valkey.thaw()
-        assert (await within(it.hit())).hits <= 4 * most + 2
+        assert (await within(it.hit())).hits <= 5 * most + 2
 
 
 async def test_all_are_answered_by_the_deadline_whatever_the_batch_waits_for(valkey: Valkey) -> None:
@@ -372,6 +374,19 @@ async def test_emptied_store_is_told_once_and_counting_goes_on(valkey: Valkey, c
         assert it.metric("counter_rewinds_total") == 2
 
 
+async def test_answers_that_outlived_the_counts_are_no_further_rewind(valkey: Valkey) -> None:
+    async with counting(valkey, lanes=1) as it:
+        await outcomes([it.post() for _ in range(20)])
+        answers = [await within(it.post(key)) for key in ("a", "b")]
+        await it.post()
+        valkey.run("SET", "{hitcounter}:posts", "5")
+        for _ in range(3):
+            assert [await within(it.post(key)) for key in ("a", "b")] == answers
+            await it.post()
+        assert totals(valkey) == [0, 8]
+        assert it.metric("counter_rewinds_total") == 1
+
+
 async def test_lost_replies_and_lanes_out_of_step_are_no_rewinds(valkey: Valkey) -> None:
     number = 0
 
@@ -447,21 +462,30 @@ async def test_batch_is_sent_again_until_it_is_answered_and_counts_once(valkey: 
 
 
 @pytest.mark.parametrize(
-    ("breaks", "mends"),
+    ("breaks", "mends", "words"),
     [
-        (("SET", "{hitcounter}:answers", "another type"), ("DEL", "{hitcounter}:answers")),
-        (("ACL", "SETUSER", "default", "-expire"), ("ACL", "SETUSER", "default", "+expire")),
+        (
+            ("SET", "{hitcounter}:answers", "another type"),
+            ("DEL", "{hitcounter}:answers"),
+            "Redis: an unexpected error: WRONGTYPE",
+        ),
+        (
+            ("ACL", "SETUSER", "default", "-expire"),
+            ("ACL", "SETUSER", "default", "+expire"),
+            "Redis failed half-way: it may have been counted",
+        ),
     ],
     ids=["another type", "no right"],
 )
 async def test_batch_that_redis_fails_half_way_counts_once_at_most(
-    valkey: Valkey, breaks: tuple[str, ...], mends: tuple[str, ...]
+    valkey: Valkey, breaks: tuple[str, ...], mends: tuple[str, ...], words: str
 ) -> None:
     async with counting(valkey, timeout=0.5) as it:
         await it.hit()
         valkey.run(*breaks)
         results = await outcomes([it.hit(), it.post(), it.post("a")])
         assert {type(result) for result in results} == {UnavailableError}
+        assert {str(result) for result in results} == {words}
         counted_hits, counted_posts = totals(valkey)
         assert counted_hits <= 2
         assert counted_posts <= 2
