@@ -62,10 +62,6 @@ class Pages:
         """Count nothing, and give the headers."""
         return Answer(None, _LINES[_form(request)])
 
-    async def options(self, request: web.Request) -> Answer:
-        """Count nothing, and tell the methods: as on every path, but not to be stored, as all on `/`."""
-        return Answer(None, b"Allow: GET,HEAD,OPTIONS,POST\r\nCache-Control: no-store\r\n", status=204)
-
 
 def _answer(counts: Counts, form: str) -> Answer:
     if form == _JSON:
@@ -92,7 +88,7 @@ def _idempotency_key(request: web.Request) -> str | None:
     if not keys:
         return None
     if len(keys) > 1 or not _KEY.fullmatch(keys[0]):
-        raise ProblemError(400, "Idempotency-Key must be one header of 1 to 255 visible ASCII characters")
+        raise ProblemError(400, "Idempotency-Key must be one header of 1 to 255 printable ASCII characters")
     return keys[0]
 
 
@@ -126,7 +122,6 @@ def setup(app: web.Application, config: Config) -> None:
     app.router.add_get("/", pages.get, allow_head=False)
     app.router.add_head("/", pages.head)
     app.router.add_post("/", pages.post)
-    app.router.add_options("/", pages.options)
     app.cleanup_ctx.append(run_counter)
 
 

@@ -68,9 +68,9 @@ class Answer(web.StreamResponse):
         """Do nothing: `prepare` wrote all there is."""
 
 
-def json_answer(content: object, lines: bytes = b"") -> Answer:
+def json_answer(content: object, lines: bytes = b"", *, form: bytes = b"json", status: int = 200) -> Answer:
     """Return `content` as a JSON answer."""
-    return Answer(json.dumps(content).encode() + b"\n", b"Content-Type: application/json\r\n" + lines)
+    return Answer(json.dumps(content).encode() + b"\n", b"Content-Type: application/%b\r\n" % form + lines, status=status)
 
 
 def problem(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> Answer:
@@ -78,12 +78,11 @@ def problem(status: int, detail: str = "", headers: Mapping[str, str] | None = N
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
     if detail:
         content["detail"] = detail
-    lines = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
-    return Answer(
-        json.dumps(content).encode() + b"\n",
-        b"Content-Type: application/problem+json\r\nCache-Control: no-store\r\n" + lines.encode("latin-1"),
-        status=status,
-    )
+    lines = "".join(f"{name}: {value}\r\n" for name, value in {"Cache-Control": "no-store", **(headers or {})}.items())
+    answer = json_answer(content, lines.encode("latin-1"), form=b"problem+json", status=status)
+    if status == 413:
+        answer.force_close()  # the rest of the body is not worth reading
+    return answer
 
 
 class ProblemError(Exception):

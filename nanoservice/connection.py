@@ -1,7 +1,8 @@
 """The HTTP side of a client's connection: what aiohttp leaves open is bounded and answered here.
 
 Every error is problem details, also those made before a handler runs; nothing of the request or of our versions is echoed;
-a request that is not complete in time ends its connection; the number of connections stays below the descriptors we may open.
+a request that is not complete in time ends its connection (so there are no WebSockets); the number of connections stays below
+the descriptors we may open.
 """
 
 import asyncio
@@ -79,8 +80,6 @@ class Connection(web.RequestHandler):
                 self._untaken, self._taken_at = untaken, now
             elif now - self._taken_at >= SEND_SECONDS:
                 return True
-        if self._payload_parser is not None:  # a WebSocket: what arrives is no request
-            return False
         # A request that is complete and waits for the one before it has arrived.
         if not self._messages and now - self._head_since >= RECEIVE_SECONDS:
             return True
@@ -88,10 +87,8 @@ class Connection(web.RequestHandler):
 
     def end(self) -> None:
         """Close the connection now, whether the client takes what is left to send or not."""
-        transport = self.transport
-        self.force_close()
-        if transport is not None:
-            transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
 
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's signature
         """Finish the request that is being answered, in `timeout` seconds at most."""
@@ -104,11 +101,10 @@ class Connection(web.RequestHandler):
     def finish_response(self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None) -> _Finished:
         """Write the answer; an error that aiohttp made (404, 405, 413, 417) becomes problem details first."""
         if resp.status >= 400 and isinstance(resp, web.HTTPException):
-            kept = {name: resp.headers[name] for name in ("Allow", "Retry-After") if name in resp.headers}
-            answer = problem(resp.status, headers=kept)
-            if resp.status == 413:
-                answer.force_close()  # the rest of the body is not worth reading
-            resp = answer
+            kept = {name: resp.headers[name] for name in _KEPT if name in resp.headers}
+            # Words that a handler gave; those of aiohttp for 417 are the client's.
+            own = resp.status != 417 and resp.text != f"{resp.status}: {resp.reason}"
+            resp = problem(resp.status, resp.text or "" if own else "", kept)
         return super().finish_response(request, resp, start_time)
 
     def handle_error(
@@ -118,10 +114,7 @@ class Connection(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun: all that is left is to end the connection")
         if isinstance(exc, ProblemError):
-            answer = problem(exc.status, exc.detail, exc.headers)
-            if exc.status == 413:
-                answer.force_close()  # the rest of the body is not worth reading
-            return answer
+            return problem(exc.status, exc.detail, exc.headers)
         if isinstance(exc, UnicodeEncodeError) and not request.headers.get("Expect", "").isascii():
             return problem(417)  # aiohttp quotes what it does not expect, and fails if that is no text
         gone = isinstance(exc, ConnectionError) and self.transport is None  # the client is, not what the handler talks to
@@ -140,6 +133,7 @@ class Connection(web.RequestHandler):
         _logger.log(logging.DEBUG if client else logging.ERROR, *args, **kw)
 
 
+_KEPT = "Allow", "Retry-After", "WWW-Authenticate"  # of an error's headers
 _TOO_LARGE = "the request line or a header is longer than 8190 bytes, or there are more than 128 headers"
 
 
@@ -164,7 +158,6 @@ class Server(web.Server):
             "keepalive_timeout": KEEPALIVE_SECONDS,
             "lingering_time": RECEIVE_SECONDS,
         }
-        self._open = 0
         self._limit = max_connections()
         self._told_full = False
 
@@ -172,19 +165,9 @@ class Server(web.Server):
         """Return the protocol of a new connection."""
         return Connection(self, **self._options)
 
-    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
-        """Count the connection."""
-        self._open += 1
-        super().connection_made(handler, transport)
-
-    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
-        """Count the connection no more."""
-        self._open -= 1
-        super().connection_lost(handler, exc)
-
     def full(self) -> bool:
         """Return whether one more connection could take the last descriptors; logged once."""
-        if self._open <= self._limit:
+        if len(self.connections) <= self._limit:
             return False
         if not self._told_full:
             self._told_full = True

@@ -1,7 +1,6 @@
 """A service's life: read the settings, listen, get ready, serve, drain, end."""
 
 import asyncio
-import contextlib
 import errno
 import gc
 import logging
@@ -9,7 +8,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -160,30 +160,24 @@ def bind(host: str, port: int, variable: str) -> socket.socket:
     """
     try:
         if host:
-            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-        try:
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
-        except (OSError, ValueError) as error:
-            if getattr(error, "errno", None) == errno.EADDRINUSE:
-                raise
-            return socket.create_server(("", port), backlog=_BACKLOG)  # a machine without IPv6
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=_BACKLOG)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartError(f"port {port} is in use: end what uses it, or choose another with {variable}=...") from error
         raise StartError(f"cannot listen on {host or 'all addresses'}, port {port} ({variable}): {error.strerror}") from error
 
 
-@contextlib.contextmanager
-def _embedded_store(host: str) -> Iterator[str | None]:
-    """Yield the socket of a store of our own, or None if `host` names one."""
+def _embedded_store(host: str) -> AbstractContextManager[str | None]:
+    """Return the context of a store of our own, which gives its socket, or one of None if `host` names a store."""
     if host:
-        yield None
-        return
+        return nullcontext()
     from nanoservice import embedded  # noqa: PLC0415 - what only development needs costs production no start-up time
 
-    with embedded.valkey(_DATA) as path:
-        yield path
+    return embedded.valkey(_DATA)
 
 
 def _event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -91,10 +91,10 @@ def _answer_options(app: web.Application) -> None:
 
 
 def _options(methods: set[str]) -> Callable[[web.Request], Any]:
-    allow = f"Allow: {','.join(sorted(methods))}\r\n".encode("ascii")
+    lines = f"Allow: {','.join(sorted(methods))}\r\nCache-Control: no-store\r\n".encode("ascii")
 
     async def options(request: web.Request) -> Answer:
-        return Answer(None, allow, status=204)
+        return Answer(None, lines, status=204)
 
     return options
 

@@ -41,7 +41,7 @@ def is_problem(reply: Reply, status: int) -> bool:
     assert reply.headers["Content-Type"] == "application/problem+json"
     assert reply.headers["Cache-Control"] == "no-store"
     ours = {"Date", "Content-Type", "Cache-Control", "Content-Length", "Connection"}
-    assert set(reply.headers) <= ours | {"Allow", "Retry-After"}
+    assert set(reply.headers) <= ours | {"Allow", "Retry-After", "WWW-Authenticate"}
     assert reply.json.keys() - {"detail"} == {"type", "title", "status"}
     assert (reply.json["type"], reply.json["status"]) == ("about:blank", status)
     return True
@@ -519,7 +519,7 @@ async def test_malformed_key_is_400_and_counts_nothing(served: Served, headers: 
         for _ in range(2):
             reply = await wire.reply()
             assert is_problem(reply, 400)
-            assert reply.json["detail"] == "Idempotency-Key must be one header of 1 to 255 visible ASCII characters"
+            assert reply.json["detail"] == "Idempotency-Key must be one header of 1 to 255 printable ASCII characters"
         await wire.send(request("GET", "/", *keys), request("GET", "/", JSON, *keys), request("HEAD", "/", *keys))
         assert (await wire.reply()).status == 200  # it is ignored here
         assert (await wire.reply()).json == {"hits": 2, "posts": 0}
@@ -584,10 +584,16 @@ def _failing(app: web.Application, config: config.Config) -> None:
     async def missing(request: web.Request) -> web.Response:
         raise FileNotFoundError("a file of the handler")
 
+    async def who(request: web.Request) -> web.Response:
+        raise web.HTTPUnauthorized(headers={"WWW-Authenticate": "Basic", "X-Powered-By": "us"}, text="say who you are")
+
+    async def conflict(request: web.Request) -> web.Response:
+        raise web.HTTPConflict
+
     async def upload(request: web.Request) -> web.Response:
         return web.Response(text=str(len(await request.read())))
 
-    for handler in (refused, missing):
+    for handler in (refused, missing, who, conflict):
         app.router.add_get(f"/{handler.__name__}", handler)
     app.router.add_post("/upload", upload)
 
@@ -605,6 +611,15 @@ async def test_error_of_a_handler_is_not_blamed_on_the_client_or_on_redis(
     assert is_problem(await ask(failing.port, request("GET", path)), 500)
     assert caplog.messages == ["a handler failed"]
     assert f"\n{error}: " in caplog.text
+
+
+async def test_error_that_a_handler_raises_keeps_its_words_and_what_the_client_needs(failing: Served) -> None:
+    reply = await ask(failing.port, request("GET", "/who"))
+    assert is_problem(reply, 401)
+    assert (reply.headers["WWW-Authenticate"], reply.json["detail"]) == ("Basic", "say who you are")
+    reply = await ask(failing.port, request("GET", "/conflict"))
+    assert is_problem(reply, 409)
+    assert "detail" not in reply.json
 
 
 async def test_body_that_is_longer_than_aiohttp_reads_is_413(failing: Served) -> None:

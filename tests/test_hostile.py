@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from aiohttp import WSMsgType, web
+from aiohttp import web
 from conftest import COMMAND, SLACK, Process, Served, Valkey, eventually, serving
 from wire import Wire, chunked, connected, request
 
@@ -464,40 +464,6 @@ async def test_client_that_takes_its_answer_by_and_by_is_not_closed(valkey: Valk
             if len(wire.received) > (time.monotonic() - began) * 6 * MIB:
                 await asyncio.sleep(0.05)
         assert time.monotonic() - began > 3  # longer than it may take nothing
-
-
-def _chat(app: web.Application, config: config.Config) -> None:
-    async def chat(request: web.Request) -> web.WebSocketResponse:
-        socket = web.WebSocketResponse()
-        await socket.prepare(request)
-        async for message in socket:
-            if message.type is WSMsgType.TEXT:
-                await socket.send_str(message.data.upper())
-        return socket
-
-    app.router.add_get("/chat", chat)
-
-
-async def test_websocket_is_not_closed(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "RECEIVE_SECONDS", 0.3)
-    async with serving(valkey.environ(), Service("chat", "1", config.Config, _chat)) as served:
-        async with served.client.ws_connect("/chat") as idle, connected(served.port) as eager:
-            # One sends its first message together with the request.
-            upgrade = request(
-                "GET", "/chat", "Connection: upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
-                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-            )  # fmt: skip
-            await eager.send(upgrade, b"\x81\x82\x00\x00\x00\x00hi")
-            while not eager.received.endswith(b"\x81\x02HI"):
-                assert await eager.more()
-            for _ in range(2):
-                with pytest.raises(TimeoutError):
-                    await eager.more(1.5)
-                await idle.send_str("there")
-                assert await idle.receive_str(timeout=5 * SLACK) == "THERE"
-                await eager.send(b"\x81\x82\x00\x00\x00\x00ho")
-                assert await eager.more()
-            assert eager.received.endswith(b"\x81\x02HO")
 
 
 async def test_slow_request_is_logged_without_a_word_of_it(served: Served, caplog: pytest.LogCaptureFixture) -> None:
