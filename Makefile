@@ -51,7 +51,7 @@ test: $(VENV)/installed ## run all tests that need nothing but this machine
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 coverage: $(VENV)/installed ## run the tests and show which lines they do not reach
-	@$(BIN)/coverage run -m pytest && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
+	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 # redis.sh runs in its image's sh, .ci/steps is sourced: neither says by itself what it is written for.
 lint: $(VENV)/installed ## check style
@@ -70,12 +70,14 @@ types: $(VENV)/installed ## check types
 
 LOCK = CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-emit-options $(UPGRADE)
 
-lock: $(VENV)/installed lowest-python ## write requirements*.txt anew from requirements*.in (UPGRADE=--upgrade: with the newest versions)
-	@for name in requirements requirements-dev; do $(LOCK) --output-file=$$name.txt $$name.in || exit; done
+LOCKS = requirements requirements-dev bench/requirements
+
+lock: $(VENV)/installed lowest-python ## write requirements*.txt anew from requirements*.in, here and in bench/ (UPGRADE=--upgrade: with the newest versions)
+	@for name in $(LOCKS); do $(LOCK) --output-file=$$name.txt $$name.in || exit; done
 
 lock-check: $(VENV)/installed lowest-python ## fail if requirements*.txt does not follow from requirements*.in
-	@rm -rf $(VENV)/lock && mkdir $(VENV)/lock && cp requirements*.in requirements*.txt $(VENV)/lock
-	@cd $(VENV)/lock && for name in requirements requirements-dev; do \
+	@rm -rf $(VENV)/lock && mkdir -p $(VENV)/lock/bench && for name in $(LOCKS); do cp $$name.in $$name.txt $(VENV)/lock/$$(dirname $$name) || exit; done
+	@cd $(VENV)/lock && for name in $(LOCKS); do \
 	    $(subst $(BIN),$(abspath $(BIN)),$(LOCK)) --output-file=$$name.txt $$name.in || exit; \
 	    cmp -s $$name.txt $(CURDIR)/$$name.txt || { echo "make: $$name.txt is stale; run: make lock" >&2; exit 1; }; \
 	done
@@ -97,15 +99,11 @@ $(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt
 	@$(subst $(BIN),$(BENCH)/bin,$(PIP_INSTALL)) -r bench/requirements.txt || $(subst $(VENV),$(BENCH),$(NO_WHEEL))
 	@touch $@
 
-.PHONY: bench-lock
 bench: $(BENCH)/peers ## measure the service against its peers, in 6 minutes; writes bench/results.md and bench/results.svg
 	@$(BENCH)/bin/python -m bench.run
 
 bench-quick: $(BENCH)/peers ## prove that the benchmark runs; writes nothing
 	@$(BENCH)/bin/python -m bench.run --quick
-
-bench-lock: $(VENV)/installed lowest-python ## write bench/requirements.txt anew from bench/requirements.in
-	@$(subst make lock,make bench-lock,$(LOCK)) --output-file=bench/requirements.txt bench/requirements.in
 
 # --- the image ---
 

@@ -100,6 +100,7 @@ def targets(rounds: Rounds) -> list[Target]:
         Target("errors at 1,000 connections, in all rounds", sum(own("failed_1000")), 0),
         Target("throughput with `appendfsync always`, times that with `everysec`", synced, 0.9, at_least=True),
         Target("Pss in MB at 64 connections", median(own("pss")), 45),
+        Target("Pss in MB after 1,000 connections", median(own("pss_1000")), 45),
     ]
 
 

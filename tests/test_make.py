@@ -1,13 +1,17 @@
 """What `make` says to a newcomer."""
 
+import hashlib
+import io
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -71,6 +75,39 @@ def test_package_without_a_wheel_is_told_in_one_line(copy: Path) -> None:
     assert ended.returncode != 0
     assert "the packages cannot be installed" in ended.stderr
     assert not (copy / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "locked", "said"),
+    [
+        ("tiny-1.0-py3-none-any.whl", "", "Hashes are required in --require-hashes mode"),
+        ("tiny-1.0-py3-none-any.whl", " --hash=sha256:" + "0" * 64, "DO NOT MATCH THE HASHES"),
+        ("tiny-1.0.tar.gz", " --hash=sha256:{}", "No matching distribution found for tiny==1.0"),
+    ],
+    ids=["no hash", "another hash", "sdist"],
+)
+def test_only_wheels_of_a_locked_hash_are_installed(copy: Path, tmp_path: Path, name: str, locked: str, said: str) -> None:
+    folder, ran = tmp_path / "index", tmp_path / "ran"
+    folder.mkdir()
+    if name.endswith(".whl"):
+        with zipfile.ZipFile(folder / name, "w") as wheel:
+            wheel.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+            wheel.writestr("tiny-1.0.dist-info/RECORD", "")
+    else:
+        with tarfile.open(folder / name, "w:gz") as sdist:
+            script = f"open({str(ran)!r}, 'w')\n".encode()
+            entry = tarfile.TarInfo("tiny-1.0/setup.py")
+            entry.size = len(script)
+            sdist.addfile(entry, io.BytesIO(script))
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (copy / "requirements.txt").write_text(f"tiny==1.0{locked.format(digest)}\n")
+    (copy / "requirements-dev.txt").write_text("")
+    ended = make(".venv/can-run", cwd=copy, PYTHON=sys.executable, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(folder))
+    assert ended.returncode != 0
+    assert said in ended.stderr
+    assert not (copy / ".venv").exists()
+    assert not ran.exists()
 
 
 def test_run_serves_keeps_its_counts_and_installs_once(copy: Path) -> None:
