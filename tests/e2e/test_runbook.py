@@ -226,11 +226,3 @@ def test_examples_in_the_texts_apply() -> None:
             assert {"apiVersion", "kind"} <= example.keys(), file
             if "." not in example["apiVersion"].split("/")[0] or example["apiVersion"].endswith("k8s.io/v1"):
                 one.kubectl("apply", "--dry-run=server", "--filename=-", input=json.dumps(example))
-
-
-def test_targets_in_the_texts_exist() -> None:
-    text = (ROOT / "docs" / "operations.md").read_text() + (ROOT / "README.md").read_text()
-    wanted = set(re.findall(r"^(?:    )?make ([a-z0-9-]+)|`make ([a-z0-9-]+)", text, re.MULTILINE))
-    makefile = (ROOT / "Makefile").read_text()
-    for target in {one or two for one, two in wanted}:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
