@@ -6,6 +6,7 @@ dataclass from it. Field `bind_port` is set by the variable `BIND_PORT`.
 
 import difflib
 import re
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
@@ -115,6 +116,16 @@ def file(text: str) -> Path:
         raise ValueError(f"the path of a file that can be read: {error.strerror}") from error
 
 
+def certificates(text: str) -> Path:
+    """Return the path of a file of certificates (PEM)."""
+    path = file(text)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError:
+        raise ValueError("the path of a file of certificates (PEM)") from None
+    return path
+
+
 @dataclass(frozen=True)
 class Config:
     """The settings of every service."""
@@ -130,9 +141,9 @@ class Config:
         None, "file with the password, read again at each connection: a rotated secret needs no restart", file
     )
     redis_tls: bool = setting(False, "`true`: talk TLS to Redis and check its certificate", flag)
-    redis_ca_file: Path | None = setting(None, "CA certificates to trust (PEM); default: the system's", file)
-    redis_cert_file: Path | None = setting(None, "client certificate (PEM)", file)
-    redis_key_file: Path | None = setting(None, "its key (PEM)", file)
+    redis_ca_file: Path | None = setting(None, "CA certificates to trust (PEM); default: the system's", certificates)
+    redis_cert_file: Path | None = setting(None, "client certificate (PEM)", certificates)
+    redis_key_file: Path | None = setting(None, "its key (PEM), without a passphrase", file)
     redis_timeout: float = setting(1.0, "seconds to connect, and for each round trip", seconds(0.01, 60))
     drain_seconds: float = setting(0.0, "seconds to go on serving after SIGTERM, not ready; 5 in a cluster", seconds(0, 3600))
     log_level: str = setting(
@@ -168,6 +179,8 @@ class Config:
             yield "REDIS_USERNAME needs REDIS_PASSWORD or REDIS_PASSWORD_FILE"
         if bool(self.redis_cert_file) != bool(self.redis_key_file):
             yield "REDIS_CERT_FILE and REDIS_KEY_FILE belong together: set both or none"
+        elif self.redis_cert_file and not _is_key_of(self.redis_key_file, self.redis_cert_file):
+            yield "REDIS_KEY_FILE must be the key of REDIS_CERT_FILE (PEM), without a passphrase"
         if not self.redis_tls and (self.redis_ca_file or self.redis_cert_file or self.redis_key_file):
             yield "REDIS_CA_FILE, REDIS_CERT_FILE and REDIS_KEY_FILE need REDIS_TLS=true"
         if not self.redis_host and (self.redis_password or self.redis_password_file or self.redis_tls):
@@ -193,6 +206,15 @@ def table(config: type[Config]) -> str:
         default = {"": "", "None": "", "False": "false"}.get(str(spec.default), f"{spec.default}")
         rows.append(f"| `{name}` | {default} | {spec.metadata['help']} |")
     return "\n".join(rows)
+
+
+def _is_key_of(key: Path | None, certificate: Path) -> bool:
+    """Return whether `key` holds the key of `certificate`, and can be read without being asked for a passphrase."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password=lambda: "")
+    except ssl.SSLError:
+        return False
+    return True
 
 
 def _unknown(environ: Mapping[str, str], known: list[str]) -> Iterator[str]:

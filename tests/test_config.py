@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import trustme
 from conftest import ROOT
+from cryptography.hazmat.primitives import serialization
 
 from hitcounter.app import Config
 from nanoservice.config import ConfigError, Secret, table, variables
@@ -56,6 +58,7 @@ def test_each_kind_of_value_is_read() -> None:
         ("IDEMPOTENCY_KEYS", "0", "a whole number from 1"),
         ("REDIS_PASSWORD_FILE", "/nowhere", "the path of a file that can be read: No such file"),
         ("REDIS_CA_FILE", "/", "the path of a file that can be read: Is a directory"),
+        ("REDIS_CA_FILE", __file__, "the path of a file of certificates (PEM)"),
     ],
 )
 def test_wrong_value_is_named_with_what_it_should_be_and_not_shown(name: str, value: str, should_be: str) -> None:
@@ -134,20 +137,47 @@ def test_what_kubernetes_sets_for_a_service_named_redis_is_passed_over() -> None
         assert "enableServiceLinks: false" in problem
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files of TLS: a certificate, its key, the same with a passphrase, another key, and what is none of these."""
+    folder = tmp_path_factory.mktemp("tls")
+    mine, other = (trustme.CA().issue_cert("client@example.org") for _ in range(2))
+    locked = serialization.load_pem_private_key(mine.private_key_pem.bytes(), None).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"passphrase")
+    )
+    contents = {
+        "certificate": mine.cert_chain_pems[0].bytes(), "key": mine.private_key_pem.bytes(), "locked key": locked,
+        "other key": other.private_key_pem.bytes(), "letter": b"Dear all,",
+    }  # fmt: skip
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return {name: str(folder / name) for name in contents}
+
+
 @pytest.mark.parametrize(
     ("environ", "named"),
     [
-        ({"REDIS_PASSWORD": "s3cret", "REDIS_PASSWORD_FILE": __file__}, "REDIS_PASSWORD and REDIS_PASSWORD_FILE"),
+        ({"REDIS_PASSWORD": "s3cret", "REDIS_PASSWORD_FILE": "letter"}, "REDIS_PASSWORD and REDIS_PASSWORD_FILE"),
         ({"REDIS_USERNAME": "u"}, "REDIS_USERNAME needs"),
-        ({"REDIS_TLS": "on", "REDIS_CERT_FILE": __file__}, "REDIS_CERT_FILE and REDIS_KEY_FILE"),
-        ({"REDIS_CA_FILE": __file__}, "need REDIS_TLS=true"),
+        ({"REDIS_TLS": "on", "REDIS_CERT_FILE": "certificate"}, "REDIS_CERT_FILE and REDIS_KEY_FILE"),
+        ({"REDIS_CA_FILE": "certificate"}, "need REDIS_TLS=true"),
+        *(
+            ({"REDIS_TLS": "on", "REDIS_CERT_FILE": "certificate", "REDIS_KEY_FILE": key}, "REDIS_KEY_FILE must be the key of")
+            for key in ("other key", "locked key", "certificate", "letter")
+        ),
     ],
 )
-def test_settings_that_contradict_each_other_are_told(environ: dict[str, str], named: str) -> None:
-    found = problems({"REDIS_HOST": "h", **environ})
+def test_settings_that_contradict_each_other_are_told(files: dict[str, str], environ: dict[str, str], named: str) -> None:
+    found = problems({"REDIS_HOST": "h"} | {name: files.get(value, value) for name, value in environ.items()})
     assert len(found) == 1
     assert named in found[0]
     assert "s3cret" not in found[0]
+
+
+def test_certificate_and_its_key_are_taken(files: dict[str, str]) -> None:
+    environ = {"REDIS_CA_FILE": "certificate", "REDIS_CERT_FILE": "certificate", "REDIS_KEY_FILE": "key"}
+    config = Config.read({"REDIS_HOST": "h", "REDIS_TLS": "on"} | {name: files[value] for name, value in environ.items()})
+    assert config.redis_key_file == Path(files["key"])
 
 
 @pytest.mark.parametrize("name", ["REDIS_PASSWORD", "REDIS_TLS", "REDIS_PASSWORD_FILE"])
