@@ -202,6 +202,11 @@ def spawn() -> Iterator[Callable[..., Process]]:
         process.popen.stdout.close()
 
 
+def resident(process: Process) -> int:
+    """Return how many bytes of memory the process uses."""
+    return int(Path(f"/proc/{process.popen.pid}/statm").read_text().split()[1]) * 4096
+
+
 async def metric(service: Served | Process, name: str) -> float:
     """Return the sum of the samples of `name` on the admin port."""
     async with aiohttp.request("GET", f"http://127.0.0.1:{service.admin_port}/metrics") as answer:

@@ -72,6 +72,7 @@ class Tally:
         assert self.highest_posts <= posts, "the store is behind an answered post"
         assert counted <= posts <= counted + unknown, "a post was lost, or counted twice"
         assert max(numbers, default=0) - counted <= unknown
+        print(f"by status {dict(self.statuses)}; in the store {hits} hits, {posts} posts; {self.repeated} keys came again")
 
 
 class Load:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from conftest import SLACK, Process, Served, Valkey, eventually, metric, serving
+from conftest import SLACK, Process, Served, Valkey, eventually, metric, resident, serving
 from wire import Reply, chunked, connected, request
 
 from hitcounter import __version__
@@ -248,10 +248,6 @@ async def test_chunked_body_without_end_is_413(served: Served) -> None:
 async def test_bodies_are_not_held(spawn: Callable[..., Process], valkey: Valkey) -> None:
     process = spawn(valkey.environ(BIND_HOST="127.0.0.1"))
 
-    def resident() -> int:
-        pages = Path(f"/proc/{process.popen.pid}/statm").read_text().split()[1]
-        return int(pages) * 4096
-
     def received() -> bool:
         """Return whether the process has read all that was sent to it: no socket of its port has a byte in its queues."""
         sockets = [line.split()[1:5] for line in Path("/proc/net/tcp").read_text().splitlines()]
@@ -269,7 +265,7 @@ async def test_bodies_are_not_held(spawn: Callable[..., Process], valkey: Valkey
                 for wire in wires:
                     await wire.send(b"x" * piece)
                 await eventually(received, 10 * SLACK)
-            used = resident()
+            used = resident(process)
             for wire in wires:
                 await wire.send(b"x")
             assert [(await wire.reply()).status for wire in wires] == [200] * number

@@ -118,6 +118,7 @@ async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_an
     tally.check(*totals(valkey))
     assert tally.answered > 1000
     assert tally.repeated > 20
+    print({fate.name: number for fate, number in proxy.fates.items()}, "sent once more:", dict(proxy.repeated))
     # It was as bad as meant to be, and duplicates did come after newer batches.
     assert proxy.fates[Fate.LOSE_REPLY] + proxy.fates[Fate.SWALLOW_REPLY] >= LOST_REPLIES
     assert min(proxy.fates[fault] for fault in faults) > 0
