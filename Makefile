@@ -53,12 +53,22 @@ test: $(VENV)/installed ## run all tests that need nothing but this machine
 coverage: $(VENV)/installed ## run the tests and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
+# Print where a program lies whose Go module is locked, with its hashes, in a folder of .github/tools; build it first, once.
+GO_TOOL = go -C .github/tools/$(1) tool -n $(1)
+
 # redis.sh runs in its image's sh, .ci/steps is sourced: neither says by itself what it is written for.
 lint: $(VENV)/installed ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/yamllint --strict .
 	@$(BIN)/shellcheck --shell=sh image/*.sh manifests/*.sh manifests/*/*.sh
 	@$(BIN)/shellcheck --shell=bash .ci/run .ci/steps .ci/buildah
+	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/zizmor --quiet --no-progress --offline --pedantic --strict-collection .github
+	@if [ "$$CI" ] || command -v go >/dev/null; then \
+	    actionlint=$$($(call GO_TOOL,actionlint)) && "$$actionlint" -shellcheck=$(BIN)/shellcheck -pyflakes=; \
+	else \
+	    echo "make: without Go, workflows are not checked by actionlint"; \
+	fi
 
 format: $(VENV)/installed ## mend style
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
