@@ -26,6 +26,8 @@ from nanoservice.service import C, Service, create_app
 # terminationGracePeriodSeconds.
 FINISH_SECONDS = 10.0
 
+_SIGNALS = signal.SIGTERM, signal.SIGINT  # either asks the service to end
+
 _BACKLOG = 4096  # connections that the kernel holds until they are taken
 _TAKEN = 16  # and that asyncio takes at a time, before any is counted: fewer than the descriptors kept to spare
 _DATA = Path(".data")  # of the embedded store
@@ -49,9 +51,10 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
             bind(config.bind_host, config.bind_port, "BIND_PORT") as public,
             bind(config.bind_host, config.admin_port, "ADMIN_PORT") as admin,
             _embedded_store(config.redis_host) as store,
-            asyncio.Runner(loop_factory=_event_loop()) as runner,
         ):
-            return runner.run(_live(service, config, store, public, admin))
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they wait for `_live`: uvloop loses those before
+            with asyncio.Runner(loop_factory=_event_loop()) as runner:
+                return runner.run(_live(service, config, store, public, admin))
     except ConfigError as error:
         print("\n".join(f"{service.name}: {problem}" for problem in error.problems), file=sys.stderr)
         return os.EX_CONFIG
@@ -73,8 +76,9 @@ async def _live(service: Service[C], config: C, store: str | None, public: socke
             task.cancel()
         asked.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     running = await Running.start(service, config, public, admin, store)
     try:
         ports = {"port": public.getsockname()[1], "admin_port": admin.getsockname()[1]}

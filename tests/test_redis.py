@@ -250,7 +250,7 @@ class TlsFront:
 
     def environ(self, **more: str) -> dict[str, str]:
         files = {"REDIS_CA_FILE": str(self.ca_file), "REDIS_CERT_FILE": str(self.cert_file), "REDIS_KEY_FILE": str(self.key_file)}
-        tls = {"REDIS_PORT": str(self.port), "REDIS_TLS": "true", "REQUEST_TIMEOUT": "0.5", **files, **more}
+        tls = {"REDIS_PORT": str(self.port), "REDIS_TLS": "true", **files, **more}
         return {name: value for name, value in self.valkey.environ(**tls).items() if value}
 
 

@@ -121,7 +121,7 @@ def test_embedded_store_syncs_each_write(tmp_path: Path) -> None:
 
 
 def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Return the exit status of a process that was sent SIGINT, and what it said."""
+    """Return the exit status of a process that was sent a signal, and what it said."""
     try:
         output, errors = process.communicate(timeout=10 * SLACK)
     finally:
@@ -129,18 +129,28 @@ def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output + errors
 
 
-def test_interrupt_while_it_imports_is_no_traceback(tmp_path: Path) -> None:
+def interrupt_at(module: str, how: int, environ: dict[str, str], cwd: Path) -> tuple[int, str]:
+    """Start a hitcounter, and send it the signal `how` when it has imported `module`; return its exit status and what it said."""
     command = [sys.executable, "-X", "importtime", "-m", "hitcounter"]  # which tells each import on standard error
-    environ = {**os.environ, **EMBEDDED, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, env=environ, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), **environ}
+    with subprocess.Popen(command, env=environ, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
-        next(line for line in process.stderr if "aiohttp" in line)
-        process.send_signal(signal.SIGINT)
-        status, said = interrupted(process)
+        next(line for line in process.stderr if line.rstrip().endswith(f" {module}"))
+        process.send_signal(how)
+        return interrupted(process)
+
+
+def test_interrupt_while_it_imports_ends_it_at_once(tmp_path: Path) -> None:
+    status, said = interrupt_at("aiohttp.hdrs", signal.SIGINT, EMBEDDED, tmp_path)
     assert status == -signal.SIGINT
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_the_event_loop_is_made_is_not_lost(valkey: Valkey, tmp_path: Path, how: int) -> None:
+    status, said = interrupt_at("uvloop", how, valkey.environ(), tmp_path)
+    assert status == 0
+    assert '"message": "ended"' in said
 
 
 @needs_proc
