@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: help run test test-fast lint format types lock lock-check coverage bench bench-quick wheels image image-check image-multiarch image-digest test-image clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- the development environment ---
 
