@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import pytest
-from conftest import SLACK, Valkey, eventually
+from conftest import SLACK, Valkey, eventually, metric, serving
 from prometheus_client import CollectorRegistry
 from proxy import Fate, Proxy, Request
+from wire import connected, request
 
 from hitcounter.app import Config
 from hitcounter.counter import Counter, Counts
@@ -82,6 +83,25 @@ def writers(valkey: Valkey) -> list[str]:
 
 
 # --- who goes away ---
+
+
+async def test_client_that_goes_away_disturbs_nobody_in_its_batch(valkey: Valkey) -> None:
+    async with serving(valkey.environ(LANES="1")) as served, contextlib.AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(connected(served.port)) for _ in range(30)]
+        for wire in wires:
+            await wire.send(request("GET", "/", "Accept: application/json"))
+            assert (await wire.reply()).status == 200
+        valkey.freeze()
+        for wire in wires:
+            await wire.send(request("GET", "/", "Accept: application/json"))
+        await eventually(lambda: metric(served, "counter_pending"), 5 * SLACK)
+        for wire in wires[::3]:
+            wire.writer.transport.abort()
+        await asyncio.sleep(0.05)  # the service has seen that they are gone
+        valkey.thaw()
+        numbers = [(await wire.reply()).json["hits"] for number, wire in enumerate(wires) if number % 3]
+        assert len(set(numbers)) == 20
+        assert max(numbers) <= totals(valkey)[0] <= 60
 
 
 async def test_cancelled_waiter_disturbs_nobody_in_its_batch(valkey: Valkey) -> None:
