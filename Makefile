@@ -135,6 +135,9 @@ wheels: $(VENV)/installed ## fetch the packages for images, hash-checked; from t
 	        --platform manylinux_2_28_$$machine --platform manylinux_2_17_$$machine --platform manylinux2014_$$machine \
 	        -r requirements.txt || exit; \
 	done
+	@awk '/^[a-z]/ { wanted = /^debugpy==/ } wanted' requirements-dev.txt >$(VENV)/debugpy.txt
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes --dest $(WHEELS).new \
+	    --implementation py --python-version 3.13 --platform any -r $(VENV)/debugpy.txt
 	@rm -rf $(WHEELS) && mv $(WHEELS).new $(WHEELS)
 
 image: ## make the image hitcounter (SERVICE=: of another package) and give it to the engine (ENGINE=docker, podman, buildah)
