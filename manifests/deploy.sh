@@ -77,14 +77,16 @@ wait_for() { # KIND/NAME: until its pods are ready
 }
 
 deploy() {
-  overlay "$(publish)"
+  published=$(publish)   # a line of its own, else a push that fails would end nothing
+  overlay "$published"
   # The namespace first, since the secrets go into it.
   k create namespace "$NAMESPACE" --dry-run=client --output=yaml | k apply --server-side --filename=- >&2
   manifests/secret.sh make >&2
   k apply --server-side --force-conflicts --kustomize="$folder" >&2
   wait_for statefulset/redis
   wait_for deployment/hitcounter
-  echo "http://$(k get nodes --output=jsonpath='{.items[0].status.addresses[?(@.type=="InternalIP")].address}'):30080/"
+  address=$(k get nodes --output=jsonpath='{.items[0].status.addresses[?(@.type=="InternalIP")].address}')
+  echo "http://$address:30080/"
 }
 
 command=$1

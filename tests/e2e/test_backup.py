@@ -1,7 +1,6 @@
 """What Redis has stays: through the end of its pod, and out of a backup."""
 
 import re
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def test_service_tells_that_redis_was_set_back(cluster: Deployed, tmp_path: Path
     for _ in range(3):
         namespace.counts()
     namespace.make("restore", f"FILE={file}")
-    assert wait_for(lambda: _counts(namespace), 30) == (before[0] + 1, before[1])
+    assert wait_for(namespace.answered, 30) == (before[0] + 1, before[1])
     assert "Redis has lost counts that were answered" in namespace.kubectl("logs", "deployment/hitcounter")
 
 
@@ -41,19 +40,12 @@ def test_backup_gives_the_counts_of_its_moment_in_another_namespace(cluster: Dep
     install(cluster, other)
     assert other.counts() == (1, 0)
     other.make("restore", f"FILE={file}")
-    restored = wait_for(lambda: _counts(other), 30)
+    restored = wait_for(other.answered, 30)
     print(f"\nbacked up at {at_backup}, restored {restored[0] - 1} hits; lost: the {last[0] - at_backup[0]} that came after")
     assert restored == (at_backup[0] + 1, at_backup[1])
     # It had answered one hit of its own before. What is restored is more than that, so nothing seems lost to it.
     log = other.kubectl("logs", "deployment/hitcounter")
     assert "Redis has lost counts" not in log
-
-
-def _counts(namespace: Namespace) -> tuple[int, int] | None:
-    """Return the counts, or None for a 503: what was sent to the Redis that ended is in doubt."""
-    with suppress(AssertionError):
-        return namespace.counts()
-    return None
 
 
 def test_restore_refuses_what_is_no_snapshot_and_changes_nothing(cluster: Deployed, tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from cluster import Deployed, Namespace, cluster, counts, step, traffic
+from cluster import KUBECTL, Deployed, Namespace, cluster, counts, processes, step, traffic
 from conftest import wait_for
 
 __all__ = ["cluster"]  # a fixture
@@ -73,17 +74,55 @@ async def test_passwords_are_rotated_without_a_failed_request(cluster: Deployed)
     namespace = cluster.namespace
     old = namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").strip()
     assert namespace.valkey("PING", user="hitcounter", password=old) == "PONG"
-    async with traffic(cluster.url, 100) as load:
-        said = await step(namespace.make, "secret-rotate")
+    with processes() as seen:
+        async with traffic(cluster.url, 100) as load:
+            said = await step(namespace.make, "secret-rotate")
     print(f"\n{load.statuses()}")
     assert not load.failures
     new = namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").strip()
     assert old != new
-    assert old not in said
-    assert new not in said
+    assert "redis.sh load-users" in "".join(seen)  # it was watched
+    for password in (old, new):
+        assert password not in said + "".join(seen)
     assert namespace.valkey("PING", user="hitcounter", password=new) == "PONG"
     assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=old))
     namespace.kubectl("delete", "pod", "redis-0")  # and it stays so
     namespace.await_rollout("statefulset/redis")
     assert namespace.valkey("PING", user="hitcounter", password=new) == "PONG"
     assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=old))
+
+
+# A kubectl that fails at the $AT-th time that $STEP is to be done.
+_CUT = """#!/bin/sh
+case "$*" in
+  *"$STEP"*) echo >>"$0.seen"; [ "$(wc -l <"$0.seen")" -lt "$AT" ] || { echo "cut short before: $STEP" >&2; exit 1; } ;;
+esac
+exec KUBECTL "$@"
+"""
+
+
+def test_rotation_may_be_cut_short_at_any_step_and_redis_restart(cluster: Deployed, tmp_path: Path) -> None:
+    namespace = cluster.namespace
+    hits, posts = namespace.counts()
+    old = namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").strip()
+    seen: set[str] = set()
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(_CUT.replace("KUBECTL", KUBECTL))
+    kubectl.chmod(0o755)
+    for action, at in (
+        ("redis.sh load-users", 1), ("apply", 2), ("rollout restart", 1), ("apply", 2), ("redis.sh load-users", 2),
+    ):  # fmt: skip
+        (tmp_path / "kubectl.seen").unlink(missing_ok=True)
+        with pytest.raises(AssertionError, match=f"cut short before: {action}"):
+            namespace.make("secret-rotate", f"KUBECTL={kubectl}", env={"STEP": action, "AT": str(at)})
+        namespace.kubectl("delete", "pod", "redis-0")
+        namespace.await_rollout("statefulset/redis")
+        hits += 1
+        assert wait_for(namespace.answered, 30) == (hits, posts)
+        seen |= set(namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").split())
+    assert len(seen) == 2  # a rotation that is taken up again goes on with its password
+    assert namespace.make("secret-rotate").endswith("Redis takes the new ones alone\n")
+    assert namespace.counts() == (hits + 1, posts)
+    for password in seen:
+        assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=password))
+    assert old in seen

@@ -1,13 +1,10 @@
 """What `make deploy` leaves: it counts, is ready soon, warns of nothing, and tells no secret."""
 
-import contextlib
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import SERVICE, Deployed, cluster, compose, counts, deployed, namespace, run
+from cluster import KUBECTL, SERVICE, Deployed, cluster, compose, counts, deployed, namespace, processes, run
 from conftest import ROOT, wait_for
 
 __all__ = ["cluster"]  # a fixture
@@ -55,8 +52,20 @@ def test_deploying_again_changes_nothing(cluster: Deployed) -> None:
     assert [pod["metadata"]["uid"] for pod in ours.pods("app.kubernetes.io/part-of=hitcounter")] == before
 
 
+def test_image_that_cannot_be_pushed_is_not_deployed(cluster: Deployed) -> None:
+    with pytest.raises(AssertionError, match="localhost:1/"):
+        cluster.namespace.make("deploy", "REGISTRY=localhost:1", seconds=300)
+    (container,) = cluster.namespace.get("deployment", "hitcounter")["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == cluster.image
+
+
+def test_cluster_that_does_not_answer_is_told() -> None:
+    with pytest.raises(AssertionError, match=r"make: no cluster answers; start one \(minikube start\)"):
+        run("make", "deploy", env={"KUBECONFIG": "/dev/null"})
+
+
 def test_rendered_manifests_are_those_of_the_sources(tmp_path: Path) -> None:
-    run(str(ROOT / "manifests" / "render.sh"), str(tmp_path), env={"KUBECTL": "kubectl"})
+    run(str(ROOT / "manifests" / "render.sh"), str(tmp_path), env={"KUBECTL": KUBECTL})
     committed = ROOT / "manifests" / "rendered"
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in committed.iterdir()}
     for file in tmp_path.iterdir():
@@ -77,29 +86,6 @@ def test_production_is_accepted_by_the_api(cluster: Deployed, components: str) -
         ):
             assert f"{kind}/hitcounter " in said
         assert ("statefulset.apps/redis " in said) == (components != "redis-outside")
-
-
-@contextlib.contextmanager
-def processes() -> Iterator[list[str]]:
-    """Collect the command lines and of all processes that run here while the block does, as `ps` would show them."""
-    seen: dict[str, None] = {}
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.is_set():
-            for file in Path("/proc").glob("[0-9]*/cmdline"):
-                with contextlib.suppress(OSError):
-                    seen[file.read_bytes().replace(b"\0", b" ").decode(errors="replace")] = None
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    lines: list[str] = []
-    try:
-        yield lines
-    finally:
-        ended.set()
-        thread.join()
-        lines += seen
 
 
 def test_secrets_are_made_once_and_told_to_nobody(cluster: Deployed) -> None:

@@ -3,14 +3,17 @@
 import base64
 import json
 import re
+import shlex
+import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import yaml
-from cluster import Deployed, Namespace, cluster, compose, install, namespace, other
+from cluster import KUBECTL, Deployed, Namespace, cluster, compose, install, namespace, other
 from conftest import ROOT, wait_for
 
 __all__ = ["cluster", "other"]  # fixtures
@@ -41,13 +44,6 @@ def newcomer(namespace: Namespace, *known: str) -> str:
         return [name for pod in namespace.pods() if (name := pod["metadata"]["name"]) not in known]
 
     return str(wait_for(new, 30)[0])
-
-
-def counts(namespace: Namespace) -> tuple[int, int] | None:
-    """Return the counts; None for a 503, or if no pod is ready."""
-    with suppress(AssertionError, IndexError):
-        return namespace.counts()
-    return None
 
 
 def detail(namespace: Namespace) -> str:
@@ -118,7 +114,7 @@ def test_redis_that_is_away_for_a_minute_restarts_no_service(installed: Namespac
     installed.kubectl("scale", "statefulset/redis", "--replicas=1")
     installed.await_rollout("statefulset/redis")
     began = time.monotonic()
-    wait_for(lambda: counts(installed) == (2, 0), 60)
+    wait_for(lambda: installed.answered() == (2, 0), 60)
     print(f"counts {time.monotonic() - began:.0f} s after Redis was ready")
     (pod,) = installed.pods()
     assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
@@ -137,7 +133,7 @@ def test_full_memory_is_refused_and_nothing_forgotten(cluster: Deployed, install
     assert "Redis fails: it is out of memory (OOM)" in installed.kubectl("logs", "deployment/hitcounter")
     assert installed.ready()  # it answers; more pods would not help
     limit("64mb")
-    assert wait_for(lambda: counts(installed), 30) == (2, 0)
+    assert wait_for(installed.answered, 30) == (2, 0)
 
 
 # As the service's user: puts 60 MB into Redis, and more than 64 MB into its append-only file, so that it is rewritten.
@@ -153,7 +149,7 @@ done
 def test_full_redis_has_room_to_rewrite_its_file(installed: Namespace) -> None:
     assert set(installed.kubectl("exec", "redis-0", "--", "sh", "-c", _FILL).split()) == {"OK"}
     wait_for(lambda: "2.base.rdb" in installed.kubectl("exec", "redis-0", "--", "ls", "/data/appendonlydir"), 60)
-    assert wait_for(lambda: counts(installed), 30) == (2, 0)
+    assert wait_for(installed.answered, 30) == (2, 0)
     (pod,) = installed.pods(REDIS)
     assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
 
@@ -191,7 +187,7 @@ def test_full_disk_ends_redis_and_costs_no_answered_hit(cluster: Deployed, other
     wait_for(ended, 60)
     other.kubectl(*fill, "rm /data/filler")
     began = time.monotonic()
-    after = wait_for(lambda: counts(other), 180)
+    after = wait_for(other.answered, 180)
     print(f"\ncounts {time.monotonic() - began:.0f} s after there was space again, the kubelet's back-off included")
     assert after >= (6, 0)
 
@@ -210,6 +206,43 @@ def test_missing_secret_is_named_and_made(cluster: Deployed, other: Namespace) -
     print(f"\nready {time.monotonic() - began:.0f} s after the secrets were made")
 
 
+# As the service's user: as many commands in the append-only file as take $1 seconds to load, at a millisecond each.
+_COMMANDS = """
+export REDISCLI_AUTH="$(tail -n 1 /run/secrets/redis/hitcounter)"
+seq "$(($1 * 1000))" | sed 's/.*/SET {hitcounter}:fill &/' | valkey-cli -s /run/valkey/socket --user hitcounter | sort -u
+"""
+
+
+def test_redis_that_loads_is_not_ready_and_not_restarted(cluster: Deployed, installed: Namespace) -> None:
+    assert installed.kubectl("exec", "redis-0", "--", "sh", "-c", _COMMANDS, "sh", "10").strip() == "OK"
+    # Slow to load, and restarted at the first look of the kubelet that finds it not alive.
+    probe = {"initialDelaySeconds": 5, "periodSeconds": 1, "failureThreshold": 1}
+    container = {"name": "redis", "args": ["--key-load-delay", "1000"], "livenessProbe": probe}
+    patch = {"spec": {"template": {"spec": {"containers": [container]}}}}
+    installed.kubectl("patch", "statefulset", "redis", f"--patch={json.dumps(patch)}")
+    wait_for(lambda: "Loading" in log(installed, "redis-0") and not installed.ready(REDIS), 60)
+    assert installed.answered() is None
+    began = time.monotonic()
+    installed.await_rollout("statefulset/redis")
+    print(f"\nready after {time.monotonic() - began:.0f} s of loading")
+    assert wait_for(installed.answered, 30) == (2, 0)
+    (pod,) = installed.pods(REDIS)
+    assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+def forwarded(namespace: Namespace, port: str, path: str) -> str:
+    """Return the answer of the service's pod to a GET, by way of a port of this machine's."""
+    command = [KUBECTL, f"--namespace={namespace.name}", "port-forward", "deployment/hitcounter", port]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            address = process.stdout.readline().split()[2]  # Forwarding from ... -> ...
+            with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as answer:
+                return str(answer.read().decode())
+        finally:
+            process.terminate()
+
+
 def blocks() -> Iterator[tuple[str, Any]]:
     """Yield the YAML objects that the texts show."""
     for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
@@ -219,10 +252,32 @@ def blocks() -> Iterator[tuple[str, Any]]:
 
 
 def test_examples_in_the_texts_apply() -> None:
-    found = list(blocks())
-    assert found
     with namespace("examples") as one:
-        for file, example in found:
+        kinds = set()
+        for file, example in blocks():
             assert {"apiVersion", "kind"} <= example.keys(), file
-            if "." not in example["apiVersion"].split("/")[0] or example["apiVersion"].endswith("k8s.io/v1"):
+            if example["kind"] not in ("Certificate", "ExternalSecret", "HTTPRoute"):  # which a cluster need not know
                 one.kubectl("apply", "--dry-run=server", "--filename=-", input=json.dumps(example))
+                kinds.add(example["kind"])
+    assert "Secret" in kinds
+
+
+def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
+    ours = cluster.namespace
+    node = ours.kubectl("get", "nodes", "--output=name").split()[0].removeprefix("node/")
+    ran = []
+    for line in re.findall(r"^    kubectl (.*)", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE):
+        command = [node if word == "NODE" else word for word in shlex.split(line, comments=True)]
+        ran.append(command[0])
+        if command[0] == "port-forward":
+            assert command[1:] == ["deployment/hitcounter", "9090", "8080"]
+            assert forwarded(ours, ":9090", "/metrics").startswith("# HELP")
+            assert "ready" in forwarded(ours, ":8080", "/readyz")
+        elif command[0] == "patch":
+            try:
+                ours.kubectl(*command, "--dry-run=server")
+            except AssertionError as refused:  # by a storage class that does not allow it
+                assert "must support resize" in str(refused)
+        else:
+            ours.kubectl(*command, *(["--dry-run=server"] if command[0] == "taint" else []))
+    assert set(ran) == {"get", "logs", "port-forward", "taint", "patch", "exec"}

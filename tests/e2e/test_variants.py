@@ -1,11 +1,12 @@
 """The components: TLS to Redis, and a Redis outside the cluster."""
 
 import json
+import shutil
 
 import pytest
 import trustme
 from cluster import Deployed, Namespace, cluster, compose, install, namespace, other
-from conftest import wait_for
+from conftest import ROOT, wait_for
 
 __all__ = ["cluster", "other"]  # fixtures
 
@@ -49,6 +50,24 @@ def test_tls_component_leaves_nothing_in_clear(cluster: Deployed, other: Namespa
     assert "NOAUTH" in other.python(pod, _PING, "tls")
     assert "NOAUTH" not in other.python(pod, _PING, "plain")
     assert "NOAUTH" in cluster.namespace.python(cluster.namespace.ready()[0], _PING, "plain")  # where there is no TLS
+
+
+def test_second_service_is_one_file(cluster: Deployed, other: Namespace) -> None:
+    folder = ROOT / "manifests" / f".greeter-{other.name}"
+    folder.mkdir()
+    try:
+        first = (ROOT / "manifests" / "hitcounter" / "kustomization.yaml").read_text()
+        (folder / "kustomization.yaml").write_text(first.replace("hitcounter", "greeter"))
+        second = compose(cluster, other, f"resources: [../{folder.name}]")
+        both = compose(cluster, other, f"resources: [../hitcounter, ../redis, ../{folder.name}]")
+    finally:
+        shutil.rmtree(folder)
+    assert "hitcounter" not in second.replace(other.name, "")
+    assert "nanoservice" not in second
+    said = other.kubectl("apply", "--dry-run=server", "--filename=-", input=both)
+    for one in ("hitcounter", "greeter"):
+        for kind in ("deployment.apps", "service", "poddisruptionbudget.policy", "networkpolicy.networking.k8s.io"):
+            assert f"{kind}/{one} created" in said
 
 
 def test_redis_outside_is_used_and_nothing_else_let_out(cluster: Deployed, other: Namespace) -> None:
