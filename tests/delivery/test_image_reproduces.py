@@ -1,13 +1,18 @@
 """That an image is a function of its inputs: the same from the same, and another from others."""
 
+import functools
 import hashlib
+import http.server
 import os
 import re
 import shutil
 import subprocess
+import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, SLACK
@@ -72,15 +77,26 @@ def test_changed_wheel_gives_another_image(context: Path, tmp_path: Path) -> Non
     assert shared(changed) == 3
 
 
-def test_changed_base_gives_another_image(context: Path, tmp_path: Path) -> None:
-    base = dict(re.findall(r"^ARG (BASE)=(\S+)$", (context / "Containerfile").read_text(), re.MULTILINE))["BASE"]
-    if given := re.search(r"--build-arg[ =]BASE=(\S+)", os.environ.get("BUILD_OPTIONS", "")):
-        base = given[1]
-    (tmp_path / "Containerfile").write_text(f"FROM {base}\nCOPY note /note\n")
-    (tmp_path / "note").write_text("another base")
-    command = [engine(), "build", "--tag=localhost/image-tests-base", f"--file={tmp_path}/Containerfile", str(tmp_path)]
+def given(argument: str) -> str:
+    """Return the base that a build gets as `argument`."""
+    options = re.findall(rf"--build-arg[ =]{argument}=(\S+)", os.environ.get("BUILD_OPTIONS", ""))
+    defaults = re.findall(rf"^ARG {argument}=(\S+)$", (ROOT / "Containerfile").read_text(), re.MULTILINE)
+    return str([*defaults, *options][-1])
+
+
+def another(name: str, base: str, line: str, folder: Path) -> str:
+    """Make an image of `base` and one line more, with `folder` as context; return its name."""
+    name = f"localhost/image-tests-{name}"
+    (folder / "Containerfile").write_text(f"FROM {base}\n{line}\n")
+    command = [engine(), "build", f"--tag={name}", f"--file={folder}/Containerfile", str(folder)]
     subprocess.run(command, check=True, capture_output=True)
-    changed = layout(context, tmp_path / "layout", options="--build-arg BASE=localhost/image-tests-base")
+    return name
+
+
+def test_changed_base_gives_another_image(context: Path, tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("another base")
+    base = another("base", given("BASE"), "COPY note /note", tmp_path)
+    changed = layout(context, tmp_path / "layout", options=f"--build-arg BASE={base}")
     assert changed.digest != built()[0].digest
     assert shared(changed) == 4
 
@@ -127,8 +143,38 @@ def test_clock_changes_nothing(context: Path, tmp_path: Path) -> None:
     assert len(own) >= 4
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere the engine is in a machine that does not reach this one's loopback"
+)
+def test_without_wheels_they_come_from_the_index_and_give_the_same_image(context: Path, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    for wheel in WHEELS.glob("*.whl"):
+        name = wheel.name.split("-")[0].replace("_", "-").lower()
+        (index / name).mkdir(parents=True, exist_ok=True)
+        (index / name / wheel.name).symlink_to(wheel.resolve())
+    asked: list[str] = []
+
+    class Index(http.server.SimpleHTTPRequestHandler):  # its list of a folder is a page as pip reads it
+        def log_message(self, _: str, *facts: Any) -> None:
+            asked.append(str(facts[0]))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Index, directory=str(index))) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = http://127.0.0.1:{server.server_port}/\n")
+            python = another("python", given("PYTHON"), "COPY pip.conf /etc/pip.conf", tmp_path)
+            options = f"--no-cache --network=host --build-arg PYTHON={python}"
+            fetched = layout(context, tmp_path / "layout", options=options, wheels=tmp_path / "none")
+        finally:
+            server.shutdown()
+    assert [line for line in asked if "/aiohttp-" in line]
+    assert fetched.digest == built()[0].digest
+
+
 def test_both_architectures_come_in_one_layout(context: Path, tmp_path: Path) -> None:
     index = layout(context, tmp_path / "layout", PLATFORMS="linux/amd64,linux/arm64")
     manifests = index.manifests()
     assert set(manifests) == {"linux/amd64", "linux/arm64"}
     assert manifests[PLATFORM] == built()[0].digest
+    told = subprocess.run(["make", "image-digest"], cwd=ROOT, check=True, text=True, capture_output=True).stdout
+    assert dict(re.findall(r"^(linux/\w+) (sha256:[0-9a-f]{64})$", told, re.MULTILINE)) == manifests
