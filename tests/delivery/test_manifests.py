@@ -8,6 +8,7 @@ from typing import Any
 
 import kubernetes_validate  # type: ignore[import-untyped] # it has no types
 import pytest
+import trustme
 import yaml
 from conftest import ROOT
 from kubernetes_validate import utils
@@ -25,6 +26,7 @@ COMPONENTS = sorted(folder.name for folder in (MANIFESTS / "components").iterdir
 RENDERED = {path.stem: list(yaml.safe_load_all(path.read_text())) for path in sorted((MANIFESTS / "rendered").glob("*.yaml"))}
 PRODUCTION = [variant for variant in RENDERED if variant.startswith("production")]
 WITH_REDIS = [variant for variant in RENDERED if not variant.endswith("redis-outside")]
+CA = trustme.CA()
 SERVICES: dict[str, Service[Any]] = {SERVICE.name: SERVICE}
 KUBERNETES = [f"1.{minor}" for minor in range(30, 38)]
 
@@ -290,10 +292,10 @@ def configured(workload: Workload, folder: Path) -> Any:
     """Return the settings of the workload as its service reads them. Files of secrets are stood in for by those in `folder`."""
     service, environ = SERVICES[workload.name], settings(workload)
     for name, spec in variables(service.config):
-        if name in environ and spec.metadata["parse"] is config.file:
+        if name in environ and spec.metadata["parse"] in {config.file, config.certificates}:
             secret, key = workload.secret_file(environ[name])
             environ[name] = str(folder / f"{secret}.{key}")
-            Path(environ[name]).write_text("x")
+            CA.cert_pem.write_to_path(environ[name])  # which is taken for a password as well
     return service.config.read(environ)
 
 
