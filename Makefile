@@ -165,7 +165,7 @@ REGISTRY ?=          # where the cluster gets its images, such as registry.examp
 VALKEY ?=            # another image of Valkey than the manifests', as name:tag
 ON_CLUSTER = KUBECTL="$(KUBECTL)" NAMESPACE="$(NAMESPACE)" REGISTRY="$(strip $(REGISTRY))" IMAGE="$(IMAGE)" VALKEY="$(strip $(VALKEY))" ENGINE="$(strip $(ENGINE))"
 
-.PHONY: deploy undeploy secret secret-rotate manifests e2e backup restore
+.PHONY: deploy undeploy secret secret-rotate manifests render-check e2e backup restore
 deploy: ## build, and run all of it on the current cluster (minikube, kind, or with REGISTRY=): prints its URL
 	@$(ON_CLUSTER) manifests/deploy.sh check && $(MAKE) --no-print-directory image && $(ON_CLUSTER) manifests/deploy.sh deploy
 
@@ -180,6 +180,9 @@ secret-rotate: ## make new passwords, without a failed request
 
 manifests: ## write manifests/rendered/ anew: each variant as one plain file
 	@KUBECTL="$(KUBECTL)" manifests/render.sh manifests/rendered
+
+render-check: $(VENV)/installed ## compare what `skaffold render` gives with manifests/rendered/
+	@$(BIN)/python -m pytest -m skaffold tests/delivery/test_skaffold.py
 
 FILE ?=              # a snapshot of Redis
 IN_REDIS = $(KUBECTL) --namespace=$(NAMESPACE) exec redis-0 --container=redis

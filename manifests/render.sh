@@ -11,7 +11,7 @@ render() { # NAME KUSTOMIZATION
 
 mkdir -p "$folder"
 rm -f "$folder"/*.yaml
-for variant in minikube production; do
+for variant in minikube dev production; do
   render "$variant" "$here/$variant"
 done
 work=$(mktemp -d "$here/.render.XXXXXX")

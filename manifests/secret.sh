@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make the passwords of Redis's users in the cluster, or rotate them: secret.sh make | rotate
-# NAMESPACE, KUBECTL are the Makefile's variables.
+# NAMESPACE, KUBECTL are the Makefile's variables. SKAFFOLD_KUBE_CONTEXT is set by Skaffold, which may have been told another cluster.
 #
 # Redis has all of them: in the secret redis-users a key for each user, each line of it a valid password, the newest first.
 # A service has its own: in the secret SERVICE-redis, as `password`.
@@ -11,7 +11,7 @@ cd "$(dirname "$0")"
 
 fail() { echo "make: $*" >&2; exit 1; }
 
-k() { "$KUBECTL" --namespace="$NAMESPACE" --request-timeout=30s "$@"; }
+k() { "$KUBECTL" ${SKAFFOLD_KUBE_CONTEXT:+--context="$SKAFFOLD_KUBE_CONTEXT"} --namespace="$NAMESPACE" --request-timeout=30s "$@"; }
 
 users=$(awk '$2 != "default" { print $2 }' redis/users.acl)
 services=$(echo "$users" | grep -vx -e probe -e operator)

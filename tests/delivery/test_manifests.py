@@ -25,6 +25,7 @@ MANIFESTS = ROOT / "manifests"
 COMPONENTS = sorted(folder.name for folder in (MANIFESTS / "components").iterdir())
 RENDERED = {path.stem: list(yaml.safe_load_all(path.read_text())) for path in sorted((MANIFESTS / "rendered").glob("*.yaml"))}
 PRODUCTION = [variant for variant in RENDERED if variant.startswith("production")]
+ON_A_LAPTOP = [variant for variant in RENDERED if variant not in PRODUCTION]
 WITH_REDIS = [variant for variant in RENDERED if not variant.endswith("redis-outside")]
 CA = trustme.CA()
 SERVICES: dict[str, Service[Any]] = {SERVICE.name: SERVICE}
@@ -143,7 +144,7 @@ in_each_variant = pytest.mark.parametrize("variant", RENDERED)
 
 
 def test_every_variant_is_rendered() -> None:
-    assert RENDERED.keys() == {"minikube", "production", *(f"production-{name}" for name in COMPONENTS)}
+    assert RENDERED.keys() == {"minikube", "dev", "production", *(f"production-{name}" for name in COMPONENTS)}
 
 
 @in_each_variant
@@ -153,7 +154,9 @@ def test_variant_holds_what_is_checked_here_and_nothing_else(variant: str) -> No
     scaled = ["HorizontalPodAutoscaler", "Ingress"] if variant in PRODUCTION else []
     service = ["ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service"]
     namespace = ["Namespace", "NetworkPolicy"]
-    assert sorted(it["kind"] for it in RENDERED[variant]) == sorted(store + scaled + service * len(SERVICES) + namespace)
+    smoke_test = ["NetworkPolicy"] if variant in ON_A_LAPTOP else []
+    kinds = store + scaled + service * len(SERVICES) + namespace + smoke_test
+    assert sorted(it["kind"] for it in RENDERED[variant]) == sorted(kinds)
     assert {it.name for it in workloads(variant)} == SERVICES.keys() | ({"redis"} if store else set())
 
 
@@ -228,7 +231,8 @@ def test_pod_is_hardened(workload: Workload) -> None:
     for container in workload.containers:
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
+            # Live sync writes what a developer changes.
+            "readOnlyRootFilesystem": (workload.variant, workload.name) not in {("dev", name) for name in SERVICES},
             "capabilities": {"drop": ["ALL"]},
         }
 
@@ -303,7 +307,7 @@ def configured(workload: Workload, folder: Path) -> Any:
 def test_service_knows_every_variable_and_takes_its_value(workload: Workload, tmp_path: Path) -> None:
     known = {name for name, _ in variables(SERVICES[workload.name].config)}
     assert settings(workload).keys() <= known
-    assert configured(workload, tmp_path).log_format == "json"
+    assert configured(workload, tmp_path).log_format == ("text" if workload.variant == "dev" else "json")
 
 
 @of_each_service
@@ -394,7 +398,7 @@ def test_services_show_one_port_and_never_the_admin_port(variant: str) -> None:
         assert workload.ports[port["targetPort"]] != config.Config.admin_port
         ports[workload.name] = port | {"type": service["spec"].get("type", "ClusterIP")}
     http = {"name": "http", "port": 80, "targetPort": "http", "type": "ClusterIP"}
-    if variant == "minikube":
+    if variant in ON_A_LAPTOP:
         http |= {"nodePort": 30080, "type": "NodePort"}
     expected = dict.fromkeys(SERVICES, http)
     if variant in WITH_REDIS:
@@ -451,6 +455,22 @@ def test_network_lets_through_what_is_needed_and_nothing_else(variant: str) -> N
         "namespaceSelector": {"matchExpressions": [_is("kubernetes.io/metadata.name", "kube-system")]},
         "podSelector": {"matchExpressions": [_is("k8s-app", "kube-dns")]},
     }
+    any_dns = {
+        "to": [dns, {"ipBlock": {"cidr": "169.254.20.10/32"}}],
+        "ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}],
+    }
+    if variant in ON_A_LAPTOP:
+        assert policies.pop("smoke-test") == {
+            "podSelector": {"matchLabels": {LABEL + "name": "smoke-test"}},
+            "policyTypes": both,
+            "egress": [
+                {
+                    "to": [{"podSelector": {"matchLabels": {LABEL + "name": name}}} for name in SERVICES],
+                    "ports": [{"port": "http"}],
+                },
+                any_dns,
+            ],
+        }
     monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
     assert policies == {
         name: {
@@ -459,10 +479,7 @@ def test_network_lets_through_what_is_needed_and_nothing_else(variant: str) -> N
             "ingress": [{"ports": [{"port": "http"}]}, {"from": [monitoring], "ports": [{"port": "admin"}]}],
             "egress": [
                 {"to": [to_redis], "ports": [{"port": 6379}]},
-                {
-                    "to": [dns, {"ipBlock": {"cidr": "169.254.20.10/32"}}],
-                    "ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}],
-                },
+                any_dns,
             ],
         }
         for name in SERVICES

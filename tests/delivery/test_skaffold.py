@@ -1,0 +1,182 @@
+"""What skaffold.yaml names is there, and each profile changes what it should."""
+
+import copy
+import functools
+import itertools
+import operator
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+Object = dict[str, Any]
+
+CONFIG: Object = yaml.safe_load((ROOT / "skaffold.yaml").read_text())
+PROFILES: list[Object] = CONFIG["profiles"]
+CONTAINERFILE = (ROOT / "Containerfile").read_text()
+PACKAGES = {path.parent.name for path in ROOT.glob("*/__main__.py")} | {"nanoservice"}
+
+
+def profiles_of(command: str) -> list[str]:
+    """Return the profiles that a command of Skaffold activates, in the order in which they are applied."""
+    return [one["name"] for one in PROFILES if {"command": command} in one.get("activation", [])]
+
+
+def configured(*names: str) -> Object:
+    """Return the configuration with these profiles; fail if a patch of them does not apply."""
+    config = copy.deepcopy(CONFIG)
+    for profile in (one for one in PROFILES if one["name"] in names):
+        assert profile.keys() <= {"name", "activation", "patches"}
+        for patch in profile["patches"]:
+            parents: list[Any]
+            *parents, last = [int(key) if key.isdigit() else key for key in patch["path"].split("/")[1:]]
+            parent: Any = functools.reduce(operator.getitem, parents, config)
+            if last == "-":
+                assert patch["op"] == "add"
+                parent.append(patch["value"])
+            else:
+                assert (patch["op"], last in parent if isinstance(parent, dict) else True) in {("add", False), ("replace", True)}
+                parent[last] = patch["value"]
+    return config
+
+
+def artifact(config: Object) -> Object:
+    (one,) = config["build"]["artifacts"]
+    return dict(one)
+
+
+def rendered(config: Object) -> list[Object]:
+    """Return what `make manifests` makes of what is deployed."""
+    (path,) = config["manifests"]["kustomize"]["paths"]
+    assert (ROOT / path / "kustomization.yaml").exists()
+    return list(yaml.safe_load_all((ROOT / "manifests" / "rendered" / f"{Path(path).name}.yaml").read_text()))
+
+
+COMBINATIONS = [
+    (*profiles_of(command), *more)
+    for command in ("run", "dev", "debug")
+    for count in range(3)
+    for more in itertools.combinations(("hermetic", "mirror"), count)
+]
+
+
+@pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "none")
+def test_build_finds_what_it_names(names: tuple[str, ...]) -> None:
+    docker = artifact(configured(*names))["docker"]
+    assert (ROOT / docker["dockerfile"]).exists()
+    assert docker["buildArgs"].keys() <= set(re.findall(r"^ARG (\w+)", CONTAINERFILE, re.MULTILINE))
+    assert docker["buildArgs"]["SERVICE"] in PACKAGES
+    flags = " ".join(docker["cliFlags"])
+    assert ("--build-context=wheels=wheels" in flags, docker.get("network"), "PIP_NO_INDEX" in docker["buildArgs"]) == (
+        (True, "none", True) if "hermetic" in names else (False, None, False)
+    )
+    bases = {"BASE", "DEBUG_BASE", "PYTHON"}
+    assert docker["buildArgs"].keys() & bases == (bases if "mirror" in names else set())
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "folder"), [("run", None, "minikube"), ("dev", "dev", "dev"), ("debug", "debug", "dev")]
+)
+def test_command_deploys_its_target(command: str, target: str | None, folder: str) -> None:
+    config = configured(*profiles_of(command))
+    assert artifact(config)["docker"].get("target") == target
+    assert target is None or re.search(rf"^FROM .* AS {target}$", CONTAINERFILE, re.MULTILINE)
+    # Without a target: the last stage.
+    assert re.findall(r"^FROM .* AS (\w+)$", CONTAINERFILE, re.MULTILINE)[-1] == "runtime"
+    assert config["manifests"]["kustomize"]["paths"] == [f"manifests/{folder}"]
+    images = [
+        container["image"]
+        for it in rendered(config)
+        if "template" in it.get("spec", {})
+        for container in it["spec"]["template"]["spec"]["containers"]
+    ]
+    assert images.count(artifact(config)["image"]) == 1
+
+
+def test_every_file_of_the_service_is_synced_to_its_place_and_nothing_else() -> None:
+    rules = artifact(configured(*profiles_of("dev")))["sync"]["manual"]
+    synced = {path.relative_to(ROOT) for rule in rules for path in ROOT.glob(rule["src"]) if path.is_file()}
+    synced |= {path.relative_to(ROOT) for rule in rules for path in ROOT.glob(rule["src"] + "/*") if path.is_file()}
+    there = {path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file()}
+    assert synced == there
+    for rule in rules:
+        assert rule.keys() == {"src", "dest"}  # without `strip`, the path below this folder is that below the destination
+        package = rule["src"].partition("/")[0]
+        service = "${SERVICE}" if package == CONFIG["build"]["artifacts"][0]["docker"]["buildArgs"]["SERVICE"] else package
+        assert f"\nCOPY {service}/ {rule['dest']}/{service}/\n" in CONTAINERFILE
+        assert f"COPY --from=service --chown=65532:65532 {rule['dest']}/ {rule['dest']}/\n" in CONTAINERFILE
+    assert "sync" not in artifact(configured())
+
+
+@pytest.mark.parametrize("command", ["run", "dev"])
+def test_port_that_is_forwarded_is_the_service_s(command: str) -> None:
+    config = configured(*profiles_of(command))
+    (forward,) = config["portForward"]
+    (service,) = (it for it in rendered(config) if it["kind"] == "Service" and it["metadata"]["name"] == forward["resourceName"])
+    assert (forward["resourceType"], forward["namespace"]) == ("service", service["metadata"]["namespace"])
+    assert forward["port"] in [port["port"] for port in service["spec"]["ports"]]
+    assert f"<http://localhost:{forward['localPort']}>" in (ROOT / "docs" / "development.md").read_text()
+
+
+def test_smoke_test_is_one_that_the_namespace_admits_and_the_network_lets_through() -> None:
+    (case,) = CONFIG["verify"]
+    job = yaml.safe_load((ROOT / case["executionMode"]["kubernetesCluster"]["jobManifestPath"]).read_text())
+    objects = rendered(CONFIG)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert case["container"]["name"] == container["name"]  # else Skaffold takes nothing of the job's container
+    assert case["container"]["image"] == container["image"] == artifact(CONFIG)["image"]
+    assert case["container"]["command"][0] in CONTAINERFILE
+    assert job["metadata"]["namespace"] == objects[0]["metadata"]["name"]
+    # That the pod passes Pod Security and the network is shown on a cluster: tests/e2e/test_inner_loop.py.
+    (policy,) = (it for it in objects if it["metadata"]["name"] == job["metadata"]["name"])
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
+    names = {it["metadata"]["name"] for it in objects if it["kind"] == "Service"}
+    assert set(re.findall(r"http://(\w+)", case["container"]["args"][0])) <= names
+
+
+def test_secrets_are_made_before_the_deployment() -> None:
+    (hook,) = CONFIG["deploy"]["kubectl"]["hooks"]["before"]
+    script = hook["host"]["command"][-1]
+    assert re.search(r"^make secret$", script, re.MULTILINE)
+    assert (ROOT / re.findall(r"--kustomize=(\S+)", script)[0] / "kustomization.yaml").exists()
+    (namespace,) = (it["metadata"]["name"] for it in rendered(CONFIG) if it["kind"] == "Namespace")
+    assert set(re.findall(r"namespace[ /](\w+) -", script)) == {namespace}
+
+
+# --- with Skaffold ---
+
+
+def plain(text: str) -> list[Object]:
+    """Return the objects without what Skaffold is free to add: labels of its own, and which image it is."""
+    objects: list[Object] = [it for it in yaml.safe_load_all(text) if it]
+    for it in objects:
+        parts = [it["metadata"]]
+        if template := it.get("spec", {}).get("template"):
+            parts.append(template["metadata"])
+            for container in template["spec"]["containers"]:
+                container["image"] = re.sub(r"^(.*/)?hitcounter[:@].*", "hitcounter", container["image"])
+        for part in parts:
+            labels = {name: value for name, value in part.pop("labels", {}).items() if not name.startswith("skaffold.dev/")}
+            if labels:
+                part["labels"] = labels
+    return objects
+
+
+@pytest.mark.skaffold
+@pytest.mark.parametrize("names", [(), ("dev",)], ids=["run", "dev"])
+def test_skaffold_renders_what_make_manifests_does(names: tuple[str, ...], tmp_path: Path) -> None:
+    skaffold = shutil.which(os.environ.get("SKAFFOLD", "skaffold"))
+    assert skaffold, "Skaffold is needed: https://skaffold.dev/docs/install/"
+    output = tmp_path / "rendered.yaml"
+    command = [skaffold, "render", "--offline", "--digest-source=none", f"--output={output}", f"--profile={','.join(names)}"]
+    ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    (path,) = configured(*names)["manifests"]["kustomize"]["paths"]
+    made = (ROOT / "manifests" / "rendered" / f"{Path(path).name}.yaml").read_text()
+    assert plain(output.read_text()) == plain(made)
