@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast lint format types lock lock-check coverage bench bench-quick wheels image image-check image-multiarch image-digest test-image clean
+.PHONY: help run test test-fast lint format types lock lock-check coverage bench bench-quick wheels image image-check image-multiarch image-digest test-image test-compose clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,9 +60,10 @@ GO_TOOL = go -C .github/tools/$(1) tool -n $(1)
 lint: $(VENV)/installed ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/shellcheck --shell=sh image/*.sh manifests/*.sh manifests/*/*.sh
-	@$(BIN)/shellcheck --shell=bash .ci/run .ci/steps .ci/buildah
+	@$(BIN)/shellcheck --shell=sh image/*.sh manifests/*.sh manifests/*/*.sh compose/*.sh
+	@$(BIN)/shellcheck --shell=bash .ci/run .ci/steps .ci/buildah .ci/devcontainer/check
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.compose-spec compose.yaml
 	@$(BIN)/zizmor --quiet --no-progress --offline --pedantic --strict-collection .github
 	@if [ "$$CI" ] || command -v go >/dev/null; then \
 	    actionlint=$$($(call GO_TOOL,actionlint)) && "$$actionlint" -shellcheck=$(BIN)/shellcheck -pyflakes=; \
@@ -156,6 +157,11 @@ test-image: $(VENV)/installed ## run the tests of the image, on the engine there
 	@$(MAKE_IMAGE) engines >/dev/null
 	@[ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
 	@$(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m image -o faulthandler_timeout=900 -rP tests/delivery
+
+test-compose: $(VENV)/installed ## run the tests of compose.yaml, by Docker Compose
+	@docker compose version >/dev/null || { echo "make: Docker with its plugin Compose is needed" >&2; exit 1; }
+	@[ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
+	@$(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m compose -o faulthandler_timeout=900 -rP tests/delivery
 
 # --- on Kubernetes ---
 

@@ -16,8 +16,9 @@ finish = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(finish)
 
 
-def test_hadolint_finds_nothing() -> None:
-    ended = subprocess.run([Path(sys.executable).parent / "hadolint", "Containerfile"], cwd=ROOT, text=True, capture_output=True)
+@pytest.mark.parametrize("name", ["Containerfile", "devcontainer/Containerfile"])
+def test_hadolint_finds_nothing(name: str) -> None:
+    ended = subprocess.run([Path(sys.executable).parent / "hadolint", name], cwd=ROOT, text=True, capture_output=True)
     assert (ended.returncode, ended.stdout) == (0, "")
 
 

@@ -1,0 +1,71 @@
+#!/bin/sh
+# Make the secrets of compose.yaml into its volume, /secrets, those that are not there yet:
+#   redis/NAME                         the password of each user of Valkey; Valkey reads it
+#   redis-tls/tls.crt, tls.key, ca.crt a certificate for the name `redis`; Valkey reads them
+#   hitcounter/password, ca.crt        its user's password, and whom to trust; the service reads them
+# This runs as root without any capability: root owns all, and the group of the one who reads it may read it.
+set -eu
+umask 077
+cd /secrets
+
+give() { # GROUP PATH...: let the group read, and nobody else
+  group=$1
+  shift
+  chgrp "$group" "$@"
+  chmod u=rwX,g=rX,o= "$@"
+}
+
+put() { # GROUP FILE PATH: move new/FILE to PATH, which is whole at any time
+  give "$1" "new/$2"
+  mv "new/$2" "$3"
+}
+
+valkey=999 service=65532
+rm -rf new
+mkdir -p redis redis-tls hitcounter new
+give $valkey redis redis-tls
+give $service hitcounter
+
+while read -r _ name _; do
+  if [ "$name" = default ] || [ -s "redis/$name" ]; then continue; fi
+  od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >new/password
+  put $valkey password "redis/$name"
+  echo "made the password of $name"
+done </users.acl
+cp redis/hitcounter new/password
+put $service password hitcounter/password
+
+certificate() { # NAME FILE [OPTION...]: make new/FILE.crt and new/FILE.key
+  name=$1 file=$2
+  shift 2
+  openssl req -x509 -config new/openssl.cnf -extensions "$name" -subj "/CN=$name" -days 3650 -noenc \
+    -newkey ec -pkeyopt ec_paramgen_curve:P-256 -keyout "new/$file.key" -out "new/$file.crt" "$@"
+}
+
+if [ ! -e redis-tls/tls.crt ]; then
+  cat >new/openssl.cnf <<END
+[req]
+distinguished_name = name
+[name]
+[authority]
+basicConstraints = critical, CA:TRUE, pathlen:0
+keyUsage = critical, keyCertSign
+subjectKeyIdentifier = hash
+[redis]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectAltName = DNS:redis
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid
+END
+  certificate authority ca
+  certificate redis tls -CA new/ca.crt -CAkey new/ca.key   # whose key signs this once, and is forgotten
+  cp new/ca.crt new/trusted.crt
+  put $service trusted.crt hitcounter/ca.crt
+  put $valkey ca.crt redis-tls/ca.crt
+  put $valkey tls.key redis-tls/tls.key
+  put $valkey tls.crt redis-tls/tls.crt
+  echo "made the certificate of redis"
+fi
+rm -rf new

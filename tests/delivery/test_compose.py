@@ -1,0 +1,443 @@
+"""compose.yaml, by the real `docker compose`, on a copy of the repository as it is after a clone.
+
+`make test-compose` runs these. The build has no network: it takes its packages from the folder `make wheels` made.
+"""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, SLACK, free_port, wait_for
+from images import WHEELS, loaded, sources
+from traffic import Traffic, counts, step, traffic
+
+pytestmark = pytest.mark.compose
+
+VALKEY = os.environ.get("VALKEY_IMAGE") or yaml.safe_load((ROOT / "compose.yaml").read_text())["x-valkey"].split(":-")[1][:-1]
+LABEL = "com.docker.compose.project"
+
+
+def docker(*arguments: str, check: bool = True, seconds: float = 120, **options: Any) -> str:
+    """Return what `docker` prints; what it complains of too if it may fail."""
+    ended = subprocess.run(["docker", *arguments], text=True, capture_output=True, timeout=seconds, **options)
+    assert not check or ended.returncode == 0, f"docker {' '.join(arguments)}: {ended.returncode}\n{ended.stdout}{ended.stderr}"
+    return ended.stdout.strip() if check else f"{ended.returncode}\n{ended.stdout}{ended.stderr}"
+
+
+class Project:
+    """A copy of the repository, and what `docker compose` makes of it."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder = sources(folder)
+        for path in ("compose.yaml", ".env"):
+            shutil.copy2(ROOT / path, folder)
+        for path in ("compose", "manifests/redis"):
+            shutil.copytree(ROOT / path, folder / path)
+        self.name = name
+        self.port = free_port()
+        self.environ = {name: value for name, value in os.environ.items() if not name.startswith("COMPOSE_")} | {
+            "COMPOSE_PROJECT_NAME": name,
+            "PORT": str(self.port),
+            "WHEELS": str(WHEELS.absolute()),
+        }
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def compose(self, *arguments: str, **options: Any) -> str:
+        return docker("compose", *arguments, **{"cwd": self.folder, "env": self.environ, "seconds": 300, **options})
+
+    def container(self, service: str) -> str:
+        """Return the identity of the container of a service."""
+        return docker(
+            "ps", "--all", "--quiet", "--no-trunc", f"--filter=label={LABEL}={self.name}",
+            f"--filter=label=com.docker.compose.service={service}",
+        )  # fmt: skip
+
+    def inspect(self, service: str) -> Any:
+        return json.loads(docker("inspect", self.container(service)))[0]
+
+    def hits(self) -> int:
+        """Count a hit, and return its number."""
+        with urllib.request.urlopen(self.url, timeout=5) as answer:
+            return int(re.findall(r"seen (\d+) times", answer.read().decode())[0])
+
+    def answer(self) -> str:
+        """Return what `/` answers, nothing if it does not."""
+        with suppress(OSError), urllib.request.urlopen(self.url, timeout=2) as answer:
+            return str(answer.read().decode())
+        return ""
+
+    def in_volume(self, user: str, script: str, **options: Any) -> str:
+        """Run a script in the volume of the secrets, as a user with no group but its own and no capability."""
+        return docker(
+            "run", "--rm", "--network=none", "--cap-drop=ALL", f"--user={user}", f"--volume={self.name}_secrets:/secrets:ro",
+            "--workdir=/secrets", "--entrypoint=sh", VALKEY, "-c", script, **options,
+        )  # fmt: skip
+
+    def secrets(self) -> dict[str, str]:
+        """Return each secret by its path in the volume."""
+        script = "for file in redis/* redis-tls/tls.key hitcounter/password; do echo \"$file\"; tr -d '\\n' <$file; echo; done"
+        lines = self.in_volume("0", script).splitlines()
+        return dict(zip(lines[::2], lines[1::2], strict=True))
+
+    def left(self) -> dict[str, list[str]]:
+        """Return what the engine has of it, but for the images."""
+        found = {
+            "containers": docker("ps", "--all", "--quiet", f"--filter=label={LABEL}={self.name}"),
+            "networks": docker("network", "ls", "--quiet", f"--filter=label={LABEL}={self.name}"),
+            "volumes": docker("volume", "ls", "--quiet", f"--filter=label={LABEL}={self.name}"),
+        }
+        return {kind: identities.split() for kind, identities in found.items() if identities}
+
+    def down(self) -> None:
+        self.compose("--profile=*", "down", "--volumes", "--rmi=local", "--timeout=5")
+
+
+@contextmanager
+def project(folder: Path, suffix: str) -> Iterator[Project]:
+    one = Project(folder, f"hitcounter-test-{os.getpid()}-{suffix}")
+    try:
+        yield one
+    finally:
+        one.down()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """What the one command leaves, from nothing."""
+    with project(tmp_path_factory.mktemp("copy"), "run") as one:
+        began = time.monotonic()
+        one.compose("up", "--build", "--wait", "--quiet-pull")
+        print(f"docker compose up --build --wait took {time.monotonic() - began:.1f} s")
+        yield one
+
+
+@pytest.fixture
+def running(ran: Project) -> Project:
+    """The same, well again whatever the test before did."""
+    ran.compose("up", "--wait")
+    return ran
+
+
+def test_one_command_counts_and_keeps_its_counts_over_down_and_up(ran: Project) -> None:
+    first = ran.hits()
+    assert ran.hits() == first + 1
+    ran.compose("down")
+    assert not ran.answer()
+    ran.compose("up", "--wait")
+    assert ran.hits() == first + 2
+
+
+def test_public_port_is_published_on_loopback_alone_and_no_other(running: Project) -> None:
+    published = {
+        service: {port: bound for port, bound in running.inspect(service)["NetworkSettings"]["Ports"].items() if bound}
+        for service in ("hitcounter", "redis")
+    }
+    assert published == {"hitcounter": {"8080/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(running.port)}]}, "redis": {}}
+
+
+# How each looks into itself: the service's image has nothing but Python.
+LOOK = {
+    "hitcounter": ("/usr/bin/python3.13", "-c", "import sys; print(open(sys.argv[1]).read())"),
+    "redis": ("cat",),
+}
+WRITE = {
+    "hitcounter": ("/usr/bin/python3.13", "-c", "import sys; open(sys.argv[1], 'w')"),
+    "redis": ("touch",),
+}
+
+
+@pytest.mark.parametrize(("service", "user"), [("hitcounter", 65532), ("redis", 999)])
+def test_container_is_nobody_and_can_do_nothing_but_its_work(running: Project, service: str, user: int) -> None:
+    identity = running.container(service)
+    status = dict(
+        line.split(":\t", 1) for line in docker("exec", identity, *LOOK[service], "/proc/1/status").splitlines() if ":\t" in line
+    )
+    assert set(status["Uid"].split()) == set(status["Gid"].split()) == {str(user)}
+    assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"  # filtered
+    host = running.inspect(service)["HostConfig"]
+    assert host["ReadonlyRootfs"]
+    assert host["Memory"] <= 256 << 20
+    assert host["NanoCpus"] == 10**9
+    assert host["PidsLimit"] == 64
+    assert not host["Privileged"]
+    for path in ("/written", "/etc/written", "/home/written", "/run/secrets/written"):
+        assert re.search(
+            "Read-only file system|Permission denied", docker("exec", identity, *WRITE[service], path, check=False)
+        ), path
+    if service == "redis":
+        docker("exec", identity, *WRITE[service], "/tmp/written")  # where it may
+
+
+def test_valkey_reaches_nothing_outside_and_is_reached_by_the_service(running: Project) -> None:
+    routes = [line.split()[1] for line in docker("exec", running.container("redis"), "cat", "/proc/net/route").splitlines()[1:]]
+    assert routes
+    assert "00000000" not in routes  # the default one
+    assert "00000000" in docker("exec", running.container("hitcounter"), *LOOK["hitcounter"], "/proc/net/route")
+
+
+# --- secrets ---
+
+
+def test_each_secret_is_read_by_its_user_alone(running: Project) -> None:
+    secrets = running.secrets()
+    names = {f"redis/{name}" for name in ("probe", "operator", "hitcounter")}
+    assert set(secrets) == names | {"redis-tls/tls.key", "hitcounter/password"}
+    assert len({secrets[name] for name in names}) == 3
+    assert all(re.fullmatch("[0-9a-f]{64}", secrets[name]) for name in names)
+    assert secrets["hitcounter/password"] == secrets["redis/hitcounter"]
+    readers = {
+        path: {user for user in ("999:999", "65532:65532", "1000:1000") if "readable" in running.in_volume(user, script)}
+        for path in secrets
+        for script in [f"if cat {path} >/dev/null 2>&1; then echo readable; fi"]
+    }
+    service = "65532:65532"
+    assert readers == {path: {service if path.startswith("hitcounter/") else "999:999"} for path in secrets}
+
+
+def test_secrets_are_made_once(running: Project) -> None:
+    before = running.secrets()
+    running.compose("up", "--wait", "--force-recreate")
+    assert running.secrets() == before
+
+
+def test_secrets_show_nowhere(running: Project) -> None:
+    running.compose("down")  # new logs, from the first line on
+    with processes() as commands:
+        running.compose("up", "--wait")
+        running.hits()
+    services = ("secrets", "redis", "hitcounter")
+    shown = {
+        "logs": running.compose("logs", "--no-color"),
+        "configuration": running.compose("--profile=*", "config"),
+        "containers": "\n".join(json.dumps(running.inspect(service)) for service in services),
+        "images": docker("inspect", *(f"{running.name}-{service}" for service in services)),
+        "processes": "\n".join(commands),
+        "environment": "\n".join(docker("exec", running.container(one), *LOOK[one], "/proc/1/environ") for one in LOOK),
+    }
+    for where, sign in (
+        ("logs", "Ready to accept connections"),
+        ("configuration", "REDIS_PASSWORD_FILE"),
+        ("containers", "REDIS_PASSWORD_FILE"),
+        ("images", "65532"),
+        ("processes", "valkey-server"),
+        ("environment", "REDIS_PASSWORD_FILE"),
+    ):
+        assert sign in shown[where], where
+    for path, secret in running.secrets().items():
+        for line in secret.splitlines():
+            for where, text in shown.items():
+                assert line not in text, (path, where)
+
+
+@contextmanager
+def processes() -> Iterator[list[str]]:
+    """Collect the command lines of all processes that are seen here while the block runs."""
+    seen: set[str] = set()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            for file in Path("/proc").glob("[0-9]*/cmdline"):
+                with suppress(OSError):
+                    seen.add(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    lines: list[str] = []
+    try:
+        yield lines
+    finally:
+        ended.set()
+        thread.join()
+        lines += seen
+
+
+# --- crashes ---
+
+
+def kill(project: Project, service: str) -> None:
+    """End process 1 of a container as a crash would; the engine takes its own `kill` for a wish."""
+    pid = str(project.inspect(service)["State"]["Pid"])
+    docker("run", "--rm", "--network=none", "--pid=host", "--user=0", "--entrypoint=sh", VALKEY, "-c", 'kill -9 "$0"', pid)
+
+
+def again(project: Project, service: str, restarts: int, load: Traffic) -> None:
+    """Return as soon as the container was started again, and a request that was sent after that is answered."""
+    wait_for(lambda: project.inspect(service)["RestartCount"] > restarts, 30, "a new start")
+    since = time.monotonic()
+    wait_for(lambda: load.last_answered > since, 30, "an answer")
+
+
+@pytest.mark.parametrize("service", ["hitcounter", "redis"])
+async def test_kill_9_costs_no_answered_hit(running: Project, service: str) -> None:
+    before = await counts(running.url)
+    times = []
+    async with traffic(running.url, 100) as load:
+        for _ in range(3):
+            restarts = running.inspect(service)["RestartCount"]
+            began = time.monotonic()
+            await step(kill, running, service)
+            await step(again, running, service, restarts, load)
+            times.append(time.monotonic() - began)
+            await asyncio.sleep(1)  # a load that goes on
+    print(f"\n{service} killed: answers again after {', '.join(f'{one:.1f}' for one in times)} s; {load.statuses()}")
+    assert load.tally.answered > 100
+    assert max(times) < 5 * SLACK
+    after = await counts(running.url)
+    load.check(before, after)
+
+
+def test_ends_in_time_and_in_order(running: Project) -> None:
+    running.compose("stop")
+    for service in ("hitcounter", "redis"):
+        container = running.inspect(service)
+        assert (container["State"]["ExitCode"], container["State"]["OOMKilled"]) == (0, False), service
+        assert container["Config"]["StopTimeout"] == 30, service
+    ended = [running.inspect(service)["State"]["FinishedAt"] for service in ("hitcounter", "redis")]
+    assert ended == sorted(ended)
+
+
+# --- what is built ---
+
+
+def test_image_is_the_one_that_make_image_makes(running: Project) -> None:
+    other = loaded(f"{running.name}-made", running.folder)
+    ours, theirs = json.loads(docker("inspect", running.inspect("hitcounter")["Image"], other))
+    docker("rmi", other)
+    assert ours["RootFS"]["Layers"] == theirs["RootFS"]["Layers"]
+    assert ours["Config"]["Entrypoint"] == theirs["Config"]["Entrypoint"]
+
+
+def test_digests_are_those_of_the_containerfile_and_the_manifests() -> None:
+    said = yaml.safe_load((ROOT / "compose.yaml").read_text())
+    containerfile = (ROOT / "Containerfile").read_text()
+    for name in ("python", "base", "debug-base"):
+        argument = name.upper().replace("-", "_")
+        (image,) = re.findall(rf"^ARG {argument}=(\S+)$", containerfile, re.MULTILINE)
+        assert said[f"x-{name}"] == f"${{{argument}_IMAGE:-{image}}}"
+    (image,) = re.findall(r"image: (\S+)", (ROOT / "manifests/redis/statefulset.yaml").read_text())
+    assert said["x-valkey"] == f"${{VALKEY_IMAGE:-{image}}}"
+
+
+# --- the profiles ---
+
+
+@contextmanager
+def watching(one: Project, said: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Have `docker compose up --watch` run, and write to `said` what it says."""
+    command = ["docker", "compose", "--profile=dev", "up", "--build", "--watch"]
+    options: Any = {"cwd": one.folder, "env": one.environ, "stderr": subprocess.STDOUT}
+    with said.open("wb") as output, subprocess.Popen(command, stdout=output, **options) as up:
+        try:
+            yield up
+        finally:
+            up.kill()
+
+
+def test_dev_profile_follows_the_files(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    with project(tmp_path / "copy", "dev") as one, watching(one, said) as up:
+        wait_for(lambda: "Watch enabled" in said.read_text() and "seen" in one.answer(), 120, "it serves and watches")
+        identity, before = one.container("hitcounter-dev"), one.hits()
+
+        app, extra = one.folder / "hitcounter" / "app.py", one.folder / "hitcounter" / "new" / "extra.py"
+        app.write_text(app.read_text().replace("Hello from Redis", "Salut from Redis"))
+        took = seconds_until(lambda: one.answer().startswith("Salut"))
+        print(f"saved file to changed answer: {took:.2f} s")
+        assert took < 3 * SLACK
+        extra.parent.mkdir()
+        extra.touch()
+        seconds_until(lambda: exists(identity, "/app/hitcounter/new/extra.py"))
+        extra.unlink()
+        seconds_until(lambda: not exists(identity, "/app/hitcounter/new/extra.py"))
+        assert one.container("hitcounter-dev") == identity
+        assert one.inspect("hitcounter-dev")["RestartCount"] == 0
+        seconds_until(one.answer)  # the last change had it start again
+        assert one.hits() > before
+
+        for name in ("requirements.txt", "Containerfile"):
+            with (one.folder / name).open("a") as file:
+                file.write("# changed\n")
+            identity = replaced(one, identity)
+            wait_for(lambda: one.answer().startswith("Salut"), 60, "the new container answers")
+        assert one.hits() > before
+        up.send_signal(signal.SIGINT)
+        assert up.wait(60) in (0, 130)
+        assert one.inspect("hitcounter-dev")["State"]["Status"] == "exited"
+
+
+def replaced(one: Project, old: str) -> str:
+    """Return the identity of the container that comes in the old one's place."""
+    wait_for(lambda: one.container("hitcounter-dev") not in ("", old), 120, "a new container")
+    return one.container("hitcounter-dev")
+
+
+def seconds_until(condition: Any) -> float:
+    began = time.monotonic()
+    wait_for(condition, 30)
+    return time.monotonic() - began
+
+
+def exists(identity: str, path: str) -> bool:
+    return docker("exec", identity, "test", "-e", path, check=False).startswith("0\n")
+
+
+# Prints what Valkey answers to PING: 'plain' without TLS, 'tls' with it, 'other' with the trust of this image alone.
+_PING = """
+import socket, ssl, sys
+raw = socket.create_connection(("redis", 6379), 3)
+raw.settimeout(3)
+try:
+    if sys.argv[1] != "plain":
+        context = ssl.create_default_context(cafile="/run/secrets/hitcounter/ca.crt" if sys.argv[1] == "tls" else None)
+        raw = context.wrap_socket(raw, server_hostname="redis")
+    raw.sendall(b"PING\\r\\n")
+    print(raw.recv(64))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_tls_profile_leaves_nothing_in_clear_and_goes_on_with_the_counts(running: Project) -> None:
+    def ping(service: str, how: str) -> str:
+        return docker("exec", running.container(service), "/usr/bin/python3.13", "-c", _PING, how)
+
+    hits = running.hits()
+    assert "NOAUTH" in ping("hitcounter", "plain")  # where there is no TLS
+    running.compose("down")
+    try:
+        running.compose("--profile=tls", "up", "--build", "--wait")
+        assert running.hits() == hits + 1
+        assert "NOAUTH" in ping("hitcounter-tls", "tls")
+        assert "NOAUTH" not in ping("hitcounter-tls", "plain")
+        assert "CERTIFICATE_VERIFY_FAILED" in ping("hitcounter-tls", "other")
+    finally:
+        running.compose("--profile=tls", "down")
+
+
+def test_down_leaves_nothing(tmp_path: Path) -> None:
+    with project(tmp_path, "down") as one:
+        one.compose("up", "--build", "--wait")
+        assert {kind: len(found) for kind, found in one.left().items()} == {"containers": 3, "networks": 2, "volumes": 2}
+        one.compose("--profile", "*", "down", "--volumes")
+        assert one.left() == {}
