@@ -11,6 +11,7 @@ from conftest import SLACK, Process, Valkey, eventually
 from load import Load, Tally
 from proxy import Fate, Proxy, Request
 
+CONNECTIONS = 1000
 SECONDS = 10  # for which each load lasts
 LOST_REPLIES = 100  # at least, in the test of a bad network
 
@@ -50,7 +51,7 @@ def end(processes: list[Process]) -> None:
 
 async def test_each_number_is_answered_once_by_two_processes_to_a_thousand_connections(valkey: Valkey, spawn: Spawn) -> None:
     services = [spawn(valkey.environ()) for _ in range(2)]
-    load = Load([service.port for service in services], connections=1000)
+    load = Load([service.port for service in services], CONNECTIONS)
     async with watching(valkey, load.tally):
         tally = await load.run(SECONDS)
     end(services)
@@ -62,7 +63,7 @@ async def test_each_number_is_answered_once_by_two_processes_to_a_thousand_conne
 
 async def test_no_hit_is_lost_or_counted_twice_while_the_store_is_killed_three_times(valkey: Valkey, spawn: Spawn) -> None:
     services = [spawn(valkey.environ()) for _ in range(2)]
-    load = Load([service.port for service in services], connections=200)
+    load = Load([service.port for service in services], CONNECTIONS)
     tally = load.tally
 
     async def crash() -> None:
@@ -106,7 +107,7 @@ async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_an
 
     async with Proxy(valkey.port, fate) as proxy:
         services = [spawn(valkey.environ(REDIS_PORT=str(proxy.port), REDIS_TIMEOUT="0.15")) for _ in range(2)]
-        load = Load([service.port for service in services], connections=200)
+        load = Load([service.port for service in services], CONNECTIONS)
         tally = load.tally
         async with watching(valkey, tally):
             late = asyncio.create_task(deliver_late(proxy))
