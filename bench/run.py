@@ -143,8 +143,7 @@ class Process:
 
     def cpu(self) -> float:
         """Return the seconds of user and system time that its processes have used, those that have ended too."""
-        stats = [(folder / "stat").read_text().rpartition(")")[2].split() for folder in self.tree()]
-        return sum(int(ticks) for stat in stats for ticks in stat[11:15]) / os.sysconf("SC_CLK_TCK")
+        return sum(cpu_of(folder) for folder in self.tree())
 
     def pss(self) -> float:
         """Return its memory in MB."""
@@ -184,6 +183,12 @@ def commands(store: "redis.Redis", server: Server) -> int:
     return sum(calls for name, calls in stats.items() if name not in ours)
 
 
+def cpu_of(folder: Path) -> float:
+    """Return the seconds of user and system time of a process and of its children that have ended, by its folder in /proc."""
+    ticks = (folder / "stat").read_text().rpartition(")")[2].split()[11:15]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
 def busy(core: int) -> float:
     """Return the seconds of user and system time that all processes together have had on the core."""
     found = re.search(rf"^cpu{core} (\d+) (\d+) (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
@@ -194,21 +199,25 @@ def busy(core: int) -> float:
 def measure(server: Server, plan: Plan, core: int, stores: dict[str, "redis.Redis"], folder: Path) -> report.Figures:
     """Start the server, measure all there is, end it."""
     store = stores[server.fsync]
+    redis_folder = Path(f"/proc/{store.info('server')['process_id']}")
+    (own_core,) = os.sched_getaffinity(0)
 
-    def used() -> tuple[float, float, int]:
-        return process.cpu(), busy(core), commands(store, server)
+    def used() -> tuple[float, float, float, int]:
+        cpu, load_cpu = process.cpu(), cpu_of(redis_folder) + time.process_time()
+        return cpu, busy(core) - cpu, busy(own_core) - load_cpu, commands(store, server)
 
     process = Process(server.command, core, store.connection_pool.connection_kwargs["port"], folder / "server.log")
     try:
         full = load(process, CONNECTIONS, lambda it: it.closed(plan.closed, plan.warm, used))
         if not full.answered:
             raise SystemExit(f"bench: {server.name} answers nothing: {full.errors}")
-        cpu, on_core, sent = (end - start for start, end in zip(*full.marks, strict=True))
+        cpu, others, others_at_load, sent = (end - start for start, end in zip(*full.marks, strict=True))
         figures = {
             "start": process.start_seconds,
             "rate": full.answered / full.seconds,
             "cpu": cpu / full.answered * 1e6,
-            "others": max(0.0, on_core - cpu) / full.seconds,
+            "others": max(0.0, others) / full.seconds,
+            "others_at_load": max(0.0, others_at_load) / full.seconds,
             "commands": sent / full.answered,
             "duplicates": full.duplicates / len(full.numbers),
             "pss": process.pss(),
@@ -297,10 +306,13 @@ def main() -> int:
         if go:
             built = subprocess.check_output(["go", "version", "-m", go], text=True)
             versions["Go"], versions["go-redis"] = re.findall(r"(?:: go|go-redis/v9\tv)(\S+)", built)
-        others = median(figures["others"] for measured in rounds.values() for figures in measured)
+        others, others_at_load = (
+            median(figures[key] for measured in rounds.values() for figures in measured) for key in ("others", "others_at_load")
+        )
         conditions = (
             f"{report.machine(versions)} A sync of a small write took {sync_ms(folder):.2f} ms (median). Other processes of this "
-            f"machine took {others:.0%} of the server's core meanwhile (median; quiet: 0 %): the more, the less the figures tell."
+            f"machine took {others:.0%} of the server's core meanwhile, and {others_at_load:.0%} of the load's and Redis's "
+            "(medians; quiet: 0 %): the more, the less the figures tell."
         )
     print(f"\n{report.table(rounds)}\n\n{report.target_table(rounds)}\n\n{conditions}\n\n{profiled}")
     if quick:
