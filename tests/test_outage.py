@@ -2,13 +2,15 @@
 
 import asyncio
 import contextlib
+import json
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from conftest import SLACK, Process, Served, Valkey, eventually, metric, resident, serving, wait_for
-from wire import Wire, connected, request
+from wire import request
 
 from nanoservice.connection import max_connections
 
@@ -215,29 +217,37 @@ async def test_store_that_lost_counts_is_told_once_and_counting_goes_on(
 async def test_ten_thousand_requests_wait_one_more_gets_503_at_once_and_memory_stays_flat(valkey: Valkey, spawn: Spawn) -> None:
     most = min(10_000, max_connections() - 100)  # fewer only where fewer files may be open
     process = spawn(valkey.environ(BIND_HOST="127.0.0.1", MAX_PENDING=str(most), REQUEST_TIMEOUT="60", REDIS_TIMEOUT="60"))
+    hit = request("GET", "/", "Accept: application/json")
     used = []
-    async with contextlib.AsyncExitStack() as stack:
-        waiting: list[Wire] = []
-        one_more = await stack.enter_async_context(connected(process.port))
-        await one_more.send(request())
-        assert (await one_more.reply()).status == 200
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection(("127.0.0.1", process.port), 60))
+
+        def answer(client: socket.socket) -> dict[str, Any]:
+            content: dict[str, Any] = json.loads(client.recv(4096).partition(b"\r\n\r\n")[2])  # which is one write
+            return content
+
+        one_more = connect()
+        one_more.sendall(hit)
+        assert answer(one_more)["hits"] == 1
+        waiting: list[socket.socket] = []
         for number in range(3):
             valkey.freeze()
             for index in range(most):
                 if not number:
-                    waiting.append(await stack.enter_async_context(connected(process.port)))
-                await waiting[index].send(request("GET", "/", "Accept: application/json"))
+                    waiting.append(connect())
+                waiting[index].sendall(hit)
             await eventually(lambda: _pending(process, most), 20 * SLACK)
             used.append(resident(process) >> 20)
             began = time.monotonic()
-            await one_more.send(request())
-            reply = await one_more.reply()
+            one_more.sendall(hit)
+            problem = answer(one_more)
             seconds = time.monotonic() - began
-            assert (reply.status, reply.json["detail"]) == (503, "too many requests wait already")
+            assert (problem["status"], problem["detail"]) == (503, "too many requests wait already")
             assert seconds < 0.3 * SLACK
             valkey.thaw()
-            numbers = [(await wire.reply()).json["hits"] for wire in waiting]
-            assert sorted(numbers) == list(range(number * most + 2, (number + 1) * most + 2))
+            assert sorted(answer(client)["hits"] for client in waiting) == list(range(number * most + 2, (number + 1) * most + 2))
     print(f"{most} wait, one more is told after {seconds:.3f} s; MiB used: {used}")
     assert max(used) - used[0] < 16
 
