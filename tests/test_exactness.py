@@ -98,7 +98,9 @@ async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_an
             return Fate.PASS
         began = began or time.monotonic()
         spent = (time.monotonic() - began) / SECONDS
-        return dice.choice([Fate.PASS, *(fault for fault, number in faults.items() if proxy.fates[fault] < number * spent)])
+        # The more of a fault are due, the more likely it is the next.
+        due = [max(0.0, number * spent - proxy.fates[fault]) for fault, number in faults.items()]
+        return dice.choices([Fate.PASS, *faults], [1.0, *due])[0]
 
     async def deliver_late(proxy: Proxy) -> None:
         while True:

@@ -56,7 +56,7 @@ def test_change_runs_it_again_without_a_drain(reloader: Reloader) -> None:
     reloader.says("runs one 0")
     reloader.file.write_text(SERVICE.format(word="two", status=0))
     reloader.says("runs two 0")
-    (reloader.folder / "nanoservice" / "new.py").touch()
+    (reloader.folder / "nanoservice" / "new.json").touch()
     wait_for(lambda: reloader.output.read_text().count("runs two") == 2, 5 * SLACK)
     popen.send_signal(signal.SIGTERM)
     assert popen.wait(5 * SLACK) == 0
