@@ -64,6 +64,7 @@ lint: $(VENV)/installed ## check style
 	@$(BIN)/shellcheck --shell=bash .ci/run .ci/steps .ci/buildah .ci/devcontainer/check
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.compose-spec compose.yaml
+	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.renovate .github/renovate.json
 	@$(BIN)/zizmor --quiet --no-progress --offline --pedantic --strict-collection .github
 	@if [ "$$CI" ] || command -v go >/dev/null; then \
 	    actionlint=$$($(call GO_TOOL,actionlint)) && "$$actionlint" -shellcheck=$(BIN)/shellcheck -pyflakes=; \
@@ -79,7 +80,9 @@ types: $(VENV)/installed ## check types
 
 # --- locks ---
 
-LOCK = CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-emit-options $(UPGRADE)
+# What Renovate runs again, which it reads in the lock's first lines, and nothing that it does not know.
+LOCK_HEADER = pip-compile --allow-unsafe --generate-hashes --no-emit-index-url --output-file=$$(basename $$name).txt --strip-extras $$(basename $$name).in
+LOCK = CUSTOM_COMPILE_COMMAND="$(LOCK_HEADER)" $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-emit-options $(UPGRADE)
 
 LOCKS = requirements requirements-dev bench/requirements
 
