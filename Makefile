@@ -53,9 +53,6 @@ test: $(VENV)/installed ## run all tests that need nothing but this machine
 coverage: $(VENV)/installed ## run the tests and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
-# Print where a program lies whose Go module is locked, with its hashes, in a folder of .github/tools; build it first, once.
-GO_TOOL = go -C .github/tools/$(1) tool -n $(1)
-
 # redis.sh runs in its image's sh, .ci/steps is sourced: neither says by itself what it is written for.
 lint: $(VENV)/installed ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -67,7 +64,7 @@ lint: $(VENV)/installed ## check style
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.renovate .github/renovate.json
 	@$(BIN)/zizmor --quiet --no-progress --offline --pedantic --strict-collection .github
 	@if [ "$$CI" ] || command -v go >/dev/null; then \
-	    actionlint=$$($(call GO_TOOL,actionlint)) && "$$actionlint" -shellcheck=$(BIN)/shellcheck -pyflakes=; \
+	    actionlint=$$(go -C .github/tools/actionlint tool -n actionlint) && "$$actionlint" -shellcheck=$(BIN)/shellcheck -pyflakes=; \
 	else \
 	    echo "make: without Go, workflows are not checked by actionlint"; \
 	fi
@@ -166,6 +163,11 @@ test-compose: $(VENV)/installed ## run the tests of compose.yaml, by Docker Comp
 	@[ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
 	@$(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m compose -o faulthandler_timeout=900 -rP tests/delivery
 
+test-publish: $(VENV)/installed ## run the tests of publishing, on the engine there is, into the registry REGISTRY
+	@[ "$(strip $(REGISTRY))" ] || { echo "make: which registry may the tests write to? make test-publish REGISTRY=localhost:5000" >&2; exit 1; }
+	@[ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
+	@$(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m registry -o faulthandler_timeout=900 -rP tests/delivery
+
 # --- on Kubernetes ---
 
 KUBECTL ?= kubectl
@@ -210,6 +212,46 @@ e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in 
 	@$(ON_CLUSTER) manifests/deploy.sh check
 	@$(ON_CLUSTER) $(BIN)/python -m pytest -m cluster -o faulthandler_timeout=900 -rP tests/e2e
 
+# --- releases ---
+
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' $(SERVICE)/__init__.py)
+REPOSITORIES ?=      # where to publish, such as "ghcr.io/me/hitcounter docker.io/me/hitcounter"; manifests name the first
+DIST ?= dist
+ORAS ?=              # an oras that is there already
+# The digest of an image depends on its builder, so a release has one. Its image is known by digest, seen in three public places.
+BUILDKIT ?= docker.io/moby/buildkit:v0.31.2@sha256:2f5adac4ecd194d9f8c10b7b5d7bceb5186853db1b26e5abd3a657af0b7e26ec
+PUBLISH = LAYOUT="$(LAYOUT)" SERVICE="$(SERVICE)" VERSION="$(VERSION)" REPOSITORIES="$(strip $(REPOSITORIES))" KUBECTL="$(KUBECTL)" \
+    ORAS="$(strip $(ORAS))" image/publish.sh
+
+.PHONY: test-publish builder release-check release-digest release-compare sbom release-files publish sign update
+builder: ## make the builder of releases, a BuildKit of a fixed version, and use it from now on
+	@docker buildx create --name hitcounter --driver docker-container --driver-opt image=$(BUILDKIT) --use --bootstrap
+
+TAG ?=               # of the release, such as v0.1.0
+release-check: ## fail unless the version, its section in the changelog, and TAG, if given, are of one release
+	@$(PUBLISH) check $(TAG)
+
+release-digest: ## print the digest of the image in hitcounter.oci/, as digest=sha256:...
+	@$(PUBLISH) digest
+
+DIGEST ?=
+release-compare: ## fail unless the image in hitcounter.oci/ has the digest DIGEST
+	@$(PUBLISH) compare "$(strip $(DIGEST))"
+
+sbom: $(VENV)/can-run ## write dist/sbom.spdx.json: what is in hitcounter.oci/, the same bytes each time
+	@mkdir -p $(DIST) && $(BIN)/python image/sbom.py $(LAYOUT) requirements.txt $(WHEELS) $(VERSION) >$(DIST)/sbom.new && mv $(DIST)/sbom.new $(DIST)/sbom.spdx.json
+
+release-files: sbom ## write dist/release/: manifests that name the digest, list of contents, provenance, checksums
+	@digest=$$($(PUBLISH) digest) && builder=$$($(MAKE_IMAGE) builder) \
+	&& $(BIN)/python image/provenance.py $(IMAGE) "$${digest#digest=}" "$$(git rev-parse HEAD)" "$$builder" "$(strip $(BUILD_OPTIONS))" >$(DIST)/provenance.json
+	@$(PUBLISH) files $(DIST)/release
+
+publish: ## put the image of hitcounter.oci/, and dist/release/'s files about it, into REPOSITORIES as its version, and read it back
+	@$(PUBLISH) push $(DIST)/release
+
+sign: ## sign the image of hitcounter.oci/ in REPOSITORIES, by cosign, with who runs this: on GitHub the workflow
+	@$(PUBLISH) sign
+
 clean: ## remove what these commands made, but for the counts in .data/ and the images in an engine
-	rm -rf $(VENV) .venv-* wheels wheels.new *.oci .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf $(VENV) .venv-* wheels wheels.new *.oci dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make images, with any of three engines, the same each time. Used by the Makefile's image targets:
-#   build.sh engines | load NAME | layout FOLDER | digests | check
+#   build.sh engines | builder | load NAME | layout FOLDER | digests | check
 # ENGINE, SERVICE, PLATFORMS, BUILD_OPTIONS, WHEELS are the Makefile's variables.
 set -eu
 unset SOURCE_DATE_EPOCH # buildah would take it, and refuse --timestamp beside it
@@ -57,7 +57,8 @@ layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, of an in
   [ -z "$others" ] || fail "$folder is no OCI layout: name another folder with LAYOUT=..."
   rm -rf "$folder"
   if is_docker; then
-    build "$context" --platform="$targets" --output="type=oci,dest=$folder,tar=false" "$@"
+    # By way of an archive: into a folder, two platforms that share a layer may both write it, and one then fails.
+    build "$context" --platform="$targets" --output="type=oci,dest=$work/archive" "$@" && mkdir -p "$folder" && tar -C "$folder" -xf "$work/archive"
     return
   fi
   ids=
@@ -154,4 +155,8 @@ case "$1" in
     ;;
   digests) digests ;;
   check) check ;;
+  builder)
+    first
+    builder
+    ;;
 esac

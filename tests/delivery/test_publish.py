@@ -1,0 +1,337 @@
+"""That what is published is what was built, with what is known of it; and that what was changed on the way is refused."""
+
+import contextlib
+import functools
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, wait_for
+from images import WHEELS, Layout, engine, layout, network, run, sources
+from published import REGISTRY, published
+from spdx_tools.spdx.parser.parse_anything import parse_file
+from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
+
+__all__ = ["network"]  # a fixture
+
+pytestmark = pytest.mark.registry
+
+
+def make(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    given = {**os.environ, "VENV": sys.prefix, "LAYOUT": str(published().layout), "DIST": str(published().dist), **environ}
+    return subprocess.run(["make", "--no-print-directory", *arguments], cwd=ROOT, env=given, text=True, capture_output=True)
+
+
+@functools.cache
+def program() -> str:
+    command = ["go", "-C", str(ROOT / ".github" / "tools" / "oras"), "tool", "-n", "oras"]
+    return subprocess.run(command, check=True, text=True, capture_output=True).stdout.strip()
+
+
+def oras(*arguments: str, check: bool = True) -> str:
+    ended = subprocess.run([program(), *arguments], text=True, capture_output=True, timeout=120)
+    assert not check or ended.returncode == 0, ended.stderr
+    return ended.stdout if check else f"{ended.returncode}\n{ended.stderr}"
+
+
+def referrers(image: str) -> dict[str, str]:
+    """Return by its type the digest of each thing that refers to the image."""
+    found = json.loads(oras("discover", "--format", "json", image)).get("referrers", [])
+    assert len(found) == len({one["artifactType"] for one in found})
+    return {one["artifactType"]: one["digest"] for one in found}
+
+
+def test_both_registries_have_the_version_under_the_same_digest() -> None:
+    one = published()
+    assert re.fullmatch("sha256:[0-9a-f]{64}", one.digest)
+    assert Layout(one.layout).digest == one.digest
+    for repository in one.repositories:
+        assert oras("resolve", f"{repository}:0.1.0").strip() == one.digest
+        assert oras("repo", "tags", "--exclude-digest-tags", repository).split() == ["0.1.0"]  # and no `latest`
+    assert set(Layout(one.layout).manifests()) == {"linux/amd64", "linux/arm64"}
+
+
+def test_image_pulled_by_digest_counts(network: str) -> None:
+    if "docker" not in engine():
+        pytest.skip("buildah runs no containers")
+    image = f"{published().repositories[1]}@{published().digest}"
+    run("pull", image)
+    name = run("run", "--detach", "--rm", "--network", network, "--env=REDIS_HOST=store", image)
+    ask = "import urllib.request as u; print(u.urlopen('http://localhost:8080/', timeout=5).read().decode())"
+    try:
+        wait_for(lambda: "seen " in run("exec", name, "/usr/bin/python3.13", "-c", ask, check=False), 30)
+    finally:
+        run("rm", "--force", name)
+
+
+def test_what_is_known_of_the_image_refers_to_it_and_can_be_read_back(tmp_path: Path) -> None:
+    one = published()
+    for repository in one.repositories:
+        found = referrers(f"{repository}@{one.digest}")
+        assert set(found) == {"application/spdx+json", "application/vnd.in-toto+json"}
+        for digest in found.values():
+            oras("pull", "--output", str(tmp_path), f"{repository}@{digest}")
+        for name in ("sbom.spdx.json", "provenance.json"):
+            assert (tmp_path / name).read_bytes() == (one.dist / "release" / name).read_bytes()
+
+
+def test_provenance_names_the_image_the_sources_and_the_bases() -> None:
+    statement = json.loads((published().dist / "release" / "provenance.json").read_text())
+    assert statement["subject"] == [{"name": "hitcounter", "digest": {"sha256": published().digest.removeprefix("sha256:")}}]
+    built_of = {one["uri"]: one.get("digest") for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, text=True, capture_output=True).stdout.strip()
+    assert built_of["git+file:."] == {"gitCommit": commit}
+    lock = hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()
+    assert built_of["file:requirements.txt"] == {"sha256": lock}
+    given = dict(re.findall(r"--build-arg[ =](\w+)=(\S+)", os.environ.get("BUILD_OPTIONS", "")))
+    named = dict(re.findall(r"^ARG (PYTHON|BASE|DEBUG_BASE)=(\S+)$", (ROOT / "Containerfile").read_text(), re.MULTILINE))
+    assert built_of.keys() >= {f"docker://{image.partition('@')[0]}" for image in (named | given).values()}
+
+
+# --- what is in it ---
+
+
+def contents() -> Any:
+    return json.loads((published().dist / "release" / "sbom.spdx.json").read_text())
+
+
+def test_list_of_contents_is_valid_spdx() -> None:
+    document = parse_file(str(published().dist / "release" / "sbom.spdx.json"))
+    assert not [message.validation_message for message in validate_full_spdx_document(document)]
+
+
+def test_list_of_contents_is_the_same_each_time(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert make("sbom", DIST=str(tmp_path / name)).returncode == 0
+    first = (tmp_path / "one" / "sbom.spdx.json").read_bytes()
+    assert first == (tmp_path / "two" / "sbom.spdx.json").read_bytes()
+    assert first == (published().dist / "release" / "sbom.spdx.json").read_bytes()
+    assert make("sbom", DIST=str(tmp_path / "later"), SOURCE_DATE_EPOCH="1700000000").returncode == 0
+    assert json.loads((tmp_path / "later" / "sbom.spdx.json").read_text())["creationInfo"]["created"] == "2023-11-14T22:13:20Z"
+
+
+def test_list_of_contents_has_all_packages_of_each_platform() -> None:
+    document = contents()
+    by_id = {one["SPDXID"]: one for one in document["packages"]}
+    links: dict[str, set[str]] = {}
+    for link in document["relationships"]:
+        if link["relationshipType"] == "CONTAINS":
+            links.setdefault(link["spdxElementId"], set()).add(link["relatedSpdxElement"])
+    lock = (ROOT / "requirements.txt").read_text()
+    locked = set(re.findall(r"^([a-z0-9-]+)==(\S+)", lock, re.MULTILINE))
+    index = by_id["SPDXRef-Image-index"]
+    assert index["checksums"] == [{"algorithm": "SHA256", "checksumValue": published().digest.removeprefix("sha256:")}]
+    assert len(links["SPDXRef-Image-index"]) == 2
+    for image in links["SPDXRef-Image-index"]:
+        locators = [by_id[one]["externalRefs"][0]["referenceLocator"] for one in links[image]]
+        assert {found for one in locators for found in re.findall("pkg:pypi/(.+)@(.+)[?]", one)} == locked
+        wheels = [by_id[one] for one in links[image] if one.startswith("SPDXRef-Python-")]
+        for wheel in wheels:
+            assert f"sha256:{wheel['checksums'][0]['checksumValue']}" in lock
+            assert wheel["licenseDeclared"] != "NOASSERTION"
+        architecture = image.rpartition("-")[2]
+        machine = {"amd64": "x86_64", "arm64": "aarch64"}[architecture]
+        assert all(one["packageFileName"].endswith((f"{machine}.whl", "-any.whl")) for one in wheels)
+        assert [
+            one for one in locators if one.startswith("pkg:deb/debian/libc6@") and f"arch={architecture}&distro=debian-13" in one
+        ]
+    amd64 = next(layer for layer in platform_layers("linux/amd64"))
+    packages = {name.rpartition("/")[2] for name in amd64 if re.search(r"dpkg/status\.d/[^/]+(?<!\.md5sums)$", name)}
+    assert packages == {by_id[one]["name"] for one in links["SPDXRef-Image-linux-amd64"] if one.startswith("SPDXRef-Debian-")}
+
+
+def platform_layers(platform: str) -> Iterator[list[str]]:
+    """Yield the names in the base of the image for one platform, which may be one layer or many, as one list."""
+    one = Layout(published().layout)
+    child = Layout.__new__(Layout)
+    child.__dict__.update(_blobs=published().layout / "blobs" / "sha256", digest=one.manifests()[platform])
+    yield [name for layer in child.layers() for name in layer.getnames()]
+
+
+def test_list_of_contents_names_licences_and_what_wants_what() -> None:
+    document = contents()
+    texts = {one["licenseId"]: one["extractedText"] for one in document["hasExtractedLicensingInfos"]}
+    libc = next(one for one in document["packages"] if one["name"] == "libc6")
+    assert "GNU C Library" in texts[libc["licenseDeclared"]]
+    wants = {(link["spdxElementId"], link["relatedSpdxElement"]) for link in document["relationships"]}
+    assert ("SPDXRef-Image-linux-amd64", "SPDXRef-Python-aiohttp-linux-amd64") in wants
+    assert ("SPDXRef-Python-yarl-linux-arm64", "SPDXRef-Python-multidict-linux-arm64") in wants
+
+
+def test_image_of_a_wheel_that_is_not_in_the_lock_gets_no_list_of_contents(tmp_path: Path) -> None:
+    lock = tmp_path / "requirements.txt"
+    text = (ROOT / "requirements.txt").read_text()
+    digest = hashlib.sha256(next(WHEELS.glob("attrs-*.whl")).read_bytes()).hexdigest()
+    lock.write_text(text.replace(digest, "0" * 64))
+    command = [sys.executable, str(ROOT / "image" / "sbom.py"), str(published().layout), str(lock), str(WHEELS), "0.1.0"]
+    ended = subprocess.run(command, text=True, capture_output=True)
+    assert ended.returncode != 0
+    assert re.search(r"attrs-\S+\.whl, of which the image is made, is not in the lock", ended.stderr)
+
+
+# --- the files of a release ---
+
+
+def test_manifests_of_a_release_name_the_image_by_digest() -> None:
+    folder = published().dist / "release"
+    manifests = sorted(folder.glob("*.yaml"))
+    assert {file.name for file in manifests} == {file.name for file in (ROOT / "manifests" / "rendered").iterdir()} - {"dev.yaml"}
+    for file in manifests:
+        images = re.findall(r"^\s+image: (\S+)$", file.read_text(), re.MULTILINE)
+        assert f"{published().repositories[0]}@{published().digest}" in images
+        assert all(re.search("@sha256:[1-9a-f]", image) for image in images)
+
+
+def test_checksums_find_what_was_changed(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(published().dist / "release", tmp_path / "release"))
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    files = {file.name for file in folder.iterdir()} - {"SHA256SUMS"}
+    said = subprocess.run(command, cwd=folder, check=True, text=True, capture_output=True).stdout
+    assert said.splitlines() == [f"{name}: OK" for name in sorted(files)]
+    with open(folder / "production.yaml", "a") as file:
+        file.write("# more\n")
+    assert subprocess.run(command, cwd=folder, capture_output=True).returncode != 0
+
+
+def test_changes_of_a_release_are_those_of_its_version() -> None:
+    said = (published().dist / "changes.md").read_text()
+    assert said.startswith("- `GET /`")
+    assert "## " not in said
+
+
+# --- what is refused ---
+
+
+def test_publishing_again_changes_nothing() -> None:
+    one = published()
+    before = [referrers(f"{repository}@{one.digest}") for repository in one.repositories]
+    assert make("publish", REPOSITORIES=" ".join(one.repositories)).returncode == 0
+    assert [referrers(f"{repository}@{one.digest}") for repository in one.repositories] == before
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Path:
+    """The layout of an image that differs in a comment."""
+    context = sources(tmp_path / "context")
+    with open(context / "hitcounter" / "app.py", "a") as file:
+        file.write("# another\n")
+    layout(context, tmp_path / "changed.oci", PLATFORMS="linux/amd64,linux/arm64")
+    return tmp_path / "changed.oci"
+
+
+def test_second_build_with_another_digest_ends_the_release(changed: Path) -> None:
+    ended = make("release-compare", LAYOUT=str(changed), DIGEST=published().digest)
+    assert ended.returncode != 0
+    assert f"the image differs: it was to be {published().digest}" in ended.stderr
+    assert make("release-compare", DIGEST=published().digest).returncode == 0
+    assert make("release-compare", DIGEST="").returncode != 0
+
+
+def test_version_that_is_published_is_not_moved(changed: Path) -> None:
+    repository = published().repositories[0]
+    ended = make("publish", LAYOUT=str(changed), REPOSITORIES=repository)
+    assert ended.returncode != 0
+    assert f"{repository}:0.1.0 is {published().digest} already" in ended.stderr
+    assert oras("resolve", f"{repository}:0.1.0").strip() == published().digest
+
+
+def test_tag_that_moved_is_found(changed: Path) -> None:
+    moved = f"{published().repositories[0].rpartition('/')[0]}/moved"
+    other = Layout(changed).digest
+    oras("copy", "--no-tty", "--from-oci-layout", f"{changed}@{other}", f"{moved}:0.1.0")
+    ended = make("publish", REPOSITORIES=moved)
+    assert ended.returncode != 0
+    assert f"{moved}:0.1.0 is {other} already, and not {published().digest}" in ended.stderr
+    assert make("release-compare", DIGEST=oras("resolve", f"{moved}:0.1.0").strip()).returncode != 0
+
+
+def test_layer_that_was_tampered_with_is_not_published(tmp_path: Path) -> None:
+    tampered = Path(shutil.copytree(published().layout, tmp_path / "tampered.oci"))
+    tamper(max((tampered / "blobs" / "sha256").iterdir(), key=lambda blob: blob.stat().st_size))
+    repository = f"{published().repositories[0].rpartition('/')[0]}/tampered"
+    ended = make("publish", LAYOUT=str(tampered), REPOSITORIES=repository)
+    assert ended.returncode != 0
+    assert re.search("mismatch|digest invalid", ended.stderr, re.IGNORECASE)
+    assert oras("resolve", f"{repository}:0.1.0", check=False).startswith("1\n")
+    assert make("sbom", LAYOUT=str(tampered), DIST=str(tmp_path / "dist")).returncode != 0
+
+
+def tamper(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@contextlib.contextmanager
+def between(tampered: str) -> Iterator[str]:
+    """Stand between a client and the registry, and change a bit of what has the digest `tampered`; yield the address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # a client that found it out does not wait for the rest
+                super().handle()
+
+        def do_GET(self) -> None:
+            with contextlib.closing(http.client.HTTPConnection(REGISTRY.partition("/")[0], timeout=30)) as connection:
+                self.answer(connection)
+
+        def answer(self, connection: http.client.HTTPConnection) -> None:
+            connection.request(self.command, self.path, headers={"Accept": ", ".join(self.headers.get_all("Accept", []))})
+            answer = connection.getresponse()
+            body = bytearray(answer.read())
+            if self.path.endswith(tampered) and body:
+                body[len(body) // 2] ^= 1
+            self.send_response(answer.status)
+            for name in ("Content-Type", "Docker-Content-Digest"):
+                if value := answer.headers[name]:
+                    self.send_header(name, value)
+            self.send_header("Content-Length", answer.headers["Content-Length"] if self.command == "HEAD" else str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("what", ["layer", "manifest", "nothing"])
+def test_what_was_changed_on_the_way_is_not_taken(tmp_path: Path, what: str) -> None:
+    one = Layout(published().layout)
+    manifest = json.loads((published().layout / "blobs" / one.manifests()["linux/arm64"].replace(":", "/")).read_text())
+    digest = {"layer": manifest["layers"][-1]["digest"], "manifest": one.digest, "nothing": "no digest"}[what]
+    name = published().repositories[0].partition("/")[2]
+    with between(digest) as address:
+        said = oras(
+            "copy",
+            "--no-tty",
+            "--from-plain-http",
+            "--to-oci-layout",
+            f"{address}/{name}@{one.digest}",
+            f"{tmp_path}/got:it",
+            check=False,
+        )
+    assert said.startswith("0\n" if what == "nothing" else "1\n"), said
+    assert what == "nothing" or "mismatch" in said

@@ -1,0 +1,95 @@
+"""The rules of the workflows that no linter knows. zizmor, actionlint and the schema look after the rest, in `make lint`."""
+
+import re
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from workflows import CI, NOT_HERE, RELEASE, Run, runs
+
+WORKFLOWS = {"ci": CI, "release": RELEASE}
+JOBS = [pytest.param(job, id=f"{name}-{key}") for name, workflow in WORKFLOWS.items() for key, job in workflow["jobs"].items()]
+RUNS = [run for workflow in WORKFLOWS.values() for run in runs(workflow)]
+HERE = "".join((ROOT / ".ci" / name).read_text() for name in ("run", "steps"))
+# By the test of publishing, which executes these as they stand in the workflow.
+EXECUTED = {run.line for run in runs(RELEASE) if run.here}
+
+
+def uses() -> list[tuple[str, str, str]]:
+    """Return each action that is used: its name, its commit, its version."""
+    text = "".join(path.read_text() for path in sorted((ROOT / ".github" / "workflows").iterdir()))
+    return list(re.findall(r"uses: (?!\./)([\w./-]+)@(\S+)(?:  # (\S+))?", text))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_command_of_a_workflow_is_one_that_is_tested(run: Run) -> None:
+    assert "\n" not in run.line
+    assert "${{" not in run.line
+    if run.targets:
+        assert set(run.targets) <= set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    if run.here and run.line not in EXECUTED:
+        assert re.search(rf"\b{re.escape(run.line)}\b", HERE), f"neither .ci/run nor a test runs it: {run.line}"
+
+
+def test_list_of_what_does_not_run_here_is_no_longer_than_it_has_to_be() -> None:
+    for beginning in NOT_HERE:
+        assert [run for run in RUNS if run.line.startswith(beginning)], beginning
+
+
+def test_actions_are_named_by_commit_and_version() -> None:
+    for name, commit, version in uses():
+        assert re.fullmatch(r"[0-9a-f]{40}", commit), name
+        assert re.fullmatch(r"v\d+\.\d+\.\d+", version), name
+    assert len(uses()) > 10
+    assert len({name for name, _, _ in uses()}) == len(set(uses()))  # one version each
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_job_has_its_limits(job: Any) -> None:
+    assert job["name"]
+    assert job["permissions"]
+    if "uses" not in job:
+        assert job["timeout-minutes"] <= 60
+        runners = job["strategy"]["matrix"]["runner"] if "matrix.runner" in job["runs-on"] else [job["runs-on"]]
+        assert set(runners) <= {"ubuntu-24.04", "ubuntu-24.04-arm"}
+
+
+def test_code_of_a_pull_request_gets_no_secret_and_may_write_nothing() -> None:
+    assert "pull_request_target" not in CI[True]  # `on` to YAML
+    assert not re.search(r"secrets\.|github\.token", str(CI))
+    assert [job["permissions"] for job in CI["jobs"].values()] == [{"contents": "read"}] * len(CI["jobs"])
+
+
+def needed(job: str) -> set[str]:
+    """Return the jobs of a release that have to succeed before this one begins."""
+    needs = RELEASE["jobs"][job].get("needs", [])
+    direct = {needs} if isinstance(needs, str) else set(needs)
+    return direct.union(*map(needed, direct))
+
+
+def test_nothing_is_signed_or_published_before_two_runners_made_the_same_and_it_was_scanned() -> None:
+    writing = {name for name, job in RELEASE["jobs"].items() if "write" in job["permissions"].values()}
+    assert writing == {"publish", "github-release"}
+    for name in writing:
+        assert needed(name) >= {"ci", "build", "rebuild", "scan"}
+    lines = [run.line for run in runs(RELEASE) if run.job == "publish"]
+    assert lines.index("make release-compare") < lines.index("make publish") < lines.index("make sign")
+    assert not [job for job in RELEASE["jobs"].values() if job.get("continue-on-error")]
+
+
+def test_each_build_of_a_release_is_compared_with_the_first() -> None:
+    compared = {run.job: dict(run.environ)["DIGEST"] for run in runs(RELEASE) if run.line == "make release-compare"}
+    assert compared == dict.fromkeys(("rebuild", "publish", "github-release"), "${{ needs.build.outputs.digest }}")
+
+
+def test_dry_run_publishes_nothing() -> None:
+    jobs = RELEASE["jobs"]
+    assert jobs["publish"]["if"] == "github.event_name == 'push'"
+    assert "publish" in needed("github-release")
+    assert "secrets." not in str({name: job for name, job in jobs.items() if name != "publish"})
+
+
+def test_scanner_gets_no_secret() -> None:
+    (step,) = (step for step in RELEASE["jobs"]["scan"]["steps"] if "trivy" in step.get("uses", ""))
+    assert step["with"] | {"severity": "CRITICAL", "ignore-unfixed": True, "exit-code": "1"} == step["with"]
+    assert RELEASE["jobs"]["scan"]["permissions"] == {"contents": "read"}
