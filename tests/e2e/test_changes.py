@@ -39,23 +39,30 @@ def change_config(namespace: Namespace) -> None:
     namespace.await_rollout("deployment/hitcounter")
 
 
+def roll(namespace: Namespace) -> None:
+    namespace.kubectl("rollout", "restart", "deployment/hitcounter")
+    namespace.await_rollout("deployment/hitcounter")
+
+
+def scale_up_and_down(namespace: Namespace) -> None:
+    for replicas in (3, 1, 2):
+        scale(namespace, replicas)
+
+
+def evict_one(namespace: Namespace) -> None:
+    evict(namespace, namespace.ready()[0])
+    wait_for(lambda: len(namespace.ready()) == len(namespace.pods()) == 2, 120)
+
+
 async def test_changes_cost_no_request(cluster: Deployed) -> None:
-    namespace = cluster.namespace
     before = await counts(cluster.url)
-    async with traffic(cluster.url, 220, least=20_000) as load:
-        await step(namespace.kubectl, "rollout", "restart", "deployment/hitcounter")
-        await step(namespace.await_rollout, "deployment/hitcounter")
-        rolled = load.sent
-        await step(scale, namespace, 3)
-        await step(scale, namespace, 1)
-        await step(scale, namespace, 2)
-        scaled = load.sent
-        await step(evict, namespace, (await step(namespace.ready))[0])
-        await step(lambda: wait_for(lambda: len(namespace.ready()) == len(namespace.pods()) == 2, 120))
-        evicted = load.sent
-        await step(change_config, namespace)
-        changed = load.sent
-    print(f"\nrolled by request {rolled}, scaled by {scaled}, evicted by {evicted}, changed by {changed}; {load.statuses()}")
+    done = []
+    async with traffic(cluster.url, 250, least=20_000) as load:
+        while load.sent < 15_000:  # not all at the beginning
+            for change in (roll, scale_up_and_down, evict_one, change_config):
+                await step(change, cluster.namespace)
+                done.append(f"{change.__name__} by {load.sent}")
+    print(f"\n{', '.join(done)}; {load.statuses()}")
     assert load.sent >= 20_000
     assert not load.failures
     load.check(before, await counts(cluster.url))
