@@ -220,7 +220,7 @@ def test_secrets_are_made_once(running: Project) -> None:
 
 
 def test_secrets_show_nowhere(running: Project) -> None:
-    running.compose("down")  # new logs, from the first line on
+    running.compose("down", "--volumes")  # they are made anew, with logs from the first line on
     with processes() as commands:
         running.compose("up", "--wait")
         running.hits()
