@@ -144,6 +144,12 @@ def test_one_command_counts_and_keeps_its_counts_over_down_and_up(ran: Project) 
     assert ran.hits() == first + 2
 
 
+def test_command_again_leaves_what_runs_alone(running: Project) -> None:
+    before = [running.inspect(service)["State"]["StartedAt"] for service in ("hitcounter", "redis")]
+    running.compose("up", "--build", "--wait")
+    assert [running.inspect(service)["State"]["StartedAt"] for service in ("hitcounter", "redis")] == before
+
+
 def test_public_port_is_published_on_loopback_alone_and_no_other(running: Project) -> None:
     published = {
         service: {port: bound for port, bound in running.inspect(service)["NetworkSettings"]["Ports"].items() if bound}
