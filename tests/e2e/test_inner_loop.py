@@ -1,0 +1,284 @@
+"""What `skaffold dev`, `debug` and `verify` do, done as Skaffold does it: for where there is no Skaffold.
+
+The images are those of its targets, the manifests those of its profiles, and files come and go by its commands.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+import yaml
+from cluster import KUBECTL, Namespace, compose, deployed, namespace, run
+from conftest import ROOT, SLACK, wait_for
+
+pytestmark = pytest.mark.cluster
+
+CONFIG = yaml.safe_load((ROOT / "skaffold.yaml").read_text())
+PLACE = "/app"  # where the image has the service
+APP = (ROOT / "hitcounter" / "app.py").read_text()
+GREETING = "Hello from Redis"
+ANY_NODE_PORT = [{"op": "remove", "path": "/spec/ports/0/nodePort"}]  # there is one 30080
+
+
+def published(target: str) -> str:
+    """Build a target of the image, give it to the cluster, and return its name there."""
+    name = f"hitcounter-{target}"
+    options = f"{os.environ.get('BUILD_OPTIONS', '')} --target={target}"
+    run("make", "--no-print-directory", "image", f"IMAGE={name}", f"BUILD_OPTIONS={options}", seconds=600)
+    return run("manifests/deploy.sh", "publish", env={"IMAGE": name}).splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def dev() -> Iterator[Namespace]:
+    """A namespace with what `skaffold dev` deploys, but on any port of the node."""
+    images = replace(deployed(), image=published("dev"))
+    with namespace("dev") as one:
+        one.make("secret")
+        patches = [{"target": {"kind": "Service", "name": "hitcounter"}, "patch": json.dumps(ANY_NODE_PORT)}]
+        one.apply(compose(images, one, "resources: [../dev]", f"patches: {json.dumps(patches)}"))
+        for what in "statefulset/redis", "deployment/hitcounter":
+            one.await_rollout(what)
+        yield one
+
+
+@contextlib.contextmanager
+def forwarded(pod: Any, port: int) -> Iterator[int]:
+    """Forward a port of loopback to one of the pod, and return it."""
+    metadata = pod["metadata"]
+    command = [KUBECTL, f"--namespace={metadata['namespace']}", "port-forward", f"pod/{metadata['name']}", f":{port}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            # Not by trying: a connection that says nothing is taken for an editor, and the next one waits for its end.
+            yield int(re.findall(r"Forwarding from 127.0.0.1:(\d+)", process.stdout.readline())[0])
+        finally:
+            process.terminate()
+
+
+def url(namespace: Namespace) -> str:
+    """Return the service's address on the node."""
+    (port,) = namespace.get("service", "hitcounter")["spec"]["ports"]
+    return deployed().url.replace(":30080", f":{port['nodePort']}")
+
+
+def ask(url: str) -> str:
+    """Return the answer, or nothing while there is none."""
+    with contextlib.suppress(OSError), urlopen(url, timeout=5) as answer:
+        return str(answer.read().decode())
+    return ""
+
+
+def the_pod(namespace: Namespace) -> Any:
+    (pod,) = namespace.pods()
+    return pod
+
+
+def identity(pod: Any) -> tuple[str, int]:
+    """Return what tells a pod and a run of its container from others."""
+    return pod["metadata"]["uid"], pod["status"]["containerStatuses"][0]["restartCount"]
+
+
+def sync(pod: Any, files: dict[str, str], deleted: tuple[str, ...] = ()) -> None:
+    """Have the pod have `files`, and not have those deleted: by the commands of Skaffold's pkg/skaffold/sync."""
+    place = [KUBECTL, "exec", pod["metadata"]["name"], "--namespace", pod["metadata"]["namespace"], "-c", "hitcounter"]
+    if deleted:
+        run(*place, "--", "rm", "-rf", "--", *(f"{PLACE}/{name}" for name in deleted))
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, text in files.items():
+            entry = tarfile.TarInfo(f"{PLACE}/{name}")
+            entry.size = len(text.encode())
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    command = [*place, "-i", "--", "tar", "xmf", "-", "-C", "/", "--no-same-owner"]
+    subprocess.run(command, input=packed.getvalue(), check=True, capture_output=True, timeout=60)
+
+
+def test_changed_new_and_deleted_files_are_answered_by_the_same_pod(dev: Namespace) -> None:
+    assert dev.get("namespace", dev.name)["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    pod = the_pod(dev)
+    changed = APP.replace(GREETING, "Salut from Redis")
+    with_new = "from hitcounter.words import FROM\n" + APP.replace(f'b"{GREETING}!', 'FROM + b"!')
+    steps: list[tuple[str, dict[str, str], tuple[str, ...], str]] = [
+        ("changed", {"hitcounter/app.py": changed}, (), "Salut from Redis!"),
+        ("new", {"hitcounter/words.py": 'FROM = b"Salve from Redis"\n', "hitcounter/app.py": with_new}, (), "Salve from Redis!"),
+        ("deleted", {"hitcounter/app.py": APP}, ("hitcounter/words.py",), f"{GREETING}!"),
+    ]
+    service = url(dev)
+    last = int(re.findall(r"seen (\d+) times", ask(service))[0])
+    for what, files, deleted, expected in steps:
+        began = time.monotonic()
+        sync(pod, files, deleted)
+        answer = wait_for(lambda: (it := ask(service)).startswith(expected) and it, 30)
+        took = time.monotonic() - began
+        print(f"{what} file to changed answer: {took:.2f} s")
+        assert took < 3 * SLACK
+        before, last = last, int(re.findall(r"seen (\d+) times", answer)[0])
+        assert last > before
+    assert identity(the_pod(dev)) == identity(pod)
+    assert "words.py" not in dev.kubectl("exec", pod["metadata"]["name"], "--", "ls", f"{PLACE}/hitcounter")
+
+
+def test_new_file_that_nothing_imports_is_there_and_only_the_service_s_folder_can_be_written(dev: Namespace) -> None:
+    pod = the_pod(dev)
+    sync(pod, {"nanoservice/new/file.txt": "x"})
+    name = pod["metadata"]["name"]
+    assert dev.kubectl("exec", name, "--", "cat", f"{PLACE}/nanoservice/new/file.txt") == "x"
+    sync(pod, {}, ("nanoservice/new",))
+    writable = "import os; print([path for path in ('/app', '/usr', '/etc', '/home', '/') if os.access(path, os.W_OK)])"
+    assert dev.python(name, writable) == "['/app']\n"
+
+
+def test_log_is_for_a_person(dev: Namespace) -> None:
+    log = dev.kubectl("logs", "deployment/hitcounter")
+    assert re.search(r"^\d\d:\d\d:\d\d INFO    listening", log, re.MULTILINE)
+
+
+# --- skaffold verify ---
+
+
+def smoke_test(namespace: Namespace, image: str, name: str = "smoke-test") -> tuple[str, str]:
+    """Run the smoke test as Skaffold composes it, and return what became of it and its log."""
+    (case,) = CONFIG["verify"]
+    job = yaml.safe_load((ROOT / case["executionMode"]["kubernetesCluster"]["jobManifestPath"]).read_text())
+    job["metadata"] = {"name": name, "namespace": namespace.name}
+    template = job["spec"]["template"]
+    template["metadata"]["labels"] = {"app.kubernetes.io/name": name}
+    # That there is no name server is found out in a second, not in half a minute.
+    template["spec"]["dnsConfig"] = {"options": [{"name": "timeout", "value": "1"}, {"name": "attempts", "value": "1"}]}
+    template["spec"]["containers"][0] |= {
+        "image": image,
+        "command": case["container"]["command"],
+        "args": case["container"]["args"],
+    }
+    namespace.apply(json.dumps(job))
+    status = wait_for(lambda: _ended(namespace.get("job", name)), case["timeout"])
+    log = namespace.kubectl("logs", f"job/{name}")
+    namespace.kubectl("delete", "job", name)
+    return status, log
+
+
+def _ended(job: Any) -> str:
+    conditions = {one["type"] for one in job["status"].get("conditions", []) if one["status"] == "True"}
+    return next((kind for kind in ("Complete", "Failed") if kind in conditions), "")
+
+
+def test_smoke_test_passes_by_the_policy_that_is_made_for_it_alone(dev: Namespace) -> None:
+    image = deployed().image
+    status, log = smoke_test(dev, image)
+    assert (status, "it counts: {'hits'" in log) == ("Complete", True), log
+    status, log = smoke_test(dev, image, "another")
+    assert status == "Failed", log
+    assert "URLError" in log
+
+
+def test_smoke_test_fails_where_nothing_counts(dev: Namespace) -> None:
+    dev.kubectl("scale", "statefulset/redis", "--replicas=0")
+    dev.kubectl("wait", "--for=delete", "pod/redis-0", "--timeout=60s")
+    try:
+        status, log = smoke_test(dev, deployed().image)
+    finally:
+        dev.kubectl("scale", "statefulset/redis", "--replicas=1")
+        dev.await_rollout("statefulset/redis")
+    assert status == "Failed", log
+    assert "HTTP Error 503" in log
+
+
+# --- skaffold debug ---
+
+
+class Debugger:
+    """A client of the Debug Adapter Protocol, which is what an editor talks: https://microsoft.github.io/debug-adapter-protocol/"""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), 10)
+        self._socket.settimeout(30)
+        self._stream = self._socket.makefile("rb")
+        self._number = 0
+        self._passed_over: list[Any] = []
+
+    def send(self, command: str, **arguments: Any) -> int:
+        self._number += 1
+        request = {"seq": self._number, "type": "request", "command": command, "arguments": arguments}
+        body = json.dumps(request).encode()
+        self._socket.sendall(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        return self._number
+
+    def _read(self) -> Any:
+        length = 0
+        while line := self._stream.readline().strip():
+            length = int(line.rpartition(b":")[2])
+        message = json.loads(self._stream.read(length))
+        assert message.get("success", True), message
+        return message
+
+    def await_message(self, matches: Callable[[Any], bool]) -> Any:
+        for message in self._passed_over:
+            if matches(message):
+                self._passed_over.remove(message)
+                return message
+        while not matches(message := self._read()):
+            self._passed_over.append(message)
+        return message
+
+    def event(self, name: str) -> Any:
+        return self.await_message(lambda message: message.get("event") == name).get("body")
+
+    def response(self, number: int) -> Any:
+        return self.await_message(lambda message: message.get("request_seq") == number).get("body")
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        return self.response(self.send(command, **arguments))
+
+    def close(self) -> None:
+        self._stream.close()
+        self._socket.close()
+
+
+def test_debugger_attaches_through_a_forwarded_port_and_stops_a_request(dev: Namespace) -> None:
+    dev.kubectl("set", "image", "deployment/hitcounter", f"hitcounter={published('debug')}")
+    dev.await_rollout("deployment/hitcounter")
+    wait_for(lambda: len(dev.pods()) == 1, 60)
+    pod = the_pod(dev)
+    source = {"path": f"{PLACE}/hitcounter/app.py"}
+    line = APP.splitlines().index("        form = _form(request)") + 1
+    service = url(dev)
+    assert ask(service).startswith(GREETING)
+    with forwarded(pod, 5678) as debug:
+        with contextlib.closing(Debugger(debug)) as debugger:
+            debugger.ask("initialize", adapterID="test", pathFormat="path")
+            attached = debugger.send("attach", justMyCode=False)
+            debugger.event("initialized")
+            (point,) = debugger.ask("setBreakpoints", source=source, breakpoints=[{"line": line}])["breakpoints"]
+            assert point["verified"]
+            debugger.ask("configurationDone")
+            debugger.response(attached)
+            answers: list[str] = []
+            client = threading.Thread(target=lambda: answers.append(ask(service)))
+            client.start()
+            stopped = debugger.event("stopped")
+            assert stopped["reason"] == "breakpoint"
+            frame = debugger.ask("stackTrace", threadId=stopped["threadId"])["stackFrames"][0]
+            assert (frame["name"], frame["source"]["path"], frame["line"]) == ("get", source["path"], line)
+            assert debugger.ask("evaluate", expression="request.path", frameId=frame["id"])["result"] == "'/'"
+            assert not answers
+            debugger.ask("setBreakpoints", source=source, breakpoints=[])
+            debugger.ask("continue", threadId=stopped["threadId"])
+            client.join(30)
+            assert answers[0].startswith(GREETING)
+    assert identity(the_pod(dev)) == identity(pod)
+    # Who reaches it can run anything in the pod, so only what is in the pod does.
+    reached = "import socket, sys; print(socket.socket().connect_ex((sys.argv[1], 5678)))"
+    assert dev.python(pod["metadata"]["name"], reached, "127.0.0.1") == "0\n"
+    assert dev.python(pod["metadata"]["name"], reached, pod["status"]["podIP"]) != "0\n"
