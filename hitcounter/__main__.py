@@ -4,8 +4,10 @@ import os
 import signal
 import sys
 
-# Ctrl-C while it imports ends it at once: an exception, as Python makes of it, can get lost in there.
-before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+# A signal while it imports ends it at once. Without a handler, process 1 of a container would not hear it; and an exception, as
+# Python makes of Ctrl-C, can get lost in there.
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 from hitcounter.app import SERVICE  # noqa: E402 - see above
 from nanoservice.server import main  # noqa: E402 - the same
 
