@@ -30,6 +30,10 @@ WITHOUT_UVLOOP = (
 )
 
 
+# A busy machine may keep Redis waiting for long: that is not what is looked at here.
+PATIENT = {"BIND_HOST": "127.0.0.1", "REDIS_TIMEOUT": "30", "REQUEST_TIMEOUT": "30"}
+
+
 @pytest.fixture(params=[COMMAND, WITHOUT_UVLOOP], ids=["uvloop", "asyncio"])
 def command(request: pytest.FixtureRequest) -> tuple[str, ...]:
     """How the service starts: with uvloop's event loop, or with asyncio's own."""
@@ -248,16 +252,12 @@ def telling(command: tuple[str, ...], errors: Path, before: str = "") -> tuple[s
 
 
 async def test_ten_thousand_hostile_requests_leave_nothing_behind(spawn: Spawn, valkey: Valkey, tmp_path: Path) -> None:
-    await survive(
-        spawn(valkey.environ(BIND_HOST="127.0.0.1"), command=telling(COMMAND, tmp_path / "errors")), tmp_path / "errors", 10_000
-    )
+    await survive(spawn(valkey.environ(**PATIENT), command=telling(COMMAND, tmp_path / "errors")), tmp_path / "errors", 10_000)
 
 
 async def test_hostile_requests_leave_nothing_behind_without_uvloop(spawn: Spawn, valkey: Valkey, tmp_path: Path) -> None:
     await survive(
-        spawn(valkey.environ(BIND_HOST="127.0.0.1"), command=telling(WITHOUT_UVLOOP, tmp_path / "errors")),
-        tmp_path / "errors",
-        2_000,
+        spawn(valkey.environ(**PATIENT), command=telling(WITHOUT_UVLOOP, tmp_path / "errors")), tmp_path / "errors", 2_000
     )
 
 
