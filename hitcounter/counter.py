@@ -186,7 +186,7 @@ class Lane:
                 what = "failed half-way" if reply[0] == b"failed" else "has lost what it knew of this request"
                 batch.fail(f"Redis {what}: it may have been counted")
                 return None
-        raise AssertionError("unreachable")
+        raise AssertionError("unreachable")  # pragma: no cover - for the type checker: the pauses have no end
 
     async def _call(self, hits: int, posts: int, digests: list[bytes]) -> Any:
         connection, writer = self._connection, self._writer

@@ -16,7 +16,7 @@ from proxy import Fate, Proxy, Request
 from wire import connected, request
 
 from hitcounter.app import Config
-from hitcounter.counter import Counter, Counts
+from hitcounter.counter import Batch, Counter, Counts
 from nanoservice.answer import UnavailableError
 from nanoservice.redis import Store
 
@@ -394,6 +394,21 @@ async def test_emptied_store_is_told_once_and_counting_goes_on(valkey: Valkey, c
         assert it.metric("counter_rewinds_total") == 2
 
 
+async def test_batches_under_way_together_tell_of_one_loss_once(valkey: Valkey) -> None:
+    async with counting(valkey, lanes=2) as it:
+        await outcomes([it.hit() for _ in range(100)])
+        valkey.run("FLUSHALL")
+        valkey.freeze()
+        waiting = []
+        for _ in range(2):
+            waiting += [it.hit() for _ in range(10)]
+            await asyncio.sleep(0.05)  # it is sent; the next goes over the other lane
+        valkey.thaw()
+        assert sorted(hits(await outcomes(waiting))) == list(range(1, 21))
+        assert it.metric("counter_batch_size_count") >= 3
+        assert it.metric("counter_rewinds_total") == 1
+
+
 async def test_answers_that_outlived_the_counts_are_no_further_rewind(valkey: Valkey) -> None:
     async with counting(valkey, lanes=1) as it:
         await outcomes([it.post() for _ in range(20)])
@@ -511,6 +526,18 @@ async def test_batch_that_redis_fails_half_way_counts_once_at_most(
         assert counted_posts <= 2
         valkey.run(*mends)
         assert await within(it.hit()) == Counts(counted_hits + 1, counted_posts)
+
+
+async def test_defect_of_ours_costs_its_batch_and_not_the_lane(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with counting(valkey, lanes=1) as it:
+        with monkeypatch.context() as patch:
+            patch.delattr(Batch, "settle")
+            with pytest.raises(UnavailableError, match="this process cannot count it"):
+                await within(it.hit())
+        assert await within(it.hit()) == Counts(2, 0)
+    assert caplog.messages == ["a batch failed"]
 
 
 # --- the end ---

@@ -5,9 +5,11 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import aiohttp
 import pytest
+from conftest import Process, Valkey
 
 from nanoservice import logs
 
@@ -85,6 +87,20 @@ def test_warning_of_python_is_a_line() -> None:
         warnings.warn("old", DeprecationWarning, stacklevel=1)
         logging.captureWarnings(False)
     assert "DeprecationWarning: old" in json.loads(stream.getvalue())["message"]
+
+
+@pytest.mark.parametrize(("level", "lines"), [("debug", 2), ("info", 0)])
+async def test_request_is_a_line_at_debug_alone(valkey: Valkey, spawn: Callable[..., Process], level: str, lines: int) -> None:
+    process = spawn(valkey.environ(BIND_HOST="127.0.0.1", LOG_LEVEL=level))
+    for path in ("/?s3cret", "/s3cret"):
+        async with aiohttp.request("GET", f"{process.url.rstrip('/')}{path}") as answer:
+            await answer.read()
+    assert process.end() == 0
+    logged = [line for line in process.log if line["message"] == "request"]
+    assert [(line["method"], line["route"], line["status"]) for line in logged] == [("GET", "/", 200), ("GET", "unmatched", 404)][
+        :lines
+    ]
+    assert "s3cret" not in str(process.log)
 
 
 def test_standard_output_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:

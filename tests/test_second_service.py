@@ -12,6 +12,7 @@ from conftest import ROOT, SLACK, Served, Valkey, eventually, metric, serving
 from proxy import Fate, Proxy
 
 from nanoservice import config
+from nanoservice.answer import Answer
 from nanoservice.config import ConfigError
 from nanoservice.service import Service, create_app
 
@@ -140,10 +141,15 @@ def _plain(app: web.Application, config: config.Config) -> None:
     async def plain(request: web.Request) -> web.Response:
         return web.json_response({"plain": True})
 
+    async def early(request: web.Request) -> web.StreamResponse:
+        answer = Answer(b"early")
+        await answer.prepare(request)  # as one may with aiohttp's own
+        return answer
+
     async def moved(request: web.Request) -> web.Response:
         raise web.HTTPFound("/plain")
 
-    for handler in (fail, late, plain, moved):
+    for handler in (fail, late, plain, early, moved):
         app.router.add_get(f"/{handler.__name__}", handler)
 
 
@@ -160,6 +166,12 @@ async def test_handler_that_raises_is_a_500_that_tells_nothing(plain: Served, ca
         assert "secret" not in await answer.text()
     assert "RuntimeError: a secret detail" in caplog.text
     assert await status(plain, "/late") == 504
+
+
+async def test_answer_that_a_handler_has_begun_is_written_once(plain: Served) -> None:
+    for _ in range(2):
+        async with plain.client.get("/early") as answer:
+            assert await answer.text() == "early"
 
 
 async def test_plain_answers_of_aiohttp_work_and_name_no_version(plain: Served) -> None:

