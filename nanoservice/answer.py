@@ -36,7 +36,6 @@ class Answer(web.StreamResponse):
         self._lines = lines
         self._alive: bool | None = None
         self._closing = False
-        self._written = False
 
     @property
     def keep_alive(self) -> bool | None:
@@ -47,11 +46,8 @@ class Answer(web.StreamResponse):
         """End the connection after this answer."""
         self._closing = True
 
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Write the whole answer to `request`."""
-        if self._written:
-            return None
-        self._written = True
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
+        """Write the whole answer to `request`; a second time, nothing: the writer has had its end."""
         self._alive = request.keep_alive and not self._closing
         body = self._content
         head = _STATUS_LINE[self.status] + _date_line() + self._lines  # type: ignore[index]
