@@ -176,7 +176,11 @@ REGISTRY ?=          # where the cluster gets its images, such as registry.examp
 VALKEY ?=            # another image of Valkey than the manifests', as name:tag
 ON_CLUSTER = KUBECTL="$(KUBECTL)" NAMESPACE="$(NAMESPACE)" REGISTRY="$(strip $(REGISTRY))" IMAGE="$(IMAGE)" VALKEY="$(strip $(VALKEY))" ENGINE="$(strip $(ENGINE))"
 
-.PHONY: deploy undeploy secret secret-rotate manifests render-check e2e backup restore
+.PHONY: tools deploy undeploy secret secret-rotate manifests render-check e2e backup restore
+TOOLS ?= .tools
+tools: ## put the Skaffold that is pinned in devcontainer/Containerfile into .tools/ (TOOLS=: into another folder), by Docker
+	@docker buildx build --quiet --file=devcontainer/Containerfile --target=skaffold --output=$(TOOLS) devcontainer
+
 deploy: ## build, and run all of it on the current cluster (minikube, kind, or with REGISTRY=): prints its URL
 	@$(ON_CLUSTER) manifests/deploy.sh check && $(MAKE) --no-print-directory image && $(ON_CLUSTER) manifests/deploy.sh deploy
 
@@ -253,5 +257,5 @@ sign: ## sign the image of hitcounter.oci/ in REPOSITORIES, by cosign, with who 
 	@$(PUBLISH) sign
 
 clean: ## remove what these commands made, but for the counts in .data/ and the images in an engine
-	rm -rf $(VENV) .venv-* wheels wheels.new *.oci dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf $(VENV) .venv-* wheels wheels.new *.oci dist .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
