@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from aiohttp import web
 
@@ -112,6 +112,7 @@ class Running:
         cls, service: Service[C], config: C, public: socket.socket, admin: socket.socket, store: str | None = None
     ) -> Self:
         """Make the service's resources and begin to serve, whether Redis answers or not."""
+        asyncio.get_running_loop().set_exception_handler(_on_loop_error)
         running = cls(create_app(service, config, store))
         registry = running.app[REGISTRY]
         recorder = RequestRecorder(registry, _logger)
@@ -155,6 +156,15 @@ class Running:
             self._sweeper.cancel()
         for runners in (self._connections, self._resources):
             await asyncio.gather(*(runner.cleanup() for runner in runners))
+
+
+def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what nobody waits for any more, but for the look-up of a name that failed after its time: that was told already.
+
+    uvloop goes on with it when the connection that wanted it is given up.
+    """
+    if not isinstance(context.get("exception"), socket.gaierror):
+        loop.default_exception_handler(context)
 
 
 def bind(host: str, port: int, variable: str) -> socket.socket:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import time
@@ -266,3 +267,14 @@ async def test_slow_requests_are_one_line_a_second(valkey: Valkey, caplog: pytes
             valkey.thaw()
             assert {status for status, *_ in await asyncio.gather(*waiting)} == {200}
             assert caplog.messages == ["slow request"] * lines
+
+
+async def test_lookup_that_fails_after_its_time_is_not_logged_again(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    def leave(error: Exception) -> None:  # as uvloop does with the look-up of a connection that was given up
+        asyncio.get_running_loop().create_future().set_exception(error)
+        gc.collect()
+
+    leave(socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"))
+    assert not caplog.messages
+    leave(ValueError("what nobody expected"))
+    assert "Future exception was never retrieved" in caplog.text

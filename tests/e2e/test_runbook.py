@@ -97,6 +97,7 @@ def test_cluster_without_dns_keeps_new_pods_out_and_old_ones_serving(installed: 
     wait_for(lambda: re.search("Redis fails: it (does not answer in time|cannot be reached)", log(installed, new)), 60)
     assert installed.ready() == [old]
     assert installed.counts() == (2, 0)  # its connections are open
+    assert "never retrieved" not in log(installed, new)  # of look-ups that fail later
     patch[0]["value"] = rules
     installed.kubectl("patch", "networkpolicy", "hitcounter", "--type=json", f"--patch={json.dumps(patch)}")
     began = time.monotonic()
