@@ -57,7 +57,7 @@ coverage: $(VENV)/installed ## run the tests and show which lines they do not re
 lint: $(VENV)/installed ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/shellcheck --shell=sh image/*.sh manifests/*.sh manifests/*/*.sh compose/*.sh
+	@$(BIN)/shellcheck --shell=sh .github/*.sh image/*.sh manifests/*.sh manifests/*/*.sh compose/*.sh
 	@$(BIN)/shellcheck --shell=bash .ci/run .ci/steps .ci/buildah .ci/devcontainer/check
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.compose-spec compose.yaml
@@ -228,6 +228,11 @@ PUBLISH = LAYOUT="$(LAYOUT)" SERVICE="$(SERVICE)" VERSION="$(VERSION)" REPOSITOR
     ORAS="$(strip $(ORAS))" image/publish.sh
 
 .PHONY: test-publish builder release-check release-digest release-compare sbom release-files publish sign update
+update: ## take what is newer, in the locks what has been out for a week, and show what changed; by itself: Renovate
+	@PIP_UPLOADED_PRIOR_TO=$$($(BIN)/python -c 'import datetime as d; print(d.date.today() - d.timedelta(7))') $(MAKE) --no-print-directory lock UPGRADE=--upgrade
+	@ORAS="$(strip $(ORAS))" .github/update.sh images && .github/update.sh actions
+	@git --no-pager diff --unified=0 | grep -E '^(\+\+\+|[-+][^-+#]*(==|@sha256:|@[0-9a-f]{40}))' || echo "nothing is newer"
+
 builder: ## make the builder of releases, a BuildKit of a fixed version, and use it from now on
 	@docker buildx create --name hitcounter --driver docker-container --driver-opt image=$(BUILDKIT) --use --bootstrap
 

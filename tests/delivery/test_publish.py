@@ -335,3 +335,13 @@ def test_what_was_changed_on_the_way_is_not_taken(tmp_path: Path, what: str) -> 
         )
     assert said.startswith("0\n" if what == "nothing" else "1\n"), said
     assert what == "nothing" or "mismatch" in said
+
+
+def test_update_gives_an_image_the_digest_that_its_tag_has_now(tmp_path: Path) -> None:
+    name = f"{published().repositories[1]}:0.1.0"
+    for command in (["init", "--quiet"], ["add", "."]):
+        (tmp_path / "Containerfile").write_text(f"ARG BASE={name}@sha256:{'0' * 64}\n")
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    environ = os.environ | {"ORAS": program()}
+    subprocess.run([ROOT / ".github" / "update.sh", "images"], cwd=tmp_path, env=environ, check=True, timeout=60)
+    assert (tmp_path / "Containerfile").read_text() == f"ARG BASE={name}@{published().digest}\n"
