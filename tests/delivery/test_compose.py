@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import pytest
 import yaml
 from conftest import ROOT, SLACK, free_port, wait_for
 from images import WHEELS, loaded, sources
+from processes import processes
 from traffic import Traffic, counts, step, traffic
 
 pytestmark = pytest.mark.compose
@@ -252,30 +252,6 @@ def test_secrets_show_nowhere(running: Project) -> None:
         for line in secret.splitlines():
             for where, text in shown.items():
                 assert line not in text, (path, where)
-
-
-@contextmanager
-def processes() -> Iterator[list[str]]:
-    """Collect the command lines of all processes that are seen here while the block runs."""
-    seen: set[str] = set()
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.is_set():
-            for file in Path("/proc").glob("[0-9]*/cmdline"):
-                with suppress(OSError):
-                    seen.add(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-            time.sleep(0.005)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    lines: list[str] = []
-    try:
-        yield lines
-    finally:
-        ended.set()
-        thread.join()
-        lines += seen
 
 
 # --- crashes ---

@@ -10,12 +10,9 @@ import os
 import secrets
 import shutil
 import subprocess
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,27 +189,3 @@ def install(deployed: Deployed, namespace: Namespace, *lines: str) -> None:
     namespace.apply(compose(deployed, namespace, "resources: [../hitcounter, ../redis]", *lines))
     for what in "statefulset/redis", "deployment/hitcounter":
         namespace.await_rollout(what)
-
-
-@contextmanager
-def processes() -> Iterator[list[str]]:
-    """Collect the command lines of all processes that run here while the block does, as `ps` would show them."""
-    seen: dict[str, None] = {}
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.is_set():
-            for file in Path("/proc").glob("[0-9]*/cmdline"):
-                with suppress(OSError):
-                    seen[file.read_bytes().replace(b"\0", b" ").decode(errors="replace")] = None
-            time.sleep(0.005)  # a kubectl takes longer than that
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    lines: list[str] = []
-    try:
-        yield lines
-    finally:
-        ended.set()
-        thread.join()
-        lines += seen

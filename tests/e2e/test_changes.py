@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from cluster import KUBECTL, Deployed, Namespace, cluster, counts, processes, step, traffic
+from cluster import KUBECTL, Deployed, Namespace, cluster, counts, step, traffic
 from conftest import wait_for
+from processes import processes
 
 __all__ = ["cluster"]  # a fixture
 

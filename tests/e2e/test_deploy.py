@@ -4,8 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import KUBECTL, SERVICE, Deployed, cluster, compose, counts, deployed, namespace, processes, run
+from cluster import KUBECTL, SERVICE, Deployed, cluster, compose, counts, deployed, namespace, run
 from conftest import ROOT, wait_for
+from processes import processes
 
 __all__ = ["cluster"]  # a fixture
 
