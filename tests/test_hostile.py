@@ -17,6 +17,7 @@ from conftest import COMMAND, SLACK, Process, Served, Valkey, eventually, reside
 from wire import Wire, chunked, connected, request
 
 from nanoservice import config, connection
+from nanoservice.answer import Answer
 from nanoservice.service import Service
 
 Spawn = Callable[..., Process]
@@ -445,10 +446,10 @@ async def test_client_that_takes_no_answer_is_closed(short: Served) -> None:
 
 async def test_client_that_takes_its_answer_by_and_by_is_not_closed(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "SEND_SECONDS", 3)
-    size = 20 * MIB
+    size = 32 * MIB  # the kernel takes 10 of them at once
 
-    async def large(request: web.Request) -> web.Response:
-        return web.Response(body=b"x" * size)
+    async def large(request: web.Request) -> Answer:
+        return Answer(b"x" * size)  # one write
 
     def setup(app: web.Application, config: config.Config) -> None:
         app.router.add_get("/", large)
@@ -460,7 +461,7 @@ async def test_client_that_takes_its_answer_by_and_by_is_not_closed(valkey: Valk
             assert await wire.more()
             if len(wire.received) > (time.monotonic() - began) * 4 * MIB:
                 await asyncio.sleep(0.05)
-        assert time.monotonic() - began > 4.5  # longer than it may take nothing, and a look
+        assert time.monotonic() - began > 3  # longer than it may take nothing
 
 
 async def test_slow_request_is_logged_without_a_word_of_it(served: Served, caplog: pytest.LogCaptureFixture) -> None:
