@@ -197,7 +197,7 @@ manifests: ## write manifests/rendered/ anew: each variant as one plain file
 	@KUBECTL="$(KUBECTL)" manifests/render.sh manifests/rendered
 
 render-check: $(VENV)/installed ## compare what `skaffold render` gives with manifests/rendered/
-	@$(BIN)/python -m pytest -m skaffold tests/delivery/test_skaffold.py
+	@PATH="$(abspath $(TOOLS)):$$PATH" $(BIN)/python -m pytest -m skaffold tests/delivery/test_skaffold.py
 
 FILE ?=              # a snapshot of Redis
 IN_REDIS = $(KUBECTL) --namespace=$(NAMESPACE) exec redis-0 --container=redis

@@ -357,7 +357,7 @@ def test_dev_profile_follows_the_files(tmp_path: Path) -> None:
         seconds_until(one.answer)  # the last change had it start again
         assert one.hits() > before
 
-        for name in ("requirements.txt", "Containerfile"):
+        for name in ("requirements.txt", "requirements-dev.txt", "Containerfile", "image/finish.py"):
             with (one.folder / name).open("a") as file:
                 file.write("# changed\n")
             identity = replaced(one, identity)

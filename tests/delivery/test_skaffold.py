@@ -169,7 +169,7 @@ def plain(text: str) -> list[Object]:
 
 
 @pytest.mark.skaffold
-@pytest.mark.parametrize("names", [(), ("dev",)], ids=["run", "dev"])
+@pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "none")
 def test_skaffold_renders_what_make_manifests_does(names: tuple[str, ...], tmp_path: Path) -> None:
     skaffold = shutil.which(os.environ.get("SKAFFOLD", "skaffold"))
     assert skaffold, "Skaffold is needed: https://skaffold.dev/docs/install/"
