@@ -54,6 +54,20 @@ def test_job_has_its_limits(job: Any) -> None:
         assert set(runners) <= {"ubuntu-24.04", "ubuntu-24.04-arm"}
 
 
+def test_python_that_is_set_up_is_the_one_that_make_uses() -> None:
+    """Runners have 3.12, and make prefers what is newer."""
+    set_up = {
+        job: step["with"]["python-version"]
+        for job, one in CI["jobs"].items()
+        for step in one["steps"]
+        if step.get("uses", "").startswith("actions/setup-python@")
+    }
+    assert {"lint", "test"} <= set_up.keys()
+    for run in runs(CI):
+        if run.targets and set_up.get(run.job, "3.13") != "3.13":
+            assert dict(run.environ).get("PYTHON") == f"python{set_up[run.job]}", run
+
+
 def test_code_of_a_pull_request_gets_no_secret_and_may_write_nothing() -> None:
     assert "pull_request_target" not in CI[True]  # `on` to YAML
     assert not re.search(r"secrets\.|github\.token", str(CI))
