@@ -233,8 +233,10 @@ update: ## take what is newer, in the locks what has been out for a week, and sh
 	@ORAS="$(strip $(ORAS))" .github/update.sh images && .github/update.sh actions
 	@git --no-pager diff --unified=0 | grep -E '^(\+\+\+|[-+][^-+#]*(==|@sha256:|@[0-9a-f]{40}))' || echo "nothing is newer"
 
+# In the machine's network, for a test whose index of packages is at its loopback.
 builder: ## make the builder of releases, a BuildKit of a fixed version, and use it from now on
-	@docker buildx create --name hitcounter --driver docker-container --driver-opt image=$(BUILDKIT) --use --bootstrap
+	@docker buildx rm --force hitcounter >/dev/null 2>&1 || true
+	@docker buildx create --name hitcounter --driver docker-container --driver-opt image=$(BUILDKIT),network=host --use --bootstrap
 
 TAG ?=               # of the release, such as v0.1.0
 release-check: ## fail unless the version, its section in the changelog, and TAG, if given, are of one release

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -84,19 +85,28 @@ def given(argument: str) -> str:
     return str([*defaults, *options][-1])
 
 
-def another(name: str, base: str, line: str, folder: Path) -> str:
-    """Make an image of `base` and one line more, with `folder` as context; return its name."""
-    name = f"localhost/image-tests-{name}"
-    (folder / "Containerfile").write_text(f"FROM {base}\n{line}\n")
-    command = [engine(), "build", f"--tag={name}", f"--file={folder}/Containerfile", str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
-    return name
+def another(argument: str, line: str, folder: Path) -> str:
+    """Make another base: that of `argument` and one line more, with `folder` as context. Return the options of a build on it."""
+    name = f"localhost/image-tests-{argument.lower()}"
+    (folder / "Containerfile").write_text(f"FROM {given(argument)}\n{line}\n")
+    if "docker" in engine():
+        # A builder in a container sees nothing of the engine's images, so it gets this one as files.
+        archive, files = folder / f"{argument}.tar", folder / f"{argument}.oci"
+        to = ["buildx", "build", "--provenance=false", f"--platform={PLATFORM}", f"--output=type=oci,dest={archive}"]
+    else:
+        to = ["build", f"--tag={name}"]
+    subprocess.run([engine(), *to, f"--file={folder}/Containerfile", str(folder)], check=True, capture_output=True)
+    option = f"--build-arg {argument}={name}"
+    if "docker" in engine():
+        with tarfile.open(archive) as tar:
+            tar.extractall(files, filter="data")
+        option += f" --build-context {name}=oci-layout://{files}@{Layout(files).digest}"
+    return option
 
 
 def test_changed_base_gives_another_image(context: Path, tmp_path: Path) -> None:
     (tmp_path / "note").write_text("another base")
-    base = another("base", given("BASE"), "COPY note /note", tmp_path)
-    changed = layout(context, tmp_path / "layout", options=f"--build-arg BASE={base}")
+    changed = layout(context, tmp_path / "layout", options=another("BASE", "COPY note /note", tmp_path))
     assert changed.digest != built()[0].digest
     assert shared(changed) == 4
 
@@ -162,8 +172,7 @@ def test_without_wheels_they_come_from_the_index_and_give_the_same_image(context
         threading.Thread(target=server.serve_forever).start()
         try:
             (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = http://127.0.0.1:{server.server_port}/\n")
-            python = another("python", given("PYTHON"), "COPY pip.conf /etc/pip.conf", tmp_path)
-            options = f"--no-cache --network=host --build-arg PYTHON={python}"
+            options = f"--no-cache --network=host {another('PYTHON', 'COPY pip.conf /etc/pip.conf', tmp_path)}"
             fetched = layout(context, tmp_path / "layout", options=options, wheels=tmp_path / "none")
         finally:
             server.shutdown()
