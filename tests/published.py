@@ -9,6 +9,8 @@ from pathlib import Path
 
 from workflows import RELEASE, execute, runs
 
+from hitcounter import __version__ as VERSION
+
 REGISTRY = os.environ.get("REGISTRY", "").strip()
 
 
@@ -31,7 +33,7 @@ def published() -> Published:
     run = f"{REGISTRY}/tests-{secrets.token_hex(4)}"
     repositories = f"{run}/ghcr.io/someone/hitcounter", f"{run}/docker.io/someone/hitcounter"
     expressions = {
-        "github.ref_type == 'tag' && github.ref_name || ''": "v0.1.0",
+        "github.ref_type == 'tag' && github.ref_name || ''": f"v{VERSION}",
         "github.repository": "Someone/hitcounter",
         "env.DOCKER_HUB": repositories[1],
         "matrix.platform": "linux/arm64",

@@ -23,6 +23,8 @@ from published import REGISTRY, published
 from spdx_tools.spdx.parser.parse_anything import parse_file
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
+from hitcounter import __version__ as VERSION
+
 __all__ = ["network"]  # a fixture
 
 pytestmark = pytest.mark.registry
@@ -57,8 +59,8 @@ def test_both_registries_have_the_version_under_the_same_digest() -> None:
     assert re.fullmatch("sha256:[0-9a-f]{64}", one.digest)
     assert Layout(one.layout).digest == one.digest
     for repository in one.repositories:
-        assert oras("resolve", f"{repository}:0.1.0").strip() == one.digest
-        assert oras("repo", "tags", "--exclude-digest-tags", repository).split() == ["0.1.0"]  # and no `latest`
+        assert oras("resolve", f"{repository}:{VERSION}").strip() == one.digest
+        assert oras("repo", "tags", "--exclude-digest-tags", repository).split() == [VERSION]  # and no `latest`
     assert set(Layout(one.layout).manifests()) == {"linux/amd64", "linux/arm64"}
 
 
@@ -174,7 +176,7 @@ def test_image_of_a_wheel_that_is_not_in_the_lock_gets_no_list_of_contents(tmp_p
     text = (ROOT / "requirements.txt").read_text()
     digest = hashlib.sha256(next(WHEELS.glob("attrs-*.whl")).read_bytes()).hexdigest()
     lock.write_text(text.replace(digest, "0" * 64))
-    command = [sys.executable, str(ROOT / "image" / "sbom.py"), str(published().layout), str(lock), str(WHEELS), "0.1.0"]
+    command = [sys.executable, str(ROOT / "image" / "sbom.py"), str(published().layout), str(lock), str(WHEELS), VERSION]
     ended = subprocess.run(command, text=True, capture_output=True)
     assert ended.returncode != 0
     assert re.search(r"attrs-\S+\.whl, of which the image is made, is not in the lock", ended.stderr)
@@ -205,9 +207,10 @@ def test_checksums_find_what_was_changed(tmp_path: Path) -> None:
 
 
 def test_changes_of_a_release_are_those_of_its_version() -> None:
-    said = (published().dist / "changes.md").read_text()
-    assert said.startswith("- `GET /`")
-    assert "## " not in said
+    _, _, rest = (ROOT / "CHANGELOG.md").read_text().partition(f"\n## {VERSION}\n")
+    section, _, _ = rest.partition("\n## ")
+    assert section.strip().startswith("- ")
+    assert (published().dist / "changes.md").read_text().strip() == section.strip()
 
 
 # --- what is refused ---
@@ -242,18 +245,18 @@ def test_version_that_is_published_is_not_moved(changed: Path) -> None:
     repository = published().repositories[0]
     ended = make("publish", LAYOUT=str(changed), REPOSITORIES=repository)
     assert ended.returncode != 0
-    assert f"{repository}:0.1.0 is {published().digest} already" in ended.stderr
-    assert oras("resolve", f"{repository}:0.1.0").strip() == published().digest
+    assert f"{repository}:{VERSION} is {published().digest} already" in ended.stderr
+    assert oras("resolve", f"{repository}:{VERSION}").strip() == published().digest
 
 
 def test_tag_that_moved_is_found(changed: Path) -> None:
     moved = f"{published().repositories[0].rpartition('/')[0]}/moved"
     other = Layout(changed).digest
-    oras("copy", "--no-tty", "--from-oci-layout", f"{changed}@{other}", f"{moved}:0.1.0")
+    oras("copy", "--no-tty", "--from-oci-layout", f"{changed}@{other}", f"{moved}:{VERSION}")
     ended = make("publish", REPOSITORIES=moved)
     assert ended.returncode != 0
-    assert f"{moved}:0.1.0 is {other} already, and not {published().digest}" in ended.stderr
-    assert make("release-compare", DIGEST=oras("resolve", f"{moved}:0.1.0").strip()).returncode != 0
+    assert f"{moved}:{VERSION} is {other} already, and not {published().digest}" in ended.stderr
+    assert make("release-compare", DIGEST=oras("resolve", f"{moved}:{VERSION}").strip()).returncode != 0
 
 
 def test_layer_that_was_tampered_with_is_not_published(tmp_path: Path) -> None:
@@ -263,7 +266,7 @@ def test_layer_that_was_tampered_with_is_not_published(tmp_path: Path) -> None:
     ended = make("publish", LAYOUT=str(tampered), REPOSITORIES=repository)
     assert ended.returncode != 0
     assert re.search("mismatch|digest invalid", ended.stderr, re.IGNORECASE)
-    assert oras("resolve", f"{repository}:0.1.0", check=False).startswith("1\n")
+    assert oras("resolve", f"{repository}:{VERSION}", check=False).startswith("1\n")
     assert make("sbom", LAYOUT=str(tampered), DIST=str(tmp_path / "dist")).returncode != 0
 
 
@@ -338,7 +341,7 @@ def test_what_was_changed_on_the_way_is_not_taken(tmp_path: Path, what: str) -> 
 
 
 def test_update_gives_an_image_the_digest_that_its_tag_has_now(tmp_path: Path) -> None:
-    name = f"{published().repositories[1]}:0.1.0"
+    name = f"{published().repositories[1]}:{VERSION}"
     for command in (["init", "--quiet"], ["add", "."]):
         (tmp_path / "Containerfile").write_text(f"ARG BASE={name}@sha256:{'0' * 64}\n")
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
