@@ -228,8 +228,9 @@ PUBLISH = LAYOUT="$(LAYOUT)" SERVICE="$(SERVICE)" VERSION="$(VERSION)" REPOSITOR
     ORAS="$(strip $(ORAS))" image/publish.sh
 
 .PHONY: test-publish builder release-check release-digest release-compare sbom release-files publish sign update
-update: ## take what is newer, in the locks what has been out for a week, and show what changed; by itself: Renovate
-	@PIP_UPLOADED_PRIOR_TO=$$($(BIN)/python -c 'import datetime as d; print(d.date.today() - d.timedelta(7))') $(MAKE) --no-print-directory lock UPGRADE=--upgrade
+update: $(VENV)/installed lowest-python ## take what is newer, in the locks what has been out for a week, and show what changed; by itself: Renovate
+	@since=$$($(BIN)/python -c 'import datetime as d; print(d.date.today() - d.timedelta(7))') \
+	&& PIP_UPLOADED_PRIOR_TO=$$since $(MAKE) --no-print-directory lock UPGRADE=--upgrade
 	@ORAS="$(strip $(ORAS))" .github/update.sh images && .github/update.sh actions
 	@git --no-pager diff --unified=0 | grep -E '^(\+\+\+|[-+][^-+#]*(==|@sha256:|@[0-9a-f]{40}))' || echo "nothing is newer"
 

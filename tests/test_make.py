@@ -53,6 +53,13 @@ def test_help_is_the_default_and_lists_every_target() -> None:
     assert {line.split()[1] for line in shown.splitlines()} == targets
 
 
+def test_update_without_an_environment_makes_one_first(copy: Path, tmp_path: Path) -> None:
+    """Without a Python there is no date before which a package has to be out."""
+    ended = make("update", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk")))
+    assert ended.returncode != 0
+    assert "Python 3.11 or newer is needed" in ended.stderr.splitlines()[0]
+
+
 def test_no_python_is_told_in_one_line(copy: Path, tmp_path: Path) -> None:
     ended = make("run", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk")))
     assert ended.returncode != 0
