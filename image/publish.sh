@@ -61,7 +61,14 @@ files() { # FOLDER: write what a release has besides the image
 push() { # FOLDER REPOSITORY: publish the version there, with what is known of it, and read it all back
   folder=$1 repository=$2
   digest=$(digest)
-  there=$(oras resolve "$repository:$VERSION" 2>/dev/null) || there=$digest
+  if ! there=$(oras resolve "$repository:$VERSION" 2>"$work/log"); then
+    # Any other failure may hide a version that this would overwrite.
+    grep -qF "$repository:$VERSION: not found" "$work/log" || {
+      cat "$work/log" >&2
+      fail "$repository does not say whether it has $VERSION already (see above), so nothing is published; if there is no such repository yet, make it first"
+    }
+    there=$digest
+  fi
   [ "$there" = "$digest" ] || fail "$repository:$VERSION is $there already, and not $digest: a version never changes; publish another"
   quietly oras copy --no-tty --from-oci-layout "$LAYOUT@$digest" "$repository:$VERSION"
   there=$(oras resolve "$repository:$VERSION")

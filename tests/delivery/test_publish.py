@@ -277,8 +277,11 @@ def tamper(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def between(tampered: str) -> Iterator[str]:
-    """Stand between a client and the registry, and change a bit of what has the digest `tampered`; yield the address."""
+def between(tampered: str, failing: str = "no tag") -> Iterator[str]:
+    """Stand between a client and the registry; yield the address.
+
+    A bit is changed of what has the digest `tampered`, and whoever looks at the tag `failing` is told of an error.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -297,7 +300,7 @@ def between(tampered: str) -> Iterator[str]:
             body = bytearray(answer.read())
             if self.path.endswith(tampered) and body:
                 body[len(body) // 2] ^= 1
-            self.send_response(answer.status)
+            self.send_response(500 if self.path.endswith(f"/manifests/{failing}") else answer.status)
             for name in ("Content-Type", "Docker-Content-Digest"):
                 if value := answer.headers[name]:
                     self.send_header(name, value)
@@ -338,6 +341,17 @@ def test_what_was_changed_on_the_way_is_not_taken(tmp_path: Path, what: str) -> 
         )
     assert said.startswith("0\n" if what == "nothing" else "1\n"), said
     assert what == "nothing" or "mismatch" in said
+
+
+def test_version_is_not_moved_where_the_registry_fails_to_say_that_it_is_there(changed: Path) -> None:
+    name = published().repositories[0].partition("/")[2]
+    for failing, reason in (("no tag", f"is {published().digest} already"), (VERSION, f"does not say whether it has {VERSION}")):
+        with between("no digest", failing) as address:
+            repository = f"{address.replace('127.0.0.1', 'localhost')}/{name}"
+            ended = make("publish", LAYOUT=str(changed), REPOSITORIES=repository)
+        assert ended.returncode != 0
+        assert reason in ended.stderr
+    assert oras("resolve", f"{published().repositories[0]}:{VERSION}").strip() == published().digest
 
 
 def test_update_gives_an_image_the_digest_that_its_tag_has_now(tmp_path: Path) -> None:
