@@ -227,7 +227,7 @@ BUILDKIT ?= docker.io/moby/buildkit:v0.31.2@sha256:2f5adac4ecd194d9f8c10b7b5d7bc
 PUBLISH = LAYOUT="$(LAYOUT)" SERVICE="$(SERVICE)" VERSION="$(VERSION)" REPOSITORIES="$(strip $(REPOSITORIES))" KUBECTL="$(KUBECTL)" \
     ORAS="$(strip $(ORAS))" image/publish.sh
 
-.PHONY: test-publish builder release-check release-digest release-compare sbom release-files publish sign update
+.PHONY: test-publish builder release-check release-digest release-compare sbom release-files release-sums release-files-compare publish sign update
 update: $(VENV)/installed lowest-python ## take what is newer, in the locks what has been out for a week, and show what changed; by itself: Renovate
 	@since=$$($(BIN)/python -c 'import datetime as d; print(d.date.today() - d.timedelta(7))') \
 	&& PIP_UPLOADED_PRIOR_TO=$$since $(MAKE) --no-print-directory lock UPGRADE=--upgrade
@@ -257,6 +257,13 @@ release-files: sbom ## write dist/release/: manifests that name the digest, list
 	@digest=$$($(PUBLISH) digest) && builder=$$($(MAKE_IMAGE) builder) \
 	&& $(BIN)/python image/provenance.py $(IMAGE) "$${digest#digest=}" "$$(git rev-parse HEAD)" "$$builder" "$(strip $(BUILD_OPTIONS))" >$(DIST)/provenance.json
 	@$(PUBLISH) files $(DIST)/release
+
+release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
+	@$(PUBLISH) sums $(DIST)/release
+
+SUMS ?=
+release-files-compare: ## fail unless dist/release/SHA256SUMS has the digest SUMS, and names what is there
+	@$(PUBLISH) compare-files $(DIST)/release "$(strip $(SUMS))"
 
 publish: ## put the image of hitcounter.oci/, and dist/release/'s files about it, into REPOSITORIES as its version, and read it back
 	@$(PUBLISH) push $(DIST)/release

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Take the image of an OCI layout to registries, and say what it is. Used by the Makefile's targets of a release:
-#   publish.sh digest | compare DIGEST | check [TAG] | files FOLDER | push FOLDER | sign
+#   publish.sh digest | compare DIGEST | check [TAG] | files FOLDER | sums FOLDER | compare-files FOLDER SUMS | push FOLDER | sign
 # LAYOUT, SERVICE, VERSION, REPOSITORIES, ORAS, KUBECTL are the Makefile's variables.
 set -eu
 cd "$(dirname "$0")/.."
@@ -50,12 +50,25 @@ files() { # FOLDER: write what a release has besides the image
   names=$(each echo)
   digest=$(digest)
   image=$(echo "$names" | head -n 1)@$digest
-  rm -f "$1/SHA256SUMS" # which would else be in the next one
+  rm -rf "$1" # what is left of another time would be hashed, and uploaded
   RELEASE=$image KUBECTL=$KUBECTL manifests/render.sh "$1"
   for file in sbom.spdx.json provenance.json; do cp "$1/../$file" "$1"; done
   changes >"$1/../changes.md"
   (cd "$1" && sha256sum -- * >../SHA256SUMS && mv ../SHA256SUMS .)
   echo "$image"
+}
+
+sums() { # FOLDER: print the digest of the checksums of a release's files, and so of all of them
+  [ -f "$1/SHA256SUMS" ] || fail "there are no files of a release in $1/; run: make release-files"
+  sha256sum "$1/SHA256SUMS" | cut -d ' ' -f 1
+}
+
+compare_files() { # FOLDER SUMS: fail unless its checksums are these, and of what is in it
+  [ "$2" ] || fail "compare with what? SUMS=..., from make release-sums"
+  here=$(sums "$1")
+  [ "$here" = "$2" ] || fail "the files differ: their checksums were to be $2 and are $here. None may be uploaded."
+  (cd "$1" && quietly sha256sum --check --strict SHA256SUMS)
+  echo "$here, as it was to be"
 }
 
 push() { # FOLDER REPOSITORY: publish the version there, with what is known of it, and read it all back
@@ -103,6 +116,11 @@ case "$command" in
   compare) compare "$1" ;;
   check) check "${1:-}" ;;
   files) files "$1" ;;
+  sums)
+    sums=$(sums "$1")
+    echo "sums=$sums"
+    ;;
+  compare-files) compare_files "$1" "$2" ;;
   push) each push "$1" ;;
   sign) each sign ;;
 esac

@@ -53,5 +53,8 @@ def published() -> Published:
             GITHUB_OUTPUT=str(output),
         )
         if output.exists():
-            expressions["needs.build.outputs.digest"] = output.read_text().strip().removeprefix("digest=")
+            for line in output.read_text().splitlines():
+                name, _, value = line.partition("=")
+                expressions[f"needs.{one.job}.outputs.{name}"] = value
+            output.unlink()
     return Published(layout, dist, repositories, expressions["needs.build.outputs.digest"], said)

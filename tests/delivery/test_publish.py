@@ -195,6 +195,13 @@ def test_manifests_of_a_release_name_the_image_by_digest() -> None:
         assert all(re.search("@sha256:[1-9a-f]", image) for image in images)
 
 
+def test_files_of_another_time_are_in_no_release(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(published().dist / "release", tmp_path / "dist" / "release"))
+    (folder / "left.txt").write_text("from another time\n")
+    assert make("release-files", DIST=str(tmp_path / "dist"), REPOSITORIES=published().repositories[0]).returncode == 0
+    assert {file.name for file in folder.iterdir()} == {file.name for file in (published().dist / "release").iterdir()}
+
+
 def test_checksums_find_what_was_changed(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published().dist / "release", tmp_path / "release"))
     command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
@@ -239,6 +246,21 @@ def test_second_build_with_another_digest_ends_the_release(changed: Path) -> Non
     assert f"the image differs: it was to be {published().digest}" in ended.stderr
     assert make("release-compare", DIGEST=published().digest).returncode == 0
     assert make("release-compare", DIGEST="").returncode != 0
+
+
+def test_other_files_than_those_attested_are_not_uploaded(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(published().dist / "release", tmp_path / "release"))
+    sums = make("release-sums").stdout.strip().removeprefix("sums=")
+    assert make("release-files-compare", DIST=str(tmp_path), SUMS=sums).returncode == 0
+    assert make("release-files-compare", DIST=str(tmp_path), SUMS="").returncode != 0
+    with open(folder / "production.yaml", "a") as file:
+        file.write("# more\n")
+    assert make("release-files-compare", DIST=str(tmp_path), SUMS=sums).returncode != 0
+    with open(folder / "SHA256SUMS", "w") as file:
+        subprocess.run(["sha256sum", "production.yaml"], cwd=folder, check=True, stdout=file)
+    ended = make("release-files-compare", DIST=str(tmp_path), SUMS=sums)
+    assert ended.returncode != 0
+    assert f"the files differ: their checksums were to be {sums}" in ended.stderr
 
 
 def test_version_that_is_published_is_not_moved(changed: Path) -> None:

@@ -96,6 +96,15 @@ def test_each_build_of_a_release_is_compared_with_the_first() -> None:
     assert compared == dict.fromkeys(("rebuild", "publish", "github-release"), "${{ needs.build.outputs.digest }}")
 
 
+def test_files_of_a_release_are_those_that_were_attested() -> None:
+    lines = [run.line for run in runs(RELEASE) if run.job == "publish"]
+    assert lines.index("make release-files") < lines.index('make release-sums >>"$GITHUB_OUTPUT"')
+    *_, compared, uploaded = (run for run in runs(RELEASE) if run.job == "github-release")
+    assert compared.line == "make release-files-compare"
+    assert dict(compared.environ)["SUMS"] == "${{ needs.publish.outputs.sums }}"
+    assert uploaded.line.startswith("gh release create")
+
+
 def test_dry_run_publishes_nothing() -> None:
     jobs = RELEASE["jobs"]
     assert jobs["publish"]["if"] == "github.event_name == 'push'"
