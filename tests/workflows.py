@@ -50,12 +50,13 @@ class Run:
 
 
 def runs(workflow: Any) -> Iterator[Run]:
-    """Yield each `run:` in order."""
+    """Yield each `run:` in order, and each `runCmd:` of an action."""
     for name, job in workflow["jobs"].items():
         for step in job.get("steps", []):
-            if "run" in step:
+            line = step.get("run", step.get("with", {}).get("runCmd"))
+            if line:
                 environ = {**workflow.get("env", {}), **job.get("env", {}), **step.get("env", {})}
-                yield Run(name, step["run"].strip(), tuple(environ.items()))
+                yield Run(name, line.strip(), tuple(environ.items()))
 
 
 def execute(run: Run, expressions: dict[str, str], **environ: str) -> str:
