@@ -127,7 +127,7 @@ WHEELS ?= wheels
 BUILD_OPTIONS ?=     # more options for the engine's build, such as --build-arg BASE=... for a mirror's
 MAKE_IMAGE = ENGINE="$(strip $(ENGINE))" SERVICE="$(SERVICE)" PLATFORMS="$(PLATFORMS)" WHEELS="$(abspath $(WHEELS))" BUILD_OPTIONS="$(strip $(BUILD_OPTIONS))" image/build.sh
 
-wheels: $(VENV)/installed ## fetch the packages for images, hash-checked; from then on they are made without a network
+wheels: $(VENV)/can-run ## fetch the packages for images, hash-checked; from then on they are made without a network
 	@[ -z "$$(ls -A $(WHEELS) 2>/dev/null | grep -v '\.whl$$')" ] || { echo "make: $(WHEELS) has more than wheels in it: name another folder with WHEELS=..." >&2; exit 1; }
 	@rm -rf $(WHEELS).new
 	@for machine in x86_64 aarch64; do \
