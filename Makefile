@@ -254,8 +254,8 @@ sbom: $(VENV)/can-run ## write dist/sbom.spdx.json: what is in hitcounter.oci/, 
 	@mkdir -p $(DIST) && $(BIN)/python image/sbom.py $(LAYOUT) requirements.txt $(WHEELS) $(VERSION) >$(DIST)/sbom.new && mv $(DIST)/sbom.new $(DIST)/sbom.spdx.json
 
 release-files: sbom ## write dist/release/: manifests that name the digest, list of contents, provenance, checksums
-	@digest=$$($(PUBLISH) digest) && builder=$$($(MAKE_IMAGE) builder) \
-	&& $(BIN)/python image/provenance.py $(IMAGE) "$${digest#digest=}" "$$(git rev-parse HEAD)" "$$builder" "$(strip $(BUILD_OPTIONS))" >$(DIST)/provenance.json
+	@commit=$$($(PUBLISH) commit) && digest=$$($(PUBLISH) digest) && builder=$$($(MAKE_IMAGE) builder) \
+	&& $(BIN)/python image/provenance.py $(IMAGE) "$${digest#digest=}" "$$commit" "$$builder" $(SERVICE) $(PLATFORMS) "$(strip $(BUILD_OPTIONS))" >$(DIST)/provenance.json
 	@$(PUBLISH) files $(DIST)/release
 
 release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...

@@ -1,7 +1,8 @@
 """Write how the image was made: SLSA provenance, version 1, as an in-toto statement without a signature.
 
-`provenance.py NAME DIGEST COMMIT BUILDER OPTIONS` writes it to standard output. Who has the sources, the builder and the bases
-that it names makes the same image again. On GitHub one with a signature stands beside it, which tells in what run it was made.
+`provenance.py NAME DIGEST COMMIT BUILDER SERVICE PLATFORMS OPTIONS` writes it to standard output. Who has the sources, the
+builder and the bases that it names makes the same image again. On GitHub one with a signature stands beside it, which tells in
+what run it was made.
 """
 
 import hashlib
@@ -26,8 +27,8 @@ def dependency(reference: str) -> dict[str, Any]:
     return {"uri": f"docker://{name}", **({"digest": {algorithm: value}} if digest else {})}
 
 
-def statement(name: str, digest: str, commit: str, builder: str, options: str) -> dict[str, Any]:
-    """Return the statement about the image `name` of that digest, which a builder made of a commit with these options."""
+def statement(name: str, digest: str, commit: str, builder: str, service: str, platforms: str, options: str) -> dict[str, Any]:
+    """Return the statement about the image `name` of that digest, which a builder made of a commit with these options of make."""
     lock = Path("requirements.txt").read_bytes()
     return {
         "_type": "https://in-toto.io/Statement/v1",
@@ -36,7 +37,12 @@ def statement(name: str, digest: str, commit: str, builder: str, options: str) -
         "predicate": {
             "buildDefinition": {
                 "buildType": "urn:hitcounter:make:image-multiarch",  # docs/verify.md says what it is
-                "externalParameters": {"command": "make image-multiarch", "options": options.split()},
+                "externalParameters": {
+                    "command": "make image-multiarch",
+                    "service": service,
+                    "platforms": platforms.split(","),
+                    "options": options.split(),
+                },
                 "resolvedDependencies": [
                     {"uri": "git+file:.", "digest": {"gitCommit": commit}},
                     {"uri": "file:requirements.txt", "digest": {"sha256": hashlib.sha256(lock).hexdigest()}},

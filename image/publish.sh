@@ -1,6 +1,6 @@
 #!/bin/sh
 # Take the image of an OCI layout to registries, and say what it is. Used by the Makefile's targets of a release:
-#   publish.sh digest | compare DIGEST | check [TAG] | files FOLDER | sums FOLDER | compare-files FOLDER SUMS | push FOLDER | sign
+#   publish.sh commit | digest | compare DIGEST | check [TAG] | files FOLDER | sums FOLDER | compare-files FOLDER SUMS | push FOLDER | sign
 # LAYOUT, SERVICE, VERSION, REPOSITORIES, ORAS, KUBECTL are the Makefile's variables.
 set -eu
 cd "$(dirname "$0")/.."
@@ -15,6 +15,13 @@ oras() {
   # Built once, from a Go module that is locked with its hashes.
   [ "$ORAS" ] || ORAS=$(go -C .github/tools/oras tool -n oras) || fail "oras is needed: install Go, which builds it, or name one: ORAS=..."
   "$ORAS" "$@"
+}
+
+commit() { # print the commit that the sources are of, after a look at whether they are
+  # shellcheck disable=SC2046 # several files
+  changed=$(git status --porcelain -- Containerfile $(sed -n 's/^!//p' .dockerignore)) || fail "the sources are in no repository of git"
+  [ -z "$changed" ] || fail "the sources are of no commit, so no provenance can name one; commit first: $changed"
+  git rev-parse HEAD
 }
 
 digest() { # print the digest of what is in the layout, after a look at whether it is that
@@ -109,6 +116,7 @@ trap 'rm -rf "$work"' EXIT
 command=$1
 shift
 case "$command" in
+  commit) commit ;;
   digest)
     digest=$(digest)
     echo "digest=$digest"

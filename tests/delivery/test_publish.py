@@ -100,6 +100,22 @@ def test_provenance_names_the_image_the_sources_and_the_bases() -> None:
     named = dict(re.findall(r"^ARG (PYTHON|BASE|DEBUG_BASE)=(\S+)$", (ROOT / "Containerfile").read_text(), re.MULTILINE))
     assert built_of.keys() >= {f"docker://{image.partition('@')[0]}" for image in (named | given).values()}
 
+    given = statement["predicate"]["buildDefinition"]["externalParameters"]
+    assert (given["service"], given["platforms"]) == ("hitcounter", ["linux/amd64", "linux/arm64"])
+
+
+def test_provenance_is_of_committed_sources_alone(tmp_path: Path) -> None:
+    copy = sources(tmp_path / "copy")
+    shutil.copy2(ROOT / "image" / "publish.sh", copy / "image")
+    git = ["git", "-C", str(copy), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=one"]):
+        subprocess.run([*git, *command], check=True)
+    for name, named in (("notes.txt", True), ("hitcounter/more.py", False)):  # the first is no input
+        (copy / name).write_text("# more\n")
+        ended = subprocess.run([copy / "image" / "publish.sh", "commit"], text=True, capture_output=True)
+        assert bool(re.fullmatch(r"[0-9a-f]{40}\n", ended.stdout)) == (ended.returncode == 0) == named
+    assert "the sources are of no commit" in ended.stderr
+
 
 # --- what is in it ---
 
