@@ -218,6 +218,11 @@ def test_files_of_another_time_are_in_no_release(tmp_path: Path) -> None:
     assert {file.name for file in folder.iterdir()} == {file.name for file in (published().dist / "release").iterdir()}
 
 
+def test_what_commands_make_is_not_in_the_repository() -> None:
+    command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert not subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True).stdout
+
+
 def test_checksums_find_what_was_changed(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published().dist / "release", tmp_path / "release"))
     command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
