@@ -1,5 +1,6 @@
 #!/bin/sh
 # Take what is newer, where it is named, as Renovate would: update.sh images | actions
+# It leaves alone the development container's feature and the tools in Go: go get -tool TOOL@latest in their folders of .github/tools/.
 # Neither tells when something came out, so there is no week's wait as for packages: look at what is new before you commit it.
 set -eu
 
