@@ -7,13 +7,12 @@ import sys
 # A signal while it imports ends it at once. Without a handler, process 1 of a container would not hear it; and an exception, as
 # Python makes of Ctrl-C, can get lost in there.
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 from hitcounter.app import SERVICE  # noqa: E402 - see above
 from nanoservice.server import main  # noqa: E402 - the same
 
-signal.signal(signal.SIGINT, before)
 try:
     status = main(SERVICE, os.environ, sys.argv[1:])
-except KeyboardInterrupt:  # Ctrl-C before the service itself listens for it, or after
+except KeyboardInterrupt:  # Ctrl-C once more, when the service listens for it no longer
     status = 130
 sys.exit(status)

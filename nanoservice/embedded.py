@@ -54,7 +54,7 @@ def valkey(data: Path, *options: str) -> Iterator[str]:
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,  # else Ctrl-C would end it before the service has answered what is in flight
             pass_fds=[lock.fileno()],  # so that the folder stays locked for as long as either lives
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - no thread runs yet
+            preexec_fn=_begin,  # noqa: PLW1509 - no thread runs yet
         )  # fmt: skip
         try:
             _await(process, path, data / "valkey.log")
@@ -81,6 +81,8 @@ def _await(process: subprocess.Popen[bytes], path: str, log: Path) -> None:
     raise StartError(f"the embedded Valkey did not start: {log} says why")
 
 
-def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM when the parent is gone, however it ended."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG  # pragma: no cover - in the child, which is not measured
+def _begin() -> None:  # pragma: no cover - in the child, which is not measured
+    """Hear the signals that the service does not yet, and end with it, however it ends, where the kernel can see to that."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

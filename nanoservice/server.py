@@ -44,6 +44,9 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
     if arguments:
         print(f"{service.name} takes no arguments; its settings are environment variables:\n\n{table(service.config)}")
         return 0 if arguments in (["--help"], ["-h"]) else os.EX_USAGE
+    # They wait until `_live` listens for them. What Python makes of Ctrl-C, an exception, can get lost in an import or a fork,
+    # and uvloop loses signals while it is made.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         config = service.config.read(environ)
         logs.configure(config.log_level, config.log_format)
@@ -51,10 +54,9 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
             bind(config.bind_host, config.bind_port, "BIND_PORT") as public,
             bind(config.bind_host, config.admin_port, "ADMIN_PORT") as admin,
             _embedded_store(config.redis_host) as store,
+            asyncio.Runner(loop_factory=_event_loop()) as runner,
         ):
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they wait for `_live`: uvloop loses those before
-            with asyncio.Runner(loop_factory=_event_loop()) as runner:
-                return runner.run(_live(service, config, store, public, admin))
+            return runner.run(_live(service, config, store, public, admin))
     except ConfigError as error:
         print("\n".join(f"{service.name}: {problem}" for problem in error.problems), file=sys.stderr)
         return os.EX_CONFIG

@@ -184,7 +184,7 @@ def test_interrupt_while_the_embedded_store_starts_ends_both_without_a_traceback
         process.send_signal(signal.SIGINT)
         os.kill(store, signal.SIGCONT)
         status, said = interrupted(process)
-    assert status in (0, 130)  # a quick one listens already
+    assert status == 0
     assert "Traceback" not in said
     assert not valkeys(tmp_path / ".data")
 
