@@ -153,20 +153,23 @@ image-multiarch: ## write an OCI layout for amd64 and arm64 to hitcounter.oci/
 image-digest: ## build for amd64 and arm64, and print the digests
 	@$(MAKE_IMAGE) digests
 
+HAS_WHEELS = [ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
+TEST_IMAGES = $(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m $(1) -o faulthandler_timeout=900 -rP tests/delivery
+
 test-image: $(VENV)/installed ## run the tests of the image, on the engine there is
 	@$(MAKE_IMAGE) engines >/dev/null
-	@[ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
-	@$(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m image -o faulthandler_timeout=900 -rP tests/delivery
+	@$(HAS_WHEELS)
+	@$(call TEST_IMAGES,image)
 
 test-compose: $(VENV)/installed ## run the tests of compose.yaml, by Docker Compose
 	@docker compose version >/dev/null || { echo "make: Docker with its plugin Compose is needed" >&2; exit 1; }
-	@[ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
-	@$(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m compose -o faulthandler_timeout=900 -rP tests/delivery
+	@$(HAS_WHEELS)
+	@$(call TEST_IMAGES,compose)
 
 test-publish: $(VENV)/installed ## run the tests of publishing, on the engine there is, into the registry REGISTRY
 	@[ "$(strip $(REGISTRY))" ] || { echo "make: which registry may the tests write to? make test-publish REGISTRY=localhost:5000" >&2; exit 1; }
-	@[ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
-	@$(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m registry -o faulthandler_timeout=900 -rP tests/delivery
+	@$(HAS_WHEELS)
+	@$(call TEST_IMAGES,registry)
 
 # --- on Kubernetes ---
 
