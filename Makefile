@@ -154,7 +154,7 @@ image-digest: ## build for amd64 and arm64, and print the digests
 	@$(MAKE_IMAGE) digests
 
 HAS_WHEELS = [ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
-TEST_IMAGES = $(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m $(1) -o faulthandler_timeout=900 -rP tests/delivery
+TEST_IMAGES = $(subst image/build.sh,,$(MAKE_IMAGE)) $(BIN)/python -m pytest -m $(1) -o faulthandler_timeout=900 -rfEP tests/delivery
 
 test-image: $(VENV)/installed ## run the tests of the image, on the engine there is
 	@$(MAKE_IMAGE) engines >/dev/null
@@ -217,7 +217,7 @@ restore: ## have Redis go on from FILE; what it has now stays in its volume, as 
 
 e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in namespaces of their own
 	@$(ON_CLUSTER) manifests/deploy.sh check
-	@$(ON_CLUSTER) $(BIN)/python -m pytest -m cluster -o faulthandler_timeout=900 -rP tests/e2e
+	@$(ON_CLUSTER) $(BIN)/python -m pytest -m cluster -o faulthandler_timeout=900 -rfEP tests/e2e
 
 # --- releases ---
 
