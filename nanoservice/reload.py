@@ -6,10 +6,15 @@ For development: of laptops, and of the image's `dev` target, where live sync ch
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from nanoservice.config import Config, StartError
+from nanoservice.listen import bind, hand
 
 _LOOK = 0.1  # seconds between two looks at the files: a few dozen, so it costs next to nothing
 
@@ -22,10 +27,12 @@ def main(root: Path, arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit())
     process = None
+    public = _listen()
+    handed: dict[str, Any] = {"env": _environ() | hand(public), "pass_fds": [public.fileno()]} if public else {"env": _environ()}
     try:
         while True:
             seen = _files(root)
-            process = subprocess.Popen([sys.executable, *arguments], env=_environ())
+            process = subprocess.Popen([sys.executable, *arguments], **handed)
             while _files(root) == seen:
                 if process.poll() == os.EX_CONFIG:
                     return os.EX_CONFIG
@@ -33,6 +40,18 @@ def main(root: Path, arguments: list[str]) -> int:
             _end(process)
     except SystemExit:
         return _end(process) if process else 0
+
+
+def _listen() -> socket.socket | None:
+    """Listen in place of each run, so that a request which comes between two of them waits for the next.
+
+    Refused ones are more than a nuisance: a port-forward that meets one may hang for 20 s. Return None to leave it to the
+    runs, which then say what is wrong with the settings.
+    """
+    with contextlib.suppress(StartError, ValueError, OverflowError):
+        port = int(os.environ.get("BIND_PORT") or Config.bind_port)
+        return bind(os.environ.get("BIND_HOST") or Config.bind_host, port, "BIND_PORT")
+    return None
 
 
 def _environ() -> dict[str, str]:

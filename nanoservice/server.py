@@ -1,7 +1,6 @@
 """A service's life: read the settings, listen, get ready, serve, drain, end."""
 
 import asyncio
-import errno
 import gc
 import logging
 import os
@@ -18,6 +17,7 @@ from aiohttp import web
 from nanoservice import logs
 from nanoservice.config import ConfigError, StartError, table
 from nanoservice.connection import Server
+from nanoservice.listen import BACKLOG, bind, handed
 from nanoservice.metrics import REGISTRY, RequestRecorder, admin_app
 from nanoservice.probes import READINESS
 from nanoservice.service import C, Service, create_app
@@ -28,8 +28,7 @@ FINISH_SECONDS = 10.0
 
 _SIGNALS = signal.SIGTERM, signal.SIGINT  # either asks the service to end
 
-_BACKLOG = 4096  # connections that the kernel holds until they are taken
-_TAKEN = 16  # and that asyncio takes at a time, before any is counted: fewer than the descriptors kept to spare
+_TAKEN = 16  # connections that asyncio takes at a time, before any is counted: fewer than the descriptors kept to spare
 _DATA = Path(".data")  # of the embedded store
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
         config = service.config.read(environ)
         logs.configure(config.log_level, config.log_format)
         with (
-            bind(config.bind_host, config.bind_port, "BIND_PORT") as public,
+            handed(environ) or bind(config.bind_host, config.bind_port, "BIND_PORT") as public,
             bind(config.bind_host, config.admin_port, "ADMIN_PORT") as admin,
             _embedded_store(config.redis_host) as store,
             asyncio.Runner(loop_factory=_event_loop()) as runner,
@@ -135,7 +134,7 @@ class Running:
         await connections.setup()
         # asyncio's own event loop takes as many at a time as it lets wait; so it is told one number, and the kernel the other.
         await web.SockSite(connections, sock, backlog=_TAKEN).start()
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
 
     async def _sweep(self) -> None:
         while True:
@@ -167,24 +166,6 @@ def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
     """
     if not isinstance(context.get("exception"), socket.gaierror):
         loop.default_exception_handler(context)
-
-
-def bind(host: str, port: int, variable: str) -> socket.socket:
-    """Return a socket that listens on `port` of `host`; if that is empty, of all addresses, IPv6 and IPv4.
-
-    Raises StartError, naming `variable`, the setting that would choose another port.
-    """
-    try:
-        if host:
-            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=_BACKLOG)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartError(f"port {port} is in use: end what uses it, or choose another with {variable}=...") from error
-        raise StartError(f"cannot listen on {host or 'all addresses'}, port {port} ({variable}): {error.strerror}") from error
 
 
 def _embedded_store(host: str) -> AbstractContextManager[str | None]:

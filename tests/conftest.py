@@ -21,7 +21,8 @@ import redis
 
 from hitcounter.app import SERVICE
 from nanoservice.embedded import executable
-from nanoservice.server import Running, bind
+from nanoservice.listen import bind
+from nanoservice.server import Running
 from nanoservice.service import Service
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import aiohttp
 import pytest
-from conftest import ROOT, SLACK, wait_for
+from conftest import ROOT, SLACK, Valkey, eventually, free_port, wait_for
 
 SERVICE = """
 import os, signal, sys, time
@@ -31,9 +32,9 @@ class Reloader:
         self.folder = folder
         self.output = folder / "output"
 
-    def start(self) -> "subprocess.Popen[bytes]":
-        environ = {**os.environ, "DRAIN_SECONDS": "5", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "nanoservice.reload", "-m", "thing"]
+    def start(self, package: str = "thing", **environ: str) -> "subprocess.Popen[bytes]":
+        environ = {**os.environ, "DRAIN_SECONDS": "5", "PYTHONDONTWRITEBYTECODE": "1", **environ}
+        command = [sys.executable, "-m", "nanoservice.reload", "-m", package]
         with self.output.open("wb") as output:
             self.popen = subprocess.Popen(command, cwd=self.folder, env=environ, stdout=output, stderr=output)
         return self.popen
@@ -75,3 +76,33 @@ def test_mistake_waits_for_the_change_that_mends_it(reloader: Reloader) -> None:
 def test_bad_settings_end_it(reloader: Reloader) -> None:
     reloader.file.write_text(f"raise SystemExit({os.EX_CONFIG})")
     assert reloader.start().wait(5 * SLACK) == os.EX_CONFIG
+
+
+async def test_request_between_two_runs_waits_for_the_next(reloader: Reloader, valkey: Valkey) -> None:
+    shutil.copytree(ROOT / "hitcounter", reloader.folder / "hitcounter", ignore=shutil.ignore_patterns("__pycache__"))
+    port = free_port()
+    popen = reloader.start("hitcounter", **valkey.environ(BIND_PORT=str(port)))
+    reloader.says("listening")
+    url = f"http://127.0.0.1:{port}/livez"
+    runs, answered, refused = 1, 0, 0
+
+    async def asked_while_it_starts_again() -> bool:
+        nonlocal answered, refused
+        try:
+            async with aiohttp.request("GET", url, headers={"Connection": "close"}) as answer:
+                answered += answer.status == 200
+        except aiohttp.ClientConnectorError:
+            refused += 1
+        except aiohttp.ClientConnectionError:
+            pass  # it was taken by the one that ended, too late to be heard
+        return reloader.output.read_text().count("listening") > runs
+
+    for runs in range(1, 4):
+        (reloader.folder / "hitcounter" / f"new{runs}.py").touch()
+        await eventually(asked_while_it_starts_again, 10 * SLACK)
+    assert (refused, answered > 3) == (0, True)
+    popen.send_signal(signal.SIGTERM)
+    assert popen.wait(5 * SLACK) == 0
+    with pytest.raises(aiohttp.ClientConnectorError):  # nothing is left that listens
+        async with aiohttp.request("GET", url):
+            pass
