@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,6 +26,7 @@ from nanoservice.service import C, Service, create_app
 # The end, in seconds: drain (DRAIN_SECONDS, 5 in a cluster) + finish (10) + close (1) = 16, below the 30 of Kubernetes'
 # terminationGracePeriodSeconds.
 FINISH_SECONDS = 10.0
+_CLOSE_SECONDS = 1.0
 
 _SIGNALS = signal.SIGTERM, signal.SIGINT  # either asks the service to end
 
@@ -53,9 +55,14 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
             handed(environ) or bind(config.bind_host, config.bind_port, "BIND_PORT") as public,
             bind(config.bind_host, config.admin_port, "ADMIN_PORT") as admin,
             _embedded_store(config.redis_host) as store,
-            asyncio.Runner(loop_factory=_event_loop()) as runner,
         ):
-            return runner.run(_live(service, config, store, public, admin))
+            with asyncio.Runner(loop_factory=_event_loop()) as runner:
+                status = runner.run(_live(service, config, store, public, admin))
+                # The event loop waits for a look-up of a name even if that was given up: without DNS, for 20 s and more.
+                last = threading.Timer(_CLOSE_SECONDS, os._exit, [status])
+                last.start()
+            last.cancel()
+            return status
     except ConfigError as error:
         print("\n".join(f"{service.name}: {problem}" for problem in error.problems), file=sys.stderr)
         return os.EX_CONFIG

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable
 
@@ -159,3 +160,19 @@ async def test_second_signal_stops_at_once(valkey: Valkey, spawn: Spawn) -> None
     began = time.monotonic()
     assert process.end(signal.SIGTERM) == 128 + signal.SIGTERM
     assert time.monotonic() - began < 1 * SLACK
+
+
+async def test_name_that_is_still_looked_up_does_not_hold_up_the_end(spawn: Spawn) -> None:
+    # asyncio's own event loop, whose look-up of a name can be made to hang; uvloop's is seen on a cluster without DNS.
+    hangs = (
+        "import runpy, socket, sys, time; sys.modules['uvloop'] = None; socket.getaddrinfo = lambda *_, **__: time.sleep(60);"
+        "runpy.run_module('hitcounter', run_name='__main__')"
+    )
+    environ = {"REDIS_HOST": "redis", "REDIS_TIMEOUT": "0.1", "REQUEST_TIMEOUT": "0.2", "BIND_PORT": "0", "ADMIN_PORT": "0"}
+    process = spawn(environ, command=(sys.executable, "-c", hangs))
+    async with aiohttp.request("GET", process.url) as answer:
+        assert answer.status == 503
+    began = time.monotonic()
+    assert await asyncio.to_thread(process.end) == 0
+    assert time.monotonic() - began < 3 * SLACK
+    assert process.log[-1]["message"] == "ended"

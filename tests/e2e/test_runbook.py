@@ -98,11 +98,15 @@ def test_cluster_without_dns_keeps_new_pods_out_and_old_ones_serving(installed: 
     assert installed.ready() == [old]
     assert installed.counts() == (2, 0)  # its connections are open
     assert "never retrieved" not in log(installed, new)  # of look-ups that fail later
+    began = time.monotonic()
+    installed.kubectl("delete", "pod", new)
+    print(f"\nended after {time.monotonic() - began:.0f} s, 5 of them to drain")
+    assert time.monotonic() - began < 15  # while look-ups go on
     patch[0]["value"] = rules
     installed.kubectl("patch", "networkpolicy", "hitcounter", "--type=json", f"--patch={json.dumps(patch)}")
     began = time.monotonic()
     installed.await_rollout("deployment/hitcounter")
-    print(f"\nready {time.monotonic() - began:.0f} s after DNS was back")
+    print(f"ready {time.monotonic() - began:.0f} s after DNS was back")
 
 
 def test_redis_that_is_away_for_a_minute_restarts_no_service(installed: Namespace) -> None:
