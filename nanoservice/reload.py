@@ -45,8 +45,8 @@ def main(root: Path, arguments: list[str]) -> int:
 def _listen() -> socket.socket | None:
     """Listen in place of each run, so that a request which comes between two of them waits for the next.
 
-    Refused ones are more than a nuisance: a port-forward that meets one may hang for 20 s. Return None to leave it to the
-    runs, which then say what is wrong with the settings.
+    `kubectl port-forward` ends where it is refused once, and a pod whose liveness probe was refused three times starts again
+    without what was synced. Return None to leave it to the runs, which then say what is wrong with the settings.
     """
     with contextlib.suppress(StartError, ValueError, OverflowError):
         port = int(os.environ.get("BIND_PORT") or Config.bind_port)
