@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -126,6 +127,7 @@ def deployed() -> Deployed:
     """Return the service and its Redis as `make deploy` leaves them: once in a run, which ends with `make undeploy`."""
     namespace = Namespace(RUN)
     atexit.register(namespace.make, "undeploy")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: with all of it deleted
     url = namespace.make("deploy", seconds=900).splitlines()[-1]
     image, valkey = [
         namespace.get(kind, name)["spec"]["template"]["spec"]["containers"][0]["image"]
