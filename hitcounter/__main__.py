@@ -12,7 +12,6 @@ from hitcounter.app import SERVICE  # noqa: E402 - see above
 from nanoservice.server import main  # noqa: E402 - the same
 
 try:
-    status = main(SERVICE, os.environ, sys.argv[1:])
+    sys.exit(main(SERVICE, os.environ, sys.argv[1:]))
 except KeyboardInterrupt:  # Ctrl-C once more, when the service listens for it no longer
-    status = 130
-sys.exit(status)
+    sys.exit(130)

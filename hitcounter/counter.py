@@ -52,7 +52,7 @@ class Batch:
     def __init__(self, now: float, timeout: float) -> None:
         self.joinable_until = now + min(_JOIN, timeout / 10)
         self.deadline = now + timeout
-        self.timer: asyncio.TimerHandle | None = None
+        self.timer: asyncio.TimerHandle  # at the deadline
         self.size = 0
         self.hits: list[asyncio.Future[Counts]] = []
         self.posts: list[asyncio.Future[Counts]] = []
@@ -72,10 +72,7 @@ class Batch:
         return len(self.hits), len(self.posts), [digest for digest, _ in self.keyed]
 
     def settle(self, hits: int, posts: int, answers: list[int]) -> Counts:
-        """Give each its number, in order of arrival: hits, then posts, then posts with a key.
-
-        Return the highest, but for posts with a key: their answers may be from before the store lost something.
-        """
+        """Give each its number, in order of arrival: hits, then posts, then posts with a key. Return what was counted before."""
         before = Counts(hits - len(self.hits), posts - len(self.posts))
         for number, future in enumerate(self.hits, before.hits + 1):
             if not future.done():
@@ -86,7 +83,7 @@ class Batch:
         for (_, future), *counts in zip(self.keyed, answers[::2], answers[1::2], strict=True):
             if not future.done():
                 future.set_result(Counts(*counts))
-        return Counts(hits, posts)
+        return before
 
     def fail(self, reason: str) -> None:
         """Answer 503 to all who still wait."""
@@ -292,8 +289,7 @@ class Counter:
         """Let as many others wait as `batch` had."""
         self._pending -= batch.size
         batch.size = 0
-        if batch.timer:
-            batch.timer.cancel()
+        batch.timer.cancel()
 
     async def _run(self, lane: Lane) -> None:
         """Send one batch after the other over `lane`."""
@@ -318,8 +314,7 @@ class Counter:
         if reply is None:
             return
         _, hits, posts, *answers = reply
-        before = Counts(hits - len(batch.hits), posts - len(batch.posts))
-        highest = batch.settle(hits, posts, answers)
+        before = batch.settle(hits, posts, answers)
         self._size.observe(len(batch.hits) + len(batch.posts) + len(batch.keyed))
         if rewinds != self._rewinds:
             return  # another batch has told already
@@ -330,9 +325,9 @@ class Counter:
                 "Redis has lost counts that were answered; counting goes on from what it has",
                 extra={"answered": floor._asdict(), "found": before._asdict()},
             )
-            self._highest = highest
-        else:
-            self._highest = Counts(max(highest.hits, self._highest.hits), max(highest.posts, self._highest.posts))
+            self._highest = Counts(0, 0)
+        # But for posts with a key: their answers may be from before the store lost something.
+        self._highest = Counts(max(hits, self._highest.hits), max(posts, self._highest.posts))
 
     async def start(self) -> None:
         """Begin to take requests."""

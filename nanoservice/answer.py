@@ -4,22 +4,19 @@ import json
 import time
 from collections.abc import Mapping
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 
 from aiohttp import HttpVersion10, web
 from aiohttp.abc import AbstractStreamWriter
 
 _STATUS_LINE = {status: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus}
-_date = (0, b"")
 
 
-def _date_line() -> bytes:
-    """Return the Date header of this second."""
-    global _date
-    now = int(time.time())
-    if _date[0] != now:
-        _date = now, f"Date: {formatdate(now, usegmt=True)}\r\n".encode("ascii")
-    return _date[1]
+@lru_cache(maxsize=1)
+def _date_line(now: int) -> bytes:
+    """Return the Date header of the second `now`."""
+    return f"Date: {formatdate(now, usegmt=True)}\r\n".encode("ascii")
 
 
 class Answer(web.StreamResponse):
@@ -50,7 +47,7 @@ class Answer(web.StreamResponse):
         """Write the whole answer to `request`; a second time, nothing: the writer has had its end."""
         self._alive = request.keep_alive and not self._closing
         body = self._content
-        head = _STATUS_LINE[self.status] + _date_line() + self._lines  # type: ignore[index]
+        head = _STATUS_LINE[self.status] + _date_line(int(time.time())) + self._lines  # type: ignore[index]
         if body is not None:
             head += b"Content-Length: %d\r\n" % len(body)
         if not self._alive:

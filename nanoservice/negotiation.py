@@ -42,5 +42,4 @@ def _rank(media: str, ranges: Sequence[tuple[str, str, float, int]]) -> tuple[fl
         for major, minor, quality, position in ranges
         if (major, minor) in ((kind, form), (kind, "*"), ("*", "*"))
     ]
-    _, quality, place = max(fits, default=(0, 0.0, 0))
-    return quality, place
+    return max(fits, default=(0, 0.0, 0))[1:]

@@ -34,20 +34,16 @@ class Readiness:
 
     async def readyz(self, request: web.Request) -> Answer:
         """Answer 200, or 503 with the reason; takes a second at most."""
-        if reason := await self.reason():
-            raise UnavailableError(reason)
-        return Answer(b"ready\n", _OK)
-
-    async def reason(self) -> str:
-        """Return why this process should get no requests; empty when it should."""
         if self.draining:
-            return "draining: this process is about to end"
+            raise UnavailableError("draining: this process is about to end")
         if asyncio.get_running_loop().time() - self._checked >= _CACHED:
             # One look serves all who ask meanwhile, and goes on if one of them hangs up.
             if self._check is None:
                 self._check = asyncio.create_task(self._look())
             await asyncio.shield(self._check)
-        return self._reason
+        if self._reason:
+            raise UnavailableError(self._reason)
+        return Answer(b"ready\n", _OK)
 
     async def _look(self) -> None:
         try:

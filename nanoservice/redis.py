@@ -139,16 +139,15 @@ class Health:
     def worked(self, what: str) -> None:
         """Note that `what` worked."""
         self.successes += what == "work"
-        if not self.reason:
-            self._up.set(1)
-        elif what == "work" or not self._refused:
-            self._up.set(1)
-            self._refused = False
-            self.reason = ""
-            if self._logged:
-                self._logged.clear()
-                seconds = round(time.monotonic() - self._since, 1)
-                _logger.warning("Redis works again", extra={"redis": self._server, "seconds": seconds})
+        if self._refused and what != "work":
+            return
+        self._up.set(1)
+        self._refused = False
+        self.reason = ""
+        if self._logged:
+            self._logged.clear()
+            seconds = round(time.monotonic() - self._since, 1)
+            _logger.warning("Redis works again", extra={"redis": self._server, "seconds": seconds})
 
     async def watch(self, work: Awaitable[Any]) -> Any:
         """Return what `work` returns; raises UnavailableError if Redis cannot do it."""

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from nanoservice.config import Config, StartError
 from nanoservice.listen import bind, hand
@@ -28,11 +27,12 @@ def main(root: Path, arguments: list[str]) -> int:
         signal.signal(number, lambda *_: sys.exit())
     process = None
     public = _listen()
-    handed: dict[str, Any] = {"env": _environ() | hand(public), "pass_fds": [public.fileno()]} if public else {"env": _environ()}
+    # Nothing withdraws the address of a service that is about to come back, so there is nothing to go on serving for.
+    environ = {**os.environ, "DRAIN_SECONDS": "0", **(hand(public) if public else {})}
     try:
         while True:
             seen = _files(root)
-            process = subprocess.Popen([sys.executable, *arguments], **handed)
+            process = subprocess.Popen([sys.executable, *arguments], env=environ, pass_fds=[public.fileno()] if public else [])
             while _files(root) == seen:
                 if process.poll() == os.EX_CONFIG:
                     return os.EX_CONFIG
@@ -52,11 +52,6 @@ def _listen() -> socket.socket | None:
         port = int(os.environ.get("BIND_PORT") or Config.bind_port)
         return bind(os.environ.get("BIND_HOST") or Config.bind_host, port, "BIND_PORT")
     return None
-
-
-def _environ() -> dict[str, str]:
-    # Nothing withdraws the address of a service that is about to come back, so there is nothing to go on serving for.
-    return {**os.environ, "DRAIN_SECONDS": "0"}
 
 
 def _files(root: Path) -> dict[Path, tuple[int, int]]:

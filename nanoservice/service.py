@@ -40,10 +40,9 @@ def create_app(service: Service[C], config: C, socket: str | None = None) -> web
     app[STORE] = Store(config, app[REGISTRY], socket)
     app[READINESS] = Readiness(app[STORE])
     app.cleanup_ctx.append(_close_store)
-    version = json_answer_of({"name": service.name, "version": service.version})
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", app[READINESS].readyz)
-    app.router.add_get("/version", version)
+    app.router.add_get("/version", json_answer_of({"name": service.name, "version": service.version}))
     app.router.add_get("/openapi.json", json_answer_of(document(service)))
     service.setup(app, config)
     _answer_options(app)
@@ -53,17 +52,12 @@ def create_app(service: Service[C], config: C, socket: str | None = None) -> web
 
 def document(service: Service[C]) -> dict[str, Any]:
     """Return the OpenAPI document of `service` and the chassis together."""
-    chassis = json.loads(resources.files(__package__).joinpath("openapi.json").read_text())
+    found = json.loads(resources.files(__package__).joinpath("openapi.json").read_text())
     own = service.openapi or {}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": service.name, "version": service.version},
-        "paths": {**own.get("paths", {}), **chassis["paths"]},
-        "components": {
-            kind: {**chassis["components"].get(kind, {}), **own.get("components", {}).get(kind, {})}
-            for kind in {**chassis["components"], **own.get("components", {})}
-        },
-    }
+    found["paths"] = {**own.get("paths", {}), **found["paths"]}
+    for kind, parts in own.get("components", {}).items():
+        found["components"].setdefault(kind, {}).update(parts)
+    return {"openapi": "3.1.0", "info": {"title": service.name, "version": service.version}, **found}
 
 
 def json_answer_of(content: object) -> Callable[[web.Request], Any]:
@@ -87,16 +81,12 @@ def _answer_options(app: web.Application) -> None:
     for found in list(app.router.resources()):
         methods = {route.method for route in found}
         if isinstance(found, web.Resource) and not methods & {"OPTIONS", "*"}:
-            found.add_route("OPTIONS", _options({*methods, "OPTIONS"}))
+            found.add_route("OPTIONS", _options)
 
 
-def _options(methods: set[str]) -> Callable[[web.Request], Any]:
-    lines = f"Allow: {','.join(sorted(methods))}\r\nCache-Control: no-store\r\n".encode("ascii")
-
-    async def options(request: web.Request) -> Answer:
-        return Answer(None, lines, status=204)
-
-    return options
+async def _options(request: web.Request) -> Answer:
+    allow = ",".join(sorted(route.method for route in request.match_info.route.resource or ()))
+    return Answer(None, f"Allow: {allow}\r\nCache-Control: no-store\r\n".encode("ascii"), status=204)
 
 
 async def _hide_server(request: web.Request, response: web.StreamResponse) -> None:
