@@ -168,7 +168,9 @@ class Lane:
                     reply: list[Any] = await self._call(hits, posts, digests)
             except Errors as error:
                 self._writer.failed(error, sent=sent)
-                self._health.failed("work", error, seen)
+                # What the batch's end cut short tells nothing of Redis, if its trouble is known already.
+                if not self._health.reason or loop.time() < batch.deadline:
+                    self._health.failed("work", error, seen)
                 await self.close()
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 if next(batch.waiting(), None) is None:

@@ -322,6 +322,21 @@ async def test_key_that_got_no_answer_counts_once_when_it_comes_again(valkey: Va
         assert await within(it.post("a")) == await within(it.post("a")) == Counts(1, 1)
 
 
+async def test_try_that_the_deadline_cuts_short_is_no_news_of_redis(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    valkey.run("ACL", "SETUSER", "default", "-evalsha")
+    tries = itertools.count()
+
+    def fate(request: Request) -> Fate:
+        return Fate.SWALLOW_REPLY if request.is_batch and next(tries) else Fate.PASS
+
+    async with Proxy(valkey.port, fate) as proxy, counting(valkey, proxy.port, timeout=0.5, redis_timeout=1.0) as it:
+        with pytest.raises(UnavailableError, match="NOPERM"):
+            await within(it.hit())
+        await asyncio.sleep(0.1)  # for the try to end, too
+        assert next(tries) == 2
+        assert caplog.messages == ["Redis fails: its user may not do this (NOPERM)"]
+
+
 async def test_at_most_keep_keys_are_remembered_and_the_oldest_is_forgotten_first(valkey: Valkey) -> None:
     async with counting(valkey, keep=10) as it:
         answers = [await within(it.post(f"key{number}")) for number in range(15)]
