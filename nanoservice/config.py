@@ -100,6 +100,7 @@ def flag(text: str) -> bool:
 def host(text: str) -> str:
     """Return `text` if it is a host name or an address, and nothing more: a URL may hold a password."""
     try:
+        text.encode("idna")  # as the look-up will: no label is empty or longer than 63
         return text if re.fullmatch(r"[A-Za-z0-9_.-]+", text) else str(ip_address(text))
     except ValueError:
         raise ValueError("a host name or address alone: no scheme, user or port") from None

@@ -86,6 +86,9 @@ class Connection(web.RequestHandler):
 
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's signature
         """Finish the request that is being answered, in `timeout` seconds at most."""
+        if not self._messages and self._head_since < math.inf:
+            # aiohttp ends what waits for a request. What was taken just now does not wait yet, and is read no more.
+            self.force_close()
         try:
             async with asyncio.timeout(timeout):
                 await super().shutdown(None)

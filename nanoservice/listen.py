@@ -36,4 +36,4 @@ def hand(sock: socket.socket) -> dict[str, str]:
 
 def handed(environ: Mapping[str, str]) -> socket.socket | None:
     """Return the public socket that the parent process opened, if it did; it goes on listening when this process ends."""
-    return socket.socket(fileno=int(environ[_HANDED])) if _HANDED in environ else None
+    return socket.socket(fileno=int(environ[_HANDED])) if environ.get(_HANDED) else None

@@ -24,7 +24,7 @@ def main(root: Path, arguments: list[str]) -> int:
     Return the exit status of the last run. A run that fails waits for the change that mends it, but for bad settings.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit())
+        signal.signal(number, lambda number, _: sys.exit(number))
     process = None
     public = _listen()
     # Nothing withdraws the address of a service that is about to come back, so there is nothing to go on serving for.
@@ -38,8 +38,13 @@ def main(root: Path, arguments: list[str]) -> int:
                     return os.EX_CONFIG
                 time.sleep(_LOOK)
             _end(process)
-    except SystemExit:
-        return _end(process) if process else 0
+    except SystemExit as asked:
+        if not process:
+            return 0
+        for number in (signal.SIGTERM, signal.SIGINT):  # a second one is for the run, which else would outlive this
+            signal.signal(number, lambda number, _: process.send_signal(number))
+        # A terminal's Ctrl-C went to both; another signal would cut off what is in flight.
+        return process.wait() if asked.code == signal.SIGINT and sys.stdin.isatty() else _end(process)
 
 
 def _listen() -> socket.socket | None:

@@ -60,6 +60,7 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
                 status = runner.run(_live(service, config, store, public, admin))
                 # The event loop waits for a look-up of a name even if that was given up: without DNS, for 20 s and more.
                 last = threading.Timer(_CLOSE_SECONDS, os._exit, [status])
+                last.daemon = True  # nor must it be waited for
                 last.start()
             last.cancel()
             return status

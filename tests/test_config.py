@@ -45,6 +45,8 @@ def test_each_kind_of_value_is_read() -> None:
         ("BIND_PORT", "8" * 5000, "a whole number from 0 to 65535"),
         ("BIND_PORT", "٨٠٨٠", "a whole number from 0 to 65535"),
         ("BIND_HOST", "0.0.0.0:80", "a host name or address alone"),
+        ("BIND_HOST", "a..b", "a host name or address alone"),
+        ("REDIS_HOST", "r" * 64, "a host name or address alone"),
         ("REDIS_PORT", "0", "a whole number from 1 to 65535"),
         ("REDIS_HOST", "redis://u:secret@h:1", "a host name or address alone"),
         ("REDIS_TLS", "maybe", "one of true, on, 1, false, off, 0"),

@@ -164,7 +164,7 @@ class Locked:
         return set(listed.split())
 
     def is_killed_while_it_installs(self) -> None:
-        """Kill make, and what it runs, while it waits for an index that does not answer."""
+        """See that make, which waits for an index that does not answer, is left alone; and kill it, and what it runs."""
         with (
             socket.create_server(("127.0.0.1", 0)) as silent,
             subprocess.Popen(
@@ -183,6 +183,7 @@ class Locked:
             silent.settimeout(60)
             client, _ = silent.accept()
             with client:
+                assert "another make is making .venv" in self.make("can-run").stderr
                 os.killpg(popen.pid, signal.SIGKILL)
                 assert popen.wait(20) != 0
 

@@ -1,6 +1,7 @@
 """The reloader: what runs is run again when a file changes, and ends with it."""
 
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,24 @@ while True:
 """
 
 
+ASKED_ONCE = """
+import os, signal, time
+def end(*_):
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(3))
+    print("ends", flush=True)
+    time.sleep(0.5)
+    os._exit(0)
+signal.signal(signal.SIGTERM, end)
+signal.signal(signal.SIGINT, end)
+print("runs", flush=True)
+while True:
+    time.sleep(0.01)
+"""
+
+# Runs a command whose standard input is its terminal.
+ON_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+
+
 class Reloader:
     """The reloader of a copy of the chassis, beside a package called `thing`."""
 
@@ -32,11 +51,21 @@ class Reloader:
         self.folder = folder
         self.output = folder / "output"
 
-    def start(self, package: str = "thing", **environ: str) -> "subprocess.Popen[bytes]":
+    def start(self, package: str = "thing", terminal: int | None = None, **environ: str) -> "subprocess.Popen[bytes]":
         environ = {**os.environ, "DRAIN_SECONDS": "5", "PYTHONDONTWRITEBYTECODE": "1", **environ}
         command = [sys.executable, "-m", "nanoservice.reload", "-m", package]
+        if terminal is not None:
+            command = [sys.executable, "-c", ON_TERMINAL, *command]
         with self.output.open("wb") as output:
-            self.popen = subprocess.Popen(command, cwd=self.folder, env=environ, stdout=output, stderr=output)
+            self.popen = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=environ,
+                stdin=terminal,
+                stdout=output,
+                stderr=output,
+                start_new_session=terminal is not None,
+            )
         return self.popen
 
     def says(self, text: str) -> None:
@@ -47,8 +76,8 @@ class Reloader:
 def reloader(tmp_path: Path) -> Iterator[Reloader]:
     it = Reloader(tmp_path)
     yield it
-    it.popen.kill()
-    it.popen.wait()
+    it.popen.terminate()  # SIGKILL would leave what it runs
+    it.popen.wait(30)
 
 
 def test_change_runs_it_again_without_a_drain(reloader: Reloader) -> None:
@@ -81,7 +110,7 @@ def test_bad_settings_end_it(reloader: Reloader) -> None:
 async def test_request_between_two_runs_waits_for_the_next(reloader: Reloader, valkey: Valkey) -> None:
     shutil.copytree(ROOT / "hitcounter", reloader.folder / "hitcounter", ignore=shutil.ignore_patterns("__pycache__"))
     port = free_port()
-    popen = reloader.start("hitcounter", **valkey.environ(BIND_PORT=str(port)))
+    popen = reloader.start("hitcounter", None, **valkey.environ(BIND_PORT=str(port)))
     reloader.says("listening")
     url = f"http://127.0.0.1:{port}/livez"
     runs, answered, refused = 1, 0, 0
@@ -106,3 +135,23 @@ async def test_request_between_two_runs_waits_for_the_next(reloader: Reloader, v
     with pytest.raises(aiohttp.ClientConnectorError):  # nothing is left that listens
         async with aiohttp.request("GET", url):
             pass
+
+
+def test_ctrl_c_on_a_terminal_cuts_nothing_off(reloader: Reloader) -> None:
+    reloader.file.write_text(ASKED_ONCE)
+    terminal, stdin = pty.openpty()
+    with open(terminal, "wb", buffering=0) as keys, open(stdin, "rb"):
+        popen = reloader.start(terminal=stdin)
+        reloader.says("runs")
+        keys.write(b"\x03")
+        assert popen.wait(5 * SLACK) == 0
+
+
+def test_second_signal_is_for_what_runs(reloader: Reloader) -> None:
+    reloader.file.write_text(ASKED_ONCE.replace("sleep(0.5)", "sleep(60)"))
+    popen = reloader.start()
+    reloader.says("runs")
+    popen.send_signal(signal.SIGTERM)
+    reloader.says("ends")
+    popen.send_signal(signal.SIGTERM)
+    assert popen.wait(5 * SLACK) == 3
