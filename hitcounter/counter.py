@@ -328,7 +328,7 @@ class Counter:
                 extra={"answered": floor._asdict(), "found": before._asdict()},
             )
             self._highest = Counts(0, 0)
-        # But for posts with a key: their answers may be from before the store lost something.
+        # The highest but for posts with a key: their answers may be from before the store lost something.
         self._highest = Counts(max(hits, self._highest.hits), max(posts, self._highest.posts))
 
     async def start(self) -> None:

@@ -27,6 +27,7 @@ from nanoservice.service import Service
 
 ROOT = Path(__file__).parent.parent
 COMMAND = sys.executable, "-m", "hitcounter"
+WITHOUT = "import sys, runpy; sys.modules[%r] = None; runpy.run_module('hitcounter', run_name='__main__')"  # a package
 SLACK = 3  # the machines are shared: a limit that a test checks is allowed this many times as much
 
 

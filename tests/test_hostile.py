@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from conftest import COMMAND, SLACK, Process, Served, Valkey, eventually, resident, serving
+from conftest import COMMAND, SLACK, WITHOUT, Process, Served, Valkey, eventually, resident, serving
 from wire import Wire, chunked, connected, request
 
 from nanoservice import config, connection
@@ -24,11 +24,7 @@ Spawn = Callable[..., Process]
 
 MIB = 1 << 20
 MARK = b"zq7"  # begins a mark that stands in each hostile request, and may stand in no answer and no line of the log
-WITHOUT_UVLOOP = (
-    sys.executable,
-    "-c",
-    "import sys, runpy; sys.modules['uvloop'] = None; runpy.run_module('hitcounter', run_name='__main__')",
-)
+WITHOUT_UVLOOP = sys.executable, "-c", WITHOUT % "uvloop"
 
 
 # A busy machine may keep Redis waiting for long: that is not what is looked at here.

