@@ -26,49 +26,34 @@ endef
 PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --only-binary :all: --require-hashes
 NO_WHEEL = { echo "make: the packages cannot be installed (see above): no network, or a platform for which one has no wheel (there are wheels for Linux on x86_64 and aarch64, and macOS on arm64)" >&2; exit 1; }
 
-# Makes the target's folder an environment of these requirements alone. That has to be made at its place, so the one before is moved aside, and
-# back again if the install fails or is interrupted; if make itself was killed, by the next one. The target keeps the locks that it was made from:
-# with the same again, say after git checkout, it is good as it is. `making` has the process that is at it.
-define MAKE_VENV
-aside=$(@D).aside; \
-case "$$(ps -o stat= -p "$$(cat $(@D)/making 2>/dev/null)" 2>/dev/null)" in \
-  ''|Z*) ;; \
-  *) echo "make: another make is making $(@D): wait until it has ended" >&2; exit 1 ;; \
-esac; \
-for folder in $(@D) $$aside; do \
-  [ ! -e $$folder ] || [ -e $$folder/pyvenv.cfg ] || [ -e $$folder/making ] || { echo "make: $$folder is not a virtual environment: name another folder with VENV=..." >&2; exit 1; }; \
-done; \
-put_back() { trap '' INT TERM HUP; rm -rf $(@D); [ ! -e $$aside ] || mv $$aside $(@D); }; \
-[ ! -e $$aside ] || put_back; \
-if [ -e $@ ] && cat $^ | cmp -s - $@; then touch $@; exit; fi; \
-$(FIND_PYTHON); \
-python=$$("$$python" -c 'import sys; print(sys._base_executable)'); \
-echo "making $(@D) with $$python, once$(2)"; \
-[ ! -e $(@D) ] || mv $(@D) $$aside || exit; \
-trap put_back EXIT; trap 'exit 130' INT TERM HUP; \
-mkdir -p $(@D) && echo $$$$ >$(@D)/making && "$$python" -m venv $(@D) && cat $^ >$(@D)/locks && awk '/^[a-z]/ { wanted = /^valkey(lite)?==/ } wanted' requirements-dev.txt >$(@D)/valkey.txt || exit; \
-$(PIP_INSTALL) $(1) || $(NO_WHEEL); \
-trap '' INT TERM HUP; trap - EXIT; \
-[ ! -e $$aside ] || mv $$aside $(@D)/before; mv $(@D)/locks $@; rm -rf $(@D)/before $(@D)/making
+# Makes the target's folder an environment, unless it is one, and installs these requirements. pip fetches and checks all of them before it changes
+# any: what was there goes on working where that fails.
+define INSTALL
+[ ! -e $(@D) ] || [ -e $(@D)/pyvenv.cfg ] || { echo "make: $(@D) is not a virtual environment: name another folder with VENV=..." >&2; exit 1; }; \
+$(@D)/bin/python -m pip --version >/dev/null 2>&1 || { \
+  $(FIND_PYTHON); \
+  echo "making $(@D) with $$python, once"; \
+  "$$python" -m venv --clear $(@D) || exit; \
+}; \
+$(PIP_INSTALL) $(1) || $(NO_WHEEL)
 endef
 
-# Two at a time would move each other's environment away. What an interrupted make finds newer it deletes, even if that is whole.
+# Two installs at a time would disturb each other.
 .NOTPARALLEL:
-.PRECIOUS: $(VENV)/can-run $(VENV)/installed
 
-# What `make run` needs: the service's packages, and a Valkey. All from the locks; made anew when they change.
+# What `make run` needs: the service's packages, and a Valkey. All from the locks.
+VALKEY_LOCK = awk '/^[a-z]/ { wanted = /^valkey(lite)?==/ } wanted' requirements-dev.txt
 $(VENV)/can-run: requirements.txt requirements-dev.txt
-	@$(call MAKE_VENV,-r requirements.txt -r $(@D)/valkey.txt)
+	@$(call INSTALL,-r requirements.txt && $(VALKEY_LOCK) | $(PIP_INSTALL) -r /dev/stdin)
+	@touch $@
 
-# What all else needs: that, and more, which is added in place: `make run` may be under way.
-$(VENV)/installed: requirements.txt requirements-dev.txt
-	@if [ ! -e $@ ] && [ -e $(@D)/can-run ] && cat $^ | cmp -s - $(@D)/can-run; then \
-	  echo "installing the development packages, once: about half a minute"; \
-	  $(PIP_INSTALL) -r requirements.txt -r requirements-dev.txt || $(NO_WHEEL); \
-	  cp -p $(@D)/can-run $@; exit; \
-	fi; \
-	$(call MAKE_VENV,-r requirements.txt -r requirements-dev.txt,: about half a minute for the development packages); \
-	cp -p $@ $(@D)/can-run
+# What all else needs: that, and the development packages, and none that is in no lock any more.
+$(VENV)/installed: $(VENV)/can-run
+	@[ -e $@ ] || echo "installing the development packages, once: about half a minute"
+	@$(call INSTALL,-r requirements.txt -r requirements-dev.txt)
+	@gone=$$($(BIN)/python -m pip freeze | sed 's/[ =].*//' | tr 'A-Z._' 'a-z--' | grep -vxF "$$(sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' requirements.txt requirements-dev.txt)"); \
+	[ -z "$$gone" ] || $(BIN)/python -m pip uninstall --quiet --disable-pip-version-check --yes $$gone
+	@touch $@
 
 # --- every day ---
 
@@ -134,8 +119,8 @@ BENCH := .venv-bench
 
 # What `make run` needs, and the peers.
 $(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt
-	@$(call MAKE_VENV,-r requirements.txt -r $(@D)/valkey.txt && $(PIP_INSTALL) -r bench/requirements.txt)
-.PRECIOUS: $(BENCH)/peers
+	@$(call INSTALL,-r requirements.txt && $(VALKEY_LOCK) | $(PIP_INSTALL) -r /dev/stdin && $(PIP_INSTALL) -r bench/requirements.txt)
+	@touch $@
 
 bench: $(BENCH)/peers ## measure the service against its peers, in 6 minutes; writes bench/results.md and bench/results.svg
 	@$(BENCH)/bin/python -m bench.run
