@@ -170,12 +170,12 @@ class Locked:
 
 
 @pytest.fixture
-def locked(copy: Path, tmp_path: Path) -> Locked:
-    return Locked(copy, tmp_path / "index")
+def locked(copy_with_environment: Path, tmp_path: Path) -> Locked:
+    return Locked(copy_with_environment, tmp_path / "index")
 
 
 def test_environment_has_what_its_locks_have_and_outlives_an_install_that_fails(locked: Locked) -> None:
-    assert locked.make("can-run").stdout.count("making .venv") == 1
+    assert locked.make("can-run").stdout == ""
     assert locked.packages() == {"tiny==1.0"}
     assert locked.stale() == {"installed"}
     assert "about half a minute" in locked.make("installed").stdout
@@ -195,8 +195,7 @@ def test_environment_has_what_its_locks_have_and_outlives_an_install_that_fails(
     assert locked.stale() == set()
 
 
-def test_environment_whose_python_is_gone_is_made_anew(copy_with_environment: Path, tmp_path: Path) -> None:
-    locked = Locked(copy_with_environment, tmp_path / "index")
+def test_environment_whose_python_is_gone_is_made_anew(locked: Locked, tmp_path: Path) -> None:
     for python in (locked.copy / ".venv" / "bin").glob("python*"):
         python.unlink()
         python.symlink_to(tmp_path / "gone")
