@@ -119,6 +119,10 @@ class Load:
             await asyncio.wait(open_still, timeout=patience)
         return self.tally
 
+    def stop(self) -> None:
+        """Send no more."""
+        self._until = 0.0
+
     def next(self) -> tuple[str | None, bytes] | None:
         """Return what to send next; None when it is enough."""
         return next(self._requests, None) if time.monotonic() < self._until else None

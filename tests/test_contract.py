@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from email.utils import parsedate_to_datetime
@@ -246,7 +247,9 @@ async def test_chunked_body_without_end_is_413(served: Served) -> None:
 
 
 async def test_bodies_are_not_held(spawn: Callable[..., Process], valkey: Valkey) -> None:
-    process = spawn(valkey.environ(BIND_HOST="127.0.0.1"))
+    patient = "import runpy; from nanoservice import connection; connection.RECEIVE_SECONDS = 120;"
+    command = sys.executable, "-c", patient + "runpy.run_module('hitcounter', run_name='__main__')"
+    process = spawn(valkey.environ(BIND_HOST="127.0.0.1"), command=command)
 
     def received() -> bool:
         """Return whether the process has read all that was sent to it: no socket of its port has a byte in its queues."""

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 
+import pytest
 import redis
 from conftest import SLACK, Process, Valkey, eventually
 from load import Load, Tally
@@ -16,6 +17,15 @@ SECONDS = 10  # for which each load lasts
 LOST_REPLIES = 100  # at least, in the test of a bad network
 
 Spawn = Callable[..., Process]
+
+
+@pytest.fixture
+def valkey(valkey: Valkey) -> Valkey:
+    """The tests' Valkey, with the setting of a system of record: what is answered is on the disk."""
+    valkey.options = "--appendfsync", "always"
+    valkey.kill()
+    valkey.start()
+    return valkey
 
 
 def totals(valkey: Valkey) -> tuple[int, int]:
@@ -56,7 +66,7 @@ async def test_each_number_is_answered_once_by_two_processes_to_a_thousand_conne
         tally = await load.run(SECONDS)
     end(services)
     tally.check(*totals(valkey))
-    assert tally.answered > 0.99 * tally.statuses.total()
+    assert tally.answered > 0.95 * tally.statuses.total()
     assert tally.answered > 1000 * SECONDS / SLACK
     assert tally.repeated > 100
 
@@ -67,16 +77,19 @@ async def test_no_hit_is_lost_or_counted_twice_while_the_store_is_killed_three_t
     tally = load.tally
 
     async def crash() -> None:
+        began = time.monotonic()
         for _ in range(3):
             answered = tally.answered
             await eventually(lambda: tally.answered > answered + 200, SECONDS * SLACK)
             await asyncio.sleep(SECONDS / 5)
             await asyncio.to_thread(valkey.kill)
             await asyncio.to_thread(valkey.start)
+        await asyncio.sleep(began + SECONDS - time.monotonic())
+        load.stop()
 
     async with watching(valkey, tally), asyncio.TaskGroup() as group:
         group.create_task(crash())
-        group.create_task(load.run(SECONDS))
+        group.create_task(load.run(SECONDS * SLACK))
     end(services)
     tally.check(*totals(valkey))
     assert tally.answered > 1000
@@ -107,13 +120,24 @@ async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_an
             await asyncio.sleep(0.5)
             await proxy.release()
 
+    def enough() -> bool:
+        """Return whether it was as bad as it is meant to be, and duplicates did come after newer batches."""
+        lost = proxy.fates[Fate.LOSE_REPLY] + proxy.fates[Fate.SWALLOW_REPLY]
+        repeated = min(proxy.repeated["late"], proxy.repeated["counted"])
+        return lost >= LOST_REPLIES and repeated > 10 and all(proxy.fates[fault] for fault in faults)
+
+    async def stop() -> None:
+        await asyncio.sleep(SECONDS)
+        await eventually(enough, SECONDS * SLACK)
+        load.stop()
+
     async with Proxy(valkey.port, fate) as proxy:
         services = [spawn(valkey.environ(REDIS_PORT=str(proxy.port), REDIS_TIMEOUT="0.15")) for _ in range(2)]
         load = Load([service.port for service in services], CONNECTIONS)
         tally = load.tally
         async with watching(valkey, tally):
             late = asyncio.create_task(deliver_late(proxy))
-            await load.run(SECONDS)
+            await asyncio.gather(load.run(SECONDS * (SLACK + 1)), stop())
             late.cancel()
             await asyncio.gather(late, return_exceptions=True)
         await proxy.release()
@@ -122,8 +146,4 @@ async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_an
     assert tally.answered > 1000
     assert tally.repeated > 20
     print({fate.name: number for fate, number in proxy.fates.items()}, "sent once more:", dict(proxy.repeated))
-    # It was as bad as meant to be, and duplicates did come after newer batches.
-    assert proxy.fates[Fate.LOSE_REPLY] + proxy.fates[Fate.SWALLOW_REPLY] >= LOST_REPLIES
-    assert min(proxy.fates[fault] for fault in faults) > 0
-    assert proxy.repeated["late"] > 10
-    assert proxy.repeated["counted"] > 10
+    assert enough()

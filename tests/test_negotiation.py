@@ -112,9 +112,13 @@ def test_no_range_takes_long_to_read(part: str) -> None:
 
 
 def test_longest_header_does_not_take_long_to_read() -> None:
-    began = time.process_time()
-    preferred("a/b,a/c;q=0," * 83, (TEXT, JSON))
-    assert time.process_time() - began < 0.01 * SLACK
+    def seconds() -> float:
+        preferred.cache_clear()
+        began = time.process_time()
+        preferred("a/b,a/c;q=0," * 83, (TEXT, JSON))
+        return time.process_time() - began
+
+    assert min(seconds() for _ in range(5)) < 0.01  # one of them meets no collection of garbage
 
 
 def test_header_that_is_too_long_is_431_and_not_remembered() -> None:

@@ -93,7 +93,7 @@ def check(process: Process, folder: Path, *options: str) -> None:
 
 
 def test_schemathesis_finds_nothing(spawn: Callable[..., Process], valkey: Valkey, tmp_path: Path) -> None:
-    process = spawn(valkey.environ())
+    process = spawn(valkey.environ(REDIS_TIMEOUT="30", REQUEST_TIMEOUT="30"))
     check(process, tmp_path)
     check(process, tmp_path, "--header", "Accept: application/json", "--include-path", "/")
     with urllib.request.urlopen(f"http://127.0.0.1:{process.admin_port}/metrics") as answer:
@@ -101,4 +101,5 @@ def test_schemathesis_finds_nothing(spawn: Callable[..., Process], valkey: Valke
     # It has tried what is right, what is wrong, and methods that are not documented.
     for labels in ('"GET",route="/",status="200"', '"POST",route="/",status="400"', '"PATCH",route="unmatched",status="405"'):
         assert f"http_request_duration_seconds_count{{method={labels}}}" in page
-    assert not [line for line in process.log if line["level"] not in ("debug", "info")]
+    told = {line["message"].partition(";")[0] for line in process.log if line["level"] not in ("debug", "info")}
+    assert told <= {"slow request"}  # a busy machine may make one

@@ -52,7 +52,7 @@ async def test_password_without_a_user_is_the_default_users(valkey: Valkey) -> N
 
 
 async def test_wrong_password_is_503_until_it_is_right(secured: Valkey, caplog: pytest.LogCaptureFixture) -> None:
-    async with serving(secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="second", REQUEST_TIMEOUT="0.3")) as served:
+    async with serving(secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="second", REQUEST_TIMEOUT="1")) as served:
         for _ in range(3):
             async with served.client.get("/") as answer:
                 assert answer.status == 503
@@ -73,7 +73,7 @@ async def test_password_that_redis_quotes_is_not_logged(tmp_path: Path, caplog: 
     valkey = Valkey(tmp_path, "--rename-command", "AUTH", "")
     valkey.start()
     try:
-        async with serving(valkey.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="s3cret", REQUEST_TIMEOUT="0.3")) as served:
+        async with serving(valkey.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="s3cret", REQUEST_TIMEOUT="1")) as served:
             for path in ("/", "/readyz"):
                 async with served.client.get(path) as answer:
                     assert answer.status == 503
@@ -133,7 +133,7 @@ async def test_password_file_that_is_no_text_is_503_and_not_quoted(
 ) -> None:
     file = tmp_path / "password"
     file.write_bytes(b"s3cret\xff")
-    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file), REQUEST_TIMEOUT="0.3")
+    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file), REQUEST_TIMEOUT="1")
     async with serving(environ) as served:
         assert await status(served) == 503
         assert [record for record in caplog.records if vars(record).get("error") == "REDIS_PASSWORD_FILE is not UTF-8"]

@@ -20,8 +20,7 @@ from nanoservice.service import Service, create_app
 @pytest.fixture
 async def greeter(valkey: Valkey) -> AsyncIterator[Served]:
     """The second service."""
-    environ = {**valkey.environ(GREET_WITH="Hi"), "REDIS_TIMEOUT": "0.3"}
-    async with serving(environ, second_service.SERVICE) as served:
+    async with serving(valkey.environ(GREET_WITH="Hi"), second_service.SERVICE) as served:
         yield served
 
 

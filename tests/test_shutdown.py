@@ -70,7 +70,7 @@ async def test_no_request_fails_over_twenty_restarts_with_a_drain(valkey: Valkey
 
 
 async def test_drain_serves_on_and_ends_each_connection(valkey: Valkey, spawn: Spawn) -> None:
-    process = spawn(valkey.environ(DRAIN_SECONDS="2"))
+    process = spawn(valkey.environ(DRAIN_SECONDS=str(SLACK)))
     async with aiohttp.ClientSession() as client:
         async with client.get(process.url) as answer:
             assert "Connection" not in answer.headers
@@ -116,7 +116,7 @@ async def test_what_is_in_flight_is_answered(valkey: Valkey, spawn: Spawn) -> No
 
 
 async def test_hung_redis_does_not_hold_up_the_end(valkey: Valkey, spawn: Spawn) -> None:
-    process = spawn(valkey.environ())
+    process = spawn(valkey.environ(REQUEST_TIMEOUT=str(SLACK)))
     async with aiohttp.ClientSession() as client:
         async with client.get(process.url) as answer:
             assert answer.status == 200
@@ -133,7 +133,7 @@ async def test_hung_redis_does_not_hold_up_the_end(valkey: Valkey, spawn: Spawn)
 
 async def test_what_never_ends_is_waited_for_once(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     assert server.FINISH_SECONDS == 10  # with a drain of 5 and a second to close: 16
-    monkeypatch.setattr(server, "FINISH_SECONDS", 2.0)
+    monkeypatch.setattr(server, "FINISH_SECONDS", 3.0)
     async with contextlib.AsyncExitStack() as stack:
         async with serving(valkey.environ(REQUEST_TIMEOUT="60", REDIS_TIMEOUT="60")) as served:
             valkey.freeze()
@@ -151,7 +151,7 @@ async def test_what_never_ends_is_waited_for_once(valkey: Valkey, monkeypatch: p
                     await asyncio.wait_for(deaf.writer.drain(), 0.3)
             await eventually(lambda: pending(served, 1), 5)
             began = time.monotonic()
-        assert 2 <= time.monotonic() - began < 3.9  # not twice as long, for whatever reason
+        assert 3 <= time.monotonic() - began < 5.9  # not twice as long, for whatever reason
 
 
 async def test_second_signal_stops_at_once(valkey: Valkey, spawn: Spawn) -> None:
