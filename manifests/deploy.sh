@@ -63,9 +63,9 @@ namespace: $NAMESPACE
 resources:
   - ../minikube
 images:
-  - {name: hitcounter, newName: ${1%:*}, newTag: ${1##*:}}
+  - {name: hitcounter, newName: "${1%:*}", newTag: "${1##*:}"}
 END
-  [ -z "$VALKEY" ] || echo "  - {name: docker.io/valkey/valkey, newName: ${VALKEY%:*}, newTag: \"${VALKEY##*:}\"}" >>"$folder/kustomization.yaml"
+  [ -z "$VALKEY" ] || echo "  - {name: docker.io/valkey/valkey, newName: \"${VALKEY%:*}\", newTag: \"${VALKEY##*:}\"}" >>"$folder/kustomization.yaml"
 }
 
 wait_for() { # KIND/NAME: until its pods are ready

@@ -31,7 +31,8 @@ write_secret() { # NAME FOLDER: have the secret hold the folder's files
 read_passwords() { # put what redis-users has into a file each
   mkdir -p "$work/users"
   for name in $users; do
-    read_secret redis-users "$name" | grep . >"$work/users/$name" || true   # whoever made the secret, a line each
+    read_secret redis-users "$name" >"$work/read"           # a line of its own: a failure is not "no password"
+    grep . "$work/read" >"$work/users/$name" || true        # whoever made the secret, a line each
   done
 }
 
