@@ -35,10 +35,10 @@ def container(network: str, *options: str, name: str = "") -> Iterator[str]:
 
 
 def get(identity: str, path: str = "/") -> str:
-    """Return the answer to a request, nothing if there is none."""
+    """Return the answer to a request, nothing if there is none. It is waited for: one that is given up may count."""
     address = run("port", identity, "8080/tcp").splitlines()[0]
     try:
-        with urllib.request.urlopen(f"http://{address}{path}", timeout=2) as answer:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=30) as answer:
             return str(answer.read().decode())
     except OSError:
         return ""

@@ -206,13 +206,14 @@ def test_what_is_no_snapshot_is_refused_and_nothing_changes(stopped: Shipped) ->
 # --- the rights ---
 
 
-async def refusal(store: Shipped) -> str:
+async def refusal(store: Shipped, timeout: float) -> str:
     """Have the service do all that it does with Redis; return what the first answer that is not 200 tells, if there is one."""
+    store.ask("all", "FLUSHALL")
     store.ask("all", "ZADD", ORDER, 1, "old")  # to be forgotten
     store.ask("all", "HSET", ANSWERS, "old", "x")
     password = store.root / "run/secrets/redis/hitcounter"
     environ = store.environ(REDIS_USERNAME="hitcounter", REDIS_PASSWORD_FILE=str(password), IDEMPOTENCY_KEYS="1")
-    async with serving({**environ, "REQUEST_TIMEOUT": "0.5"}) as served:
+    async with serving({**environ, "REQUEST_TIMEOUT": str(timeout)}) as served:
         for method, path, headers in (
             ("GET", "/readyz", {}), ("GET", "/", {}), ("POST", "/", {}),
             *(("POST", "/", {"Idempotency-Key": key}) for key in ("a", "b", "b")),
@@ -226,7 +227,7 @@ async def refusal(store: Shipped) -> str:
 
 
 async def test_service_can_do_all_with_the_rights_of_its_user(store: Shipped) -> None:
-    assert await refusal(store) == ""
+    assert await refusal(store, 10) == ""
     assert store.ask("all", "MGET", HITS, POSTS) == ["2", "3"]
 
 
@@ -235,8 +236,12 @@ async def test_service_can_spare_none_of_the_rights_of_its_user(
     store: Shipped, right: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.ask("all", "ACL", "SETUSER", "hitcounter", "resetkeys", *(other for other in RIGHTS if other != right))
-    assert await refusal(store)
-    assert "Redis fails: its user may not do this (NOPERM)" in caplog.messages
+    told = "Redis fails: its user may not do this (NOPERM)"
+    for timeout in (0.5, 5):  # a machine that is held up gets a second look
+        assert await refusal(store, timeout)
+        if told in caplog.messages:
+            break
+    assert told in caplog.messages
 
 
 @pytest.mark.parametrize("user", ["hitcounter", "probe", "operator"])

@@ -16,8 +16,9 @@ def test_volume_survives_the_pod(cluster: Deployed) -> None:
     namespace = cluster.namespace
     before = namespace.counts()
     namespace.kubectl("delete", "pod", "redis-0")
+    namespace.kubectl("wait", "--for=create", "pod/redis-0", "--timeout=60s")
     namespace.await_rollout("statefulset/redis")
-    assert namespace.counts() == (before[0] + 1, before[1])
+    assert wait_for(namespace.answered, 30) == (before[0] + 1, before[1])
 
 
 def test_service_tells_that_redis_was_set_back(cluster: Deployed, tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_backup_gives_the_counts_of_its_moment_in_another_namespace(cluster: Dep
     for _ in range(3):
         last = cluster.namespace.counts()
     install(cluster, other)
-    assert other.counts() == (1, 0)
+    assert wait_for(other.answered, 30) == (1, 0)
     other.make("restore", f"FILE={file}")
     restored = wait_for(other.answered, 30)
     print(f"\nbacked up at {at_backup}, restored {restored[0] - 1} hits; lost: the {last[0] - at_backup[0]} that came after")

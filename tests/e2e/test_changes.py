@@ -20,7 +20,7 @@ def scale(namespace: Namespace, replicas: int) -> None:
 
 
 def evict(namespace: Namespace, pod: str) -> None:
-    """Ask for the pod's end as `kubectl drain` does: a disruption budget may refuse."""
+    """Ask for the end of one of two pods as `kubectl drain` does: a disruption budget may refuse."""
     body = f'{{"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {{"name": "{pod}", "namespace": "{namespace.name}"}}}}'
     path = f"/api/v1/namespaces/{namespace.name}/pods/{pod}/eviction"
     namespace.kubectl("create", f"--raw={path}", "--filename=-", input=body)
@@ -50,7 +50,18 @@ def scale_up_and_down(namespace: Namespace) -> None:
         scale(namespace, replicas)
 
 
+def await_budget(namespace: Namespace) -> None:
+    """Wait until the disruption budget knows of two pods, which is a moment after they are ready."""
+
+    def allows_one() -> bool:
+        status = namespace.get("poddisruptionbudget", "hitcounter")["status"]
+        return (status.get("expectedPods"), status.get("disruptionsAllowed")) == (2, 1)
+
+    wait_for(allows_one, 60)
+
+
 def evict_one(namespace: Namespace) -> None:
+    await_budget(namespace)
     evict(namespace, namespace.ready()[0])
     wait_for(lambda: len(namespace.ready()) == len(namespace.pods()) == 2, 120)
 
@@ -72,6 +83,7 @@ async def test_changes_cost_no_request(cluster: Deployed) -> None:
 async def test_eviction_beyond_the_budget_is_refused(cluster: Deployed) -> None:
     namespace = cluster.namespace
     await step(scale, namespace, 2)
+    await step(await_budget, namespace)
     first, second = await step(namespace.ready)
     await step(evict, namespace, first)
     with pytest.raises(AssertionError, match="disruption budget"):
@@ -130,7 +142,7 @@ def test_rotation_may_be_cut_short_at_any_step_and_redis_restart(cluster: Deploy
         seen |= set(namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").split())
     assert len(seen) == 2  # a rotation that is taken up again goes on with its password
     assert namespace.make("secret-rotate").endswith("Redis takes the new ones alone\n")
-    assert namespace.counts() == (hits + 1, posts)
+    assert wait_for(namespace.answered, 30) == (hits + 1, posts)
     for password in seen:
         assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=password))
     assert old in seen

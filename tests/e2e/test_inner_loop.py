@@ -73,9 +73,9 @@ def url(namespace: Namespace) -> str:
     return deployed().url.replace(":30080", f":{port['nodePort']}")
 
 
-def ask(url: str) -> str:
+def ask(url: str, seconds: float = 5) -> str:
     """Return the answer, or nothing while there is none."""
-    with contextlib.suppress(OSError), urlopen(url, timeout=5) as answer:
+    with contextlib.suppress(OSError), urlopen(url, timeout=seconds) as answer:
         return str(answer.read().decode())
     return ""
 
@@ -118,7 +118,7 @@ def test_changed_new_and_deleted_files_are_answered_by_the_same_pod(dev: Namespa
     # The way of `skaffold dev`, which ends where it is refused once.
     with forwarded(pod, 8080) as port:
         service = f"http://127.0.0.1:{port}/"
-        last = int(re.findall(r"seen (\d+) times", ask(service))[0])
+        last = int(wait_for(lambda: re.findall(r"seen (\d+) times", ask(service)), 30)[0])
         for what, files, deleted, expected in steps:
             began = time.monotonic()
             sync(pod, files, deleted)
@@ -157,10 +157,11 @@ def test_log_is_for_a_person(dev: Namespace) -> None:
 # --- skaffold verify ---
 
 
-def smoke_test(namespace: Namespace, image: str, name: str = "smoke-test") -> tuple[str, str]:
-    """Run the smoke test as Skaffold composes it, and return what became of it and its log."""
+def smoke_test(namespace: Namespace, image: str, name: str = "smoke-test", wait: int = 0) -> tuple[str, str]:
+    """Run the smoke test as Skaffold composes it, after so many seconds; return what became of it and its log."""
     (case,) = CONFIG["verify"]
     job = yaml.safe_load((ROOT / case["executionMode"]["kubernetesCluster"]["jobManifestPath"]).read_text())
+    (script,) = case["container"]["args"]
     job["metadata"] = {"name": name, "namespace": namespace.name}
     template = job["spec"]["template"]
     template["metadata"]["labels"] = {"app.kubernetes.io/name": name}
@@ -169,7 +170,7 @@ def smoke_test(namespace: Namespace, image: str, name: str = "smoke-test") -> tu
     template["spec"]["containers"][0] |= {
         "image": image,
         "command": case["container"]["command"],
-        "args": case["container"]["args"],
+        "args": [f"import time; time.sleep({wait})\n{script}"],
     }
     namespace.apply(json.dumps(job))
     status = wait_for(lambda: _ended(namespace.get("job", name)), case["timeout"])
@@ -187,7 +188,7 @@ def test_smoke_test_passes_by_the_policy_that_is_made_for_it_alone(dev: Namespac
     image = deployed().image
     status, log = smoke_test(dev, image)
     assert (status, "it counts: {'hits'" in log) == ("Complete", True), log
-    status, log = smoke_test(dev, image, "another")
+    status, log = smoke_test(dev, image, "another", wait=5)  # a pod is known to the policies a moment after it has its address
     assert status == "Failed", log
     assert "URLError" in log
 
@@ -263,7 +264,7 @@ def test_debugger_attaches_through_a_forwarded_port_and_stops_a_request(dev: Nam
     source = {"path": f"{PLACE}/hitcounter/app.py"}
     line = APP.splitlines().index("        form = _form(request)") + 1
     service = url(dev)
-    assert ask(service).startswith(GREETING)
+    wait_for(lambda: ask(service).startswith(GREETING), 30)
     with forwarded(pod, 5678) as debug:
         with contextlib.closing(Debugger(debug)) as debugger:
             debugger.ask("initialize", adapterID="test", pathFormat="path")
@@ -274,7 +275,7 @@ def test_debugger_attaches_through_a_forwarded_port_and_stops_a_request(dev: Nam
             debugger.ask("configurationDone")
             debugger.response(attached)
             answers: list[str] = []
-            client = threading.Thread(target=lambda: answers.append(ask(service)))
+            client = threading.Thread(target=lambda: answers.append(ask(service, 60)))
             client.start()
             stopped = debugger.event("stopped")
             assert stopped["reason"] == "breakpoint"
@@ -284,7 +285,7 @@ def test_debugger_attaches_through_a_forwarded_port_and_stops_a_request(dev: Nam
             assert not answers
             debugger.ask("setBreakpoints", source=source, breakpoints=[])
             debugger.ask("continue", threadId=stopped["threadId"])
-            client.join(30)
+            client.join(60)
             assert answers[0].startswith(GREETING)
     assert identity(the_pod(dev)) == identity(pod)
     # Who reaches it can run anything in the pod, so only what is in the pod does.

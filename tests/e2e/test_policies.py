@@ -83,7 +83,7 @@ def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
     start(monitoring, cluster.image)
     start(ours, cluster.image, "stranger")
 
-    assert reach(ours, ours.ready()[0], redis) == {redis: True}
+    wait_for(lambda: reach(ours, ours.ready()[0], redis) == {redis: True}, 15)
     assert reach(other, "client", redis, f"{address}:8080", f"{address}:9090") == {
         redis: False,
         f"{address}:8080": True,

@@ -27,6 +27,6 @@ def test_manifests_of_a_release_run_the_image_that_was_published(tmp_path: Path)
         for what in "statefulset/redis", "deployment/hitcounter":
             one.await_rollout(what)
         wait_for(one.ready, 60)
-        assert one.counts()[0] == 1
+        assert wait_for(one.answered, 30)[0] == 1
         for pod in one.pods(SERVICE):
             assert pod["spec"]["containers"][0]["image"] == image

@@ -27,7 +27,7 @@ REDIS = "app.kubernetes.io/name=redis"
 def installed(cluster: Deployed, other: Namespace) -> Namespace:
     """A service and a Redis to break."""
     install(cluster, other)
-    assert other.counts() == (1, 0)
+    assert wait_for(other.answered, 30) == (1, 0)
     return other
 
 
@@ -64,11 +64,11 @@ def test_wrong_password_keeps_the_new_pod_out_and_the_old_one_serving(installed:
     new = newcomer(installed, old)
     wait_for(lambda: "Redis fails: wrong user or password" in log(installed, new), 60)
     assert installed.ready() == [old]
-    assert installed.counts() == (2, 0)
+    assert wait_for(installed.answered, 30) == (2, 0)
     assert installed.make("secret").strip() == "wrote the secret hitcounter-redis"
     installed.kubectl("rollout", "restart", "deployment/hitcounter")  # or wait for the kubelet to change the file in the pod
     installed.await_rollout("deployment/hitcounter")
-    assert installed.counts() == (3, 0)
+    assert wait_for(installed.answered, 30) == (3, 0)
 
 
 def test_image_that_cannot_be_pulled_leaves_the_old_pod_serving(installed: Namespace) -> None:
@@ -82,7 +82,7 @@ def test_image_that_cannot_be_pulled_leaves_the_old_pod_serving(installed: Names
 
     wait_for(lambda: reason() in ("ErrImagePull", "ImagePullBackOff"), 60)
     assert installed.ready() == [old]
-    assert installed.counts() == (2, 0)
+    assert wait_for(installed.answered, 30) == (2, 0)
     installed.kubectl("rollout", "undo", "deployment/hitcounter")
     installed.await_rollout("deployment/hitcounter")
 
@@ -96,12 +96,12 @@ def test_cluster_without_dns_keeps_new_pods_out_and_old_ones_serving(installed: 
     new = newcomer(installed, old)
     wait_for(lambda: re.search("Redis fails: it (does not answer in time|cannot be reached)", log(installed, new)), 60)
     assert installed.ready() == [old]
-    assert installed.counts() == (2, 0)  # its connections are open
+    assert wait_for(installed.answered, 30) == (2, 0)  # its connections are open
     assert "never retrieved" not in log(installed, new)  # of look-ups that fail later
     began = time.monotonic()
     installed.kubectl("delete", "pod", new)
     print(f"\nended after {time.monotonic() - began:.0f} s, 5 of them to drain")
-    assert time.monotonic() - began < 15  # while look-ups go on
+    assert time.monotonic() - began < 20  # while look-ups go on, which end after 21
     patch[0]["value"] = rules
     installed.kubectl("patch", "networkpolicy", "hitcounter", "--type=json", f"--patch={json.dumps(patch)}")
     began = time.monotonic()
@@ -181,7 +181,7 @@ patches:
 def test_full_disk_ends_redis_and_costs_no_answered_hit(cluster: Deployed, other: Namespace) -> None:
     install(cluster, other, _SMALL)
     for number in range(1, 6):
-        assert other.counts() == (number, 0)
+        assert wait_for(other.answered, 30) == (number, 0)
     fill = ["exec", "redis-0", "--container=filler", "--", "sh", "-c"]
     other.kubectl(*fill, "head -c 32000000 /dev/zero >/data/filler || true")
     wait_for(lambda: detail(other).startswith("503 Redis: it "), 60)
@@ -221,8 +221,9 @@ seq "$(($1 * 1000))" | sed 's/.*/SET {hitcounter}:fill &/' | valkey-cli -s /run/
 
 def test_redis_that_loads_is_not_ready_and_not_restarted(cluster: Deployed, installed: Namespace) -> None:
     assert installed.kubectl("exec", "redis-0", "--", "sh", "-c", _COMMANDS, "sh", "10").strip() == "OK"
-    # Slow to load, and restarted at the first look of the kubelet that finds it not alive.
-    probe = {"initialDelaySeconds": 5, "periodSeconds": 1, "failureThreshold": 1}
+    # Slow to load, and restarted at the first look of the kubelet that finds it not alive. It answers once in a
+    # thousand commands, which a busy machine draws out: what is looked for is a "no", not a late "yes".
+    probe = {"initialDelaySeconds": 5, "periodSeconds": 1, "failureThreshold": 1, "timeoutSeconds": 60}
     container = {"name": "redis", "args": ["--key-load-delay", "1000"], "livenessProbe": probe}
     patch = {"spec": {"template": {"spec": {"containers": [container]}}}}
     installed.kubectl("patch", "statefulset", "redis", f"--patch={json.dumps(patch)}")

@@ -45,7 +45,7 @@ def test_tls_component_leaves_nothing_in_clear(cluster: Deployed, other: Namespa
     }
     other.apply(json.dumps(secret))
     install(cluster, other, "components: [../components/redis-tls]")
-    assert other.counts() == (1, 0)
+    assert wait_for(other.answered, 30) == (1, 0)
     (pod,) = other.ready()
     assert "NOAUTH" in other.python(pod, _PING, "tls")
     assert "NOAUTH" not in other.python(pod, _PING, "plain")
@@ -112,4 +112,4 @@ def test_redis_outside_is_used_and_nothing_else_let_out(cluster: Deployed, other
         assert not other.ready()  # the policy names other addresses
         other.apply(text.replace("192.0.2.0/24", f"{address}/32"))
         other.await_rollout("deployment/hitcounter")
-        assert other.counts() == (1, 0)
+        assert wait_for(other.answered, 30) == (1, 0)
