@@ -1,6 +1,7 @@
 """What the tests share: a real Valkey that can be killed and restarted, and the service, in this process or in its own."""
 
 import asyncio
+import atexit
 import contextlib
 import json
 import os
@@ -40,9 +41,6 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str = "") -> An
     return value
 
 
-_kept: list[socket.socket] = []
-
-
 def free_port() -> int:
     """Return a port for whoever is told of it. On Linux, a socket that does not listen keeps it from being given to others."""
     sock = socket.socket()
@@ -50,7 +48,7 @@ def free_port() -> int:
     sock.bind(("127.0.0.1", 0))
     port = int(sock.getsockname()[1])
     if sys.platform == "linux":
-        _kept.append(sock)
+        atexit.register(sock.close)  # until then it keeps the port
     else:
         sock.close()
     return port
