@@ -6,7 +6,7 @@ override VENV := $(patsubst %/,%,$(VENV))
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast lint format types lock lock-check coverage bench bench-quick wheels image image-check image-multiarch image-digest test-image test-compose clean
+.PHONY: help run test lint format types lock lock-check coverage bench bench-quick wheels image image-check image-multiarch image-digest test-image test-compose clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,7 +51,7 @@ $(VENV)/can-run: requirements.txt requirements-dev.txt
 $(VENV)/installed: $(VENV)/can-run
 	@[ -e $@ ] || echo "installing the development packages, once: about half a minute"
 	@$(call INSTALL,-r requirements.txt -r requirements-dev.txt)
-	@gone=$$($(BIN)/python -m pip freeze | sed 's/[ =].*//' | tr 'A-Z._' 'a-z--' | grep -vxF "$$(sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' requirements.txt requirements-dev.txt)"); \
+	@gone=$$($(BIN)/python -m pip freeze --exclude-editable | sed 's/[ =].*//' | tr 'A-Z._' 'a-z--' | grep -vxF "$$(sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' requirements.txt requirements-dev.txt)"); \
 	[ -z "$$gone" ] || $(BIN)/python -m pip uninstall --quiet --disable-pip-version-check --yes $$gone
 	@touch $@
 
@@ -103,8 +103,8 @@ lock: $(VENV)/installed lowest-python ## write requirements*.txt anew from requi
 lock-check: $(VENV)/installed lowest-python ## fail if requirements*.txt does not follow from requirements*.in
 	@rm -rf $(VENV)/lock && mkdir -p $(VENV)/lock/bench && for name in $(LOCKS); do cp $$name.in $$name.txt $(VENV)/lock/$$(dirname $$name) || exit; done
 	@cd $(VENV)/lock && for name in $(LOCKS); do \
-	    $(subst $(BIN),$(abspath $(BIN)),$(LOCK)) --output-file=$$name.txt $$name.in || exit; \
-	    cmp -s $$name.txt $(CURDIR)/$$name.txt || { echo "make: $$name.txt is stale; run: make lock" >&2; exit 1; }; \
+	    $(subst $(BIN)/pip-compile,"$(abspath $(BIN))/pip-compile",$(LOCK)) --output-file=$$name.txt $$name.in || exit; \
+	    cmp -s $$name.txt "$(CURDIR)/$$name.txt" || { echo "make: $$name.txt is stale; run: make lock" >&2; exit 1; }; \
 	done
 
 # pip-compile resolves for the Python that runs it; what 3.11 needs, the newer ones take too, but not the other way round.
@@ -136,6 +136,7 @@ IMAGE ?= $(SERVICE)
 PLATFORMS ?= linux/amd64,linux/arm64
 LAYOUT ?= $(SERVICE).oci
 WHEELS ?= wheels
+override WHEELS := $(patsubst %/,%,$(WHEELS))
 BUILD_OPTIONS ?=     # more options for the engine's build, such as --build-arg BASE=... for a mirror's
 MAKE_IMAGE = ENGINE="$(strip $(ENGINE))" SERVICE="$(SERVICE)" PLATFORMS="$(PLATFORMS)" WHEELS="$(abspath $(WHEELS))" BUILD_OPTIONS="$(strip $(BUILD_OPTIONS))" image/build.sh
 
@@ -197,7 +198,9 @@ tools: ## put the Skaffold that is pinned in devcontainer/Containerfile into .to
 	@docker buildx build --quiet --file=devcontainer/Containerfile --target=skaffold --output=$(TOOLS) devcontainer
 
 deploy: ## build, and run all of it on the current cluster (minikube, kind, or with REGISTRY=): prints its URL
-	@$(ON_CLUSTER) manifests/deploy.sh check && $(MAKE) --no-print-directory image && $(ON_CLUSTER) manifests/deploy.sh deploy
+	@$(ON_CLUSTER) manifests/deploy.sh check
+	@$(MAKE) --no-print-directory image
+	@$(ON_CLUSTER) manifests/deploy.sh deploy
 
 undeploy: ## take all of it away again, the counts too
 	@$(ON_CLUSTER) manifests/deploy.sh undeploy
@@ -219,7 +222,7 @@ IN_REDIS = $(KUBECTL) --namespace=$(NAMESPACE) exec redis-0 --container=redis
 
 backup: ## write what Redis has now to FILE
 	@[ "$(strip $(FILE))" ] || { echo "make: where to? make backup FILE=hitcounter.rdb" >&2; exit 1; }
-	@$(IN_REDIS) -- sh /etc/redis/redis.sh backup >"$(FILE).new" && mv "$(FILE).new" "$(FILE)" || { rm -f "$(FILE).new"; exit 1; }
+	@$(IN_REDIS) -- sh /etc/redis/redis.sh backup | gunzip >"$(FILE).new" && mv "$(FILE).new" "$(FILE)" || { rm -f "$(FILE).new"; exit 1; }
 
 restore: ## have Redis go on from FILE; what it has now stays in its volume, as before-restore, until the next time
 	@[ -f "$(strip $(FILE))" ] || { echo "make: from where? make restore FILE=hitcounter.rdb" >&2; exit 1; }
@@ -227,7 +230,7 @@ restore: ## have Redis go on from FILE; what it has now stays in its volume, as 
 	@$(KUBECTL) --namespace=$(NAMESPACE) delete pod redis-0
 	@$(KUBECTL) --namespace=$(NAMESPACE) rollout status statefulset/redis --timeout=180s
 
-e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in namespaces of their own
+e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in namespaces of their own and in `monitoring`
 	@$(ON_CLUSTER) manifests/deploy.sh check
 	@$(ON_CLUSTER) $(BIN)/python -m pytest -m cluster -o faulthandler_timeout=900 -rfEP tests/e2e
 
@@ -247,7 +250,7 @@ update: $(VENV)/installed lowest-python ## take what is newer, in the locks what
 	@since=$$($(BIN)/python -c 'import datetime as d; print(d.date.today() - d.timedelta(7))') \
 	&& PIP_UPLOADED_PRIOR_TO=$$since $(MAKE) --no-print-directory lock UPGRADE=--upgrade
 	@ORAS="$(strip $(ORAS))" .github/update.sh images && .github/update.sh actions
-	@git --no-pager diff --unified=0 | grep -E '^(\+\+\+|[-+][^-+#]*(==|@sha256:|@[0-9a-f]{40}))' || echo "nothing is newer"
+	@.github/update.sh changes
 
 # In the machine's network, for a test whose index of packages is at its loopback.
 builder: ## make the builder of releases, a BuildKit of a fixed version, and use it from now on
@@ -287,5 +290,5 @@ sign: ## sign the image of hitcounter.oci/ in REPOSITORIES, by cosign, with who 
 	@$(PUBLISH) sign
 
 clean: ## remove what these commands made, but for the counts in .data/ and the images in an engine
-	rm -rf $(VENV) $(VENV).aside .venv-* wheels wheels.new *.oci dist .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf $(VENV) .venv-* wheels wheels.new *.oci dist .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

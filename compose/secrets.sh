@@ -26,8 +26,8 @@ mkdir -p redis redis-tls hitcounter new
 give $valkey redis redis-tls
 give $service hitcounter
 
-while read -r _ name _; do
-  if [ "$name" = default ] || [ -s "redis/$name" ]; then continue; fi
+while read -r kind name _ || [ "$kind" ]; do
+  if [ "$kind" != user ] || [ "$name" = default ] || [ -s "redis/$name" ]; then continue; fi
   od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >new/password
   put $valkey password "redis/$name"
   echo "made the password of $name"

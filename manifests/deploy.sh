@@ -1,8 +1,8 @@
 #!/bin/sh
 # Take the service to a cluster, and away again: deploy.sh check | publish | deploy | undeploy
-# NAMESPACE, KUBECTL, REGISTRY, IMAGE, VALKEY are the Makefile's variables.
+# NAMESPACE, KUBECTL, REGISTRY, IMAGE, VALKEY, ENGINE are the Makefile's variables.
 set -eu
-cd "$(dirname "$0")/.."
+CDPATH='' cd "$(dirname "$0")/.."
 
 fail() { echo "make: $*" >&2; exit 1; }
 
@@ -18,6 +18,16 @@ check_cluster() {
 check_storage() {
   k get storageclass --output=jsonpath='{.items[*].metadata.annotations.storageclass\.kubernetes\.io/is-default-class}' | grep -q true \
   || fail "the cluster has no default storage class, so Redis would get no volume; mark one: kubectl annotate storageclass NAME storageclass.kubernetes.io/is-default-class=true"
+}
+
+is_there() { # whether there is the namespace; fail if it is not this service's
+  # What is there has a first word, and the second only with the label.
+  found=$(k get namespace "$NAMESPACE" --ignore-not-found --output=jsonpath='there {.metadata.labels.app\.kubernetes\.io/part-of}') || exit
+  case "$found" in
+    "") return 1 ;;
+    "there hitcounter") ;;
+    *) fail "the namespace $NAMESPACE is not this service's; choose another (NAMESPACE=...), or say that it is: kubectl label namespace $NAMESPACE app.kubernetes.io/part-of=hitcounter" ;;
+  esac
 }
 
 check_destination() { # print how the cluster gets an image
@@ -59,7 +69,7 @@ overlay() { # IMAGE: write a kustomization of manifests/minikube with this image
   cat >"$folder/kustomization.yaml" <<END
 apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
-namespace: $NAMESPACE
+namespace: "$NAMESPACE"
 resources:
   - ../minikube
 images:
@@ -79,8 +89,10 @@ wait_for() { # KIND/NAME: until its pods are ready
 deploy() {
   published=$(publish)   # a line of its own, else a push that fails would end nothing
   overlay "$published"
-  # The namespace first, since the secrets go into it.
-  k create namespace "$NAMESPACE" --dry-run=client --output=yaml | k apply --server-side --filename=- >&2
+  # The namespace first, since the secrets go into it. What is restricted in it comes with the rest.
+  is_there || k create --filename=- >&2 <<END
+{apiVersion: v1, kind: Namespace, metadata: {name: "$NAMESPACE", labels: {app.kubernetes.io/part-of: hitcounter}}}
+END
   manifests/secret.sh make >&2
   k apply --server-side --force-conflicts --kustomize="$folder" >&2
   wait_for statefulset/redis
@@ -94,12 +106,19 @@ case "$command" in
   check)
     check_cluster
     check_storage
-    check_destination >/dev/null
+    destination=$(check_destination)
+    engines=$(ENGINE=${ENGINE:-} image/build.sh engines)
+    engine=$(echo "$engines" | head -n 1)
+    case "$destination:${engine##*/}" in
+      registry:* | *:docker*) ;;
+      *) fail "$destination takes images from Docker, not from ${engine##*/}: start Docker, or name a registry for the cluster to pull from: REGISTRY=..." ;;
+    esac
+    is_there || true
     ;;
   publish) publish ;;
   deploy) deploy ;;
   undeploy)
     check_cluster
-    "$KUBECTL" delete namespace "$NAMESPACE" --ignore-not-found --timeout=180s
+    if is_there; then "$KUBECTL" delete namespace "$NAMESPACE" --timeout=180s; fi
     ;;
 esac

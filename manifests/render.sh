@@ -2,7 +2,7 @@
 # Render each variant into one plain file, for who does not use Kustomize or wants to read what is applied: render.sh FOLDER
 # RELEASE, if set, is the service's image that they name, as NAME@DIGEST.
 set -eu
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(CDPATH='' cd "$(dirname "$0")" && pwd)
 folder=$1
 made_by=${RELEASE:+release-files}
 
@@ -16,12 +16,9 @@ render() { # NAME VARIANT [COMPONENT]
       done
     fi
   } >"$work/kustomization.yaml"
-  { echo "# Made by \`make ${made_by:-manifests}\`."; "$KUBECTL" kustomize "$work"; } >"$folder/$1.yaml.new"
-  mv "$folder/$1.yaml.new" "$folder/$1.yaml"
+  { echo "# Made by \`make ${made_by:-manifests}\`."; "$KUBECTL" kustomize "$work"; } >"$work/$1.yaml"
 }
 
-mkdir -p "$folder"
-rm -f "$folder"/*.yaml
 work=$(mktemp -d "$here/.render.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 for variant in minikube production; do
@@ -32,3 +29,7 @@ for component in "$here"/components/*/; do
   component=$(basename "$component")
   render "production-$component" production "$component"
 done
+rm "$work/kustomization.yaml"
+mkdir -p "$folder"
+rm -f "$folder"/*.yaml   # those of variants that there are no more
+mv "$work"/*.yaml "$folder"

@@ -7,13 +7,13 @@
 # They pass through files that only this user can read; on a command line, `ps` would show them.
 set -eu
 umask 077
-cd "$(dirname "$0")"
+CDPATH='' cd "$(dirname "$0")"
 
 fail() { echo "make: $*" >&2; exit 1; }
 
 k() { "$KUBECTL" ${SKAFFOLD_KUBE_CONTEXT:+--context="$SKAFFOLD_KUBE_CONTEXT"} --namespace="$NAMESPACE" --request-timeout=30s "$@"; }
 
-users=$(awk '$2 != "default" { print $2 }' redis/users.acl)
+users=$(awk '$1 == "user" && $2 != "default" { print $2 }' redis/users.acl)
 services=$(echo "$users" | grep -vx -e probe -e operator)
 
 new_password() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; echo; }
@@ -32,16 +32,20 @@ read_passwords() { # put what redis-users has into a file each
   mkdir -p "$work/users"
   for name in $users; do
     read_secret redis-users "$name" >"$work/read"           # a line of its own: a failure is not "no password"
-    grep . "$work/read" >"$work/users/$name" || true        # whoever made the secret, a line each
+    lines "$work/read" >"$work/users/$name"
   done
 }
 
+lines() { grep . "$1" || [ $? = 1 ]; } # FILE: print its passwords, a line each, whoever made the secret; none is no failure
+
 write_services() { # have each service hold the newest password of its user, if it does not yet
   for name in $services; do
-    mkdir -p "$work/$name"
-    head -n 1 "$work/users/$name" >"$work/$name/password"
-    if read_secret "$name-redis" password | cmp -s - "$work/$name/password"; then continue; fi
-    write_secret "$name-redis" "$work/$name"
+    folder=$work/services/$name
+    mkdir -p "$folder"
+    head -n 1 "$work/users/$name" >"$folder/password"
+    read_secret "$name-redis" password >"$work/read"
+    if lines "$work/read" | cmp -s - "$folder/password"; then continue; fi
+    write_secret "$name-redis" "$folder"
     echo "wrote the secret $name-redis"
   done
 }
@@ -50,11 +54,10 @@ load() { # have Redis take what redis-users has now
   # A change of the pod makes its kubelet look at once; by itself it would take a minute or two.
   k annotate pod redis-0 --overwrite "passwords-changed=$(date +%s)" >/dev/null
   # shellcheck disable=SC2086 # a word each
-  wanted=$(cd "$work/users" && cat $users | sha256sum)
+  (cd "$work/users" && cat $users) >"$work/wanted" || exit
   for _ in $(seq 120); do
     # shellcheck disable=SC2086,SC2016 # a word each; the variable is the pod's
-    mounted=$(k exec redis-0 --container=redis -- sh -c 'cd /run/secrets/redis && cat "$@" | sha256sum' sh $users) || mounted=
-    if [ "$mounted" = "$wanted" ]; then
+    if k exec redis-0 --container=redis -- sh -c 'cd /run/secrets/redis && cat "$@"' sh $users | cmp -s - "$work/wanted"; then
       k exec redis-0 --container=redis -- sh /etc/redis/redis.sh load-users
       return
     fi
@@ -69,12 +72,15 @@ make_secret() {
   missing=
   for name in $users; do
     [ ! -s "$work/users/$name" ] || continue
-    new_password >"$work/users/$name"
+    # A password that its service has already, say that of a Redis elsewhere, is not ours to change.
+    read_secret "$name-redis" password >"$work/read"
+    lines "$work/read" >"$work/users/$name"
+    [ -s "$work/users/$name" ] || new_password >"$work/users/$name"
     missing="$missing $name"
   done
   if [ "$missing" ]; then
     write_secret redis-users "$work/users"
-    echo "wrote the secret redis-users: new passwords for$missing"
+    echo "wrote the secret redis-users: passwords for$missing"
   fi
   write_services
 }
@@ -94,6 +100,8 @@ rotate() { # each step leaves all working, and may be done again
   write_services
   # New pods, so that each has connected with the new one.
   for name in $services; do
+    there=$(k get deployment "$name" --ignore-not-found --output=name)
+    [ "$there" ] || continue   # it is not deployed yet, and finds the new one when it is
     k rollout restart "deployment/$name" >/dev/null
     k rollout status "deployment/$name" --timeout=180s >/dev/null || fail "the new pods of $name do not get ready; nothing is lost, run this again when they do"
   done
@@ -109,7 +117,7 @@ rotate() { # each step leaves all working, and may be done again
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-trap 'exit 1' INT TERM
+trap 'exit 1' HUP INT TERM
 case "$1" in
   make) make_secret ;;
   rotate) rotate ;;

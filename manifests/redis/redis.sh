@@ -2,8 +2,8 @@
 #   start [OPTION...]  write the users, take in what was restored, and become Valkey
 #   alive, ready       the probes
 #   load-users         have Valkey take the passwords as they are mounted now
-#   backup             write a snapshot of this moment to standard output
-#   restore            take a snapshot from standard input; Valkey has it from its next start on
+#   backup             write a snapshot of this moment, compressed by gzip, to standard output
+#   restore            take a snapshot from standard input; Valkey has it from its next start on, within a quarter of an hour
 set -eu
 umask 077
 
@@ -17,7 +17,8 @@ check_snapshot() { # FILE: fail, and tell why, unless it is a whole one
 fail() { echo "redis.sh: $*" >&2; exit 1; }
 
 write_users() {
-  while read -r _ name rights; do
+  while read -r kind name rights || [ "$kind" ]; do
+    [ "$kind" = user ] || continue
     hashes=
     if [ "$name" != default ]; then
       [ -s "$passwords/$name" ] || fail "the secret redis-users has no password for $name; run: make secret"
@@ -53,6 +54,11 @@ case "$command" in
     done
     flock -n 9 || fail "another Valkey has this volume still: its pod was deleted by force, and has not ended"
     write_users
+    if [ -d restored ] && [ -z "$(find restored -maxdepth 0 -mmin -15)" ]; then
+      # Its restart was cut off. Who restarts Redis days later does not mean it.
+      echo "redis.sh: what was to be restored is older than a quarter of an hour, so it is not" >&2
+      rm -rf restored
+    fi
     if [ -d restored ]; then
       if [ -d appendonlydir ]; then
         rm -rf before-restore
@@ -74,7 +80,7 @@ case "$command" in
     trap 'rm -f "$file"' EXIT
     as operator --rdb "$file" >&2
     check_snapshot "$file"
-    cat "$file"
+    gzip -c "$file"   # what is cut off on its way does not unpack
     ;;
   restore)
     cd /data

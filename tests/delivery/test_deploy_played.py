@@ -1,65 +1,15 @@
-"""What `make deploy` and `make secret` do where kubectl and the engine say what a cluster seldom does: both are played."""
+"""What the targets for Kubernetes do where kubectl and the engine say what they seldom do: both are played."""
 
 import os
+import re
+import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
-
-# A cluster as deploy.sh sees it: its version, its default storage class, its context.
-_KUBECTL = """#!/bin/sh
-case "$*" in
-  *version*) {version} ;;
-  *storageclass*) echo "{default}" ;;
-  *current-context*) echo elsewhere ;;
-  *nodes*) ;;
-  *) echo "deploy.sh has changed: kubectl $*" >&2; exit 3 ;;
-esac
-"""
-_VERSION = """printf '{{"serverVersion": {{\\n "major": "1",\\n "minor": "{minor}",\\n "gitVersion": "v1"}}}}\\n'"""
-
-
-def check(folder: Path, *, minor: int | None = 30, default: str = "true", registry: str = "r.example") -> tuple[int, str]:
-    """Return the exit status and the words of `deploy.sh check` on such a cluster."""
-    kubectl = folder / "kubectl"
-    version = "exit 1" if minor is None else _VERSION.format(minor=minor)
-    kubectl.write_text(_KUBECTL.format(version=version, default=default))
-    kubectl.chmod(0o755)
-    environ = os.environ | {"KUBECTL": str(kubectl), "NAMESPACE": "n", "REGISTRY": registry, "IMAGE": "hitcounter", "VALKEY": ""}
-    done = subprocess.run([ROOT / "manifests" / "deploy.sh", "check"], env=environ, capture_output=True, text=True, timeout=30)
-    return done.returncode, done.stderr
-
-
-def test_cluster_that_will_do_is_taken_without_a_word(tmp_path: Path) -> None:
-    assert check(tmp_path) == (0, "")
-
-
-@pytest.mark.parametrize(
-    ("cluster", "words"),
-    [
-        ({"minor": None}, "no cluster answers; start one (minikube start)"),
-        ({"minor": 29}, "the cluster is Kubernetes 1.29; 1.30 is the oldest"),
-        ({"default": ""}, "no default storage class"),
-        ({"registry": ""}, "gets the image from a registry; name yours: REGISTRY="),
-    ],
-    ids=["no cluster", "too old", "no storage class", "no registry"],
-)
-def test_cluster_that_will_not_do_is_refused_in_one_line(
-    tmp_path: Path, cluster: dict[str, int | str | None], words: str
-) -> None:
-    status, said = check(tmp_path, **cluster)  # type: ignore[arg-type] # one of its own
-    assert status == 1
-    assert words in said
-    assert said.startswith("make: ")
-    assert said.count("\n") == 1
-
-
-def test_kubectl_that_is_missing_is_named() -> None:
-    environ = os.environ | {"KUBECTL": "no-such-kubectl", "NAMESPACE": "n", "REGISTRY": "", "IMAGE": "hitcounter", "VALKEY": ""}
-    done = subprocess.run([ROOT / "manifests" / "deploy.sh", "check"], env=environ, capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stderr.startswith("make: kubectl is needed")) == (1, True)
+from conftest import ROOT, SLACK, wait_for
 
 
 def played(folder: Path, name: str, script: str) -> str:
@@ -75,18 +25,135 @@ def ran(script: str, *arguments: str, **environ: str) -> "subprocess.CompletedPr
     return subprocess.run([ROOT / "manifests" / script, *arguments], env=environ, capture_output=True, text=True, timeout=30)
 
 
-def test_tag_that_looks_like_a_number_is_taken_for_a_name(tmp_path: Path) -> None:
-    """It is the beginning of a digest: one in some hundreds is all digits, or as `12345678e123`."""
-    kubectl = played(
-        tmp_path, "kubectl", 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
-    )
+def cluster(*, minor: int | None = 30, default: str = "true", nodes: str = "", label: str | None = None) -> str:
+    """Return a script for kubectl: a cluster's version, default storage class, nodes and context; the label of the namespace."""
+    version = f"""printf '{{"serverVersion": {{\\n "major": "1",\\n "minor": "{minor}",\\n "gitVersion": "v1"}}}}\\n'"""
+    return f"""case "$*" in
+  *version*) {"exit 1" if minor is None else version} ;;
+  *storageclass*) echo "{default}" ;;
+  *current-context*) echo elsewhere ;;
+  *nodes*) echo {nodes} ;;
+  *"get namespace"*) {":" if label is None else f"echo 'there {label}'"} ;;
+esac"""
+
+
+# --- make deploy, make undeploy ---
+
+
+def check(folder: Path, registry: str = "r.example", **options: int | str | None) -> tuple[int, str]:
+    """Return the exit status and the words of `deploy.sh check` on such a cluster."""
+    kubectl, engine = played(folder, "kubectl", cluster(**options)), played(folder, "docker", "")  # type: ignore[arg-type]
+    done = ran("deploy.sh", "check", KUBECTL=kubectl, ENGINE=engine, REGISTRY=registry)
+    return done.returncode, done.stderr
+
+
+def test_cluster_that_will_do_is_taken_without_a_word(tmp_path: Path) -> None:
+    assert check(tmp_path) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"minor": None}, "no cluster answers; start one (minikube start)"),
+        ({"minor": 29}, "the cluster is Kubernetes 1.29; 1.30 is the oldest"),
+        ({"default": ""}, "no default storage class"),
+        ({"registry": ""}, "gets the image from a registry; name yours: REGISTRY="),
+    ],
+    ids=["no cluster", "too old", "no storage class", "no registry"],
+)
+def test_cluster_that_will_not_do_is_refused_in_one_line(tmp_path: Path, options: dict[str, str], words: str) -> None:
+    status, said = check(tmp_path, **options)
+    assert status == 1
+    assert words in said
+    assert said.startswith("make: ")
+    assert said.count("\n") == 1
+
+
+def test_kubectl_that_is_missing_is_named() -> None:
+    done = ran("deploy.sh", "check", KUBECTL="no-such-kubectl")
+    assert (done.returncode, done.stderr.startswith("make: kubectl is needed")) == (1, True)
+
+
+def test_engine_whose_images_minikube_does_not_take_is_refused(tmp_path: Path) -> None:
+    kubectl = played(tmp_path, "kubectl", cluster(nodes="node/minikube"))
+    for name, status in (("docker", 0), ("podman", 1), ("buildah", 1)):
+        engine = played(tmp_path, name, "")
+        ended = ran("deploy.sh", "check", KUBECTL=kubectl, ENGINE=engine, REGISTRY="")
+        assert (ended.returncode, f"minikube takes images from Docker, not from {name}" in ended.stderr) == (status, bool(status))
+        assert ran("deploy.sh", "check", KUBECTL=kubectl, ENGINE=engine).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["check", "deploy", "undeploy"])
+@pytest.mark.parametrize(("label", "taken"), [("hitcounter", True), ("", False), ("another", False)])
+def test_namespace_of_somebody_else_is_left_alone(tmp_path: Path, command: str, label: str, taken: bool) -> None:
+    kubectl = played(tmp_path, "kubectl", cluster(label=label))
+    ended = ran("deploy.sh", command, KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""))
+    told = (tmp_path / "kubectl.told").read_text()
+    assert ended.returncode == (0 if taken else 1), ended.stderr
+    assert ("the namespace n is not this service's" in ended.stderr) != taken
+    assert ("apply" in told) == (taken and command == "deploy")
+    assert ("delete" in told) == (taken and command == "undeploy")
+
+
+def test_names_that_look_like_numbers_are_taken_for_names(tmp_path: Path) -> None:
+    """The tag is the beginning of a digest: one in some hundreds is all digits, or as `12345678e123`."""
+    keeps = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
+    kubectl = played(tmp_path, "kubectl", keeps)
     engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
-    ended = ran("deploy.sh", "deploy", KUBECTL=kubectl, ENGINE=engine, VALKEY="r.example/valkey:9")
+    ended = ran("deploy.sh", "deploy", KUBECTL=kubectl, ENGINE=engine, NAMESPACE="2024", VALKEY="r.example/valkey:9")
     assert ended.returncode == 0, ended.stderr
-    assert yaml.safe_load((tmp_path / "kubectl.yaml").read_text())["images"] == [
+    written = yaml.safe_load((tmp_path / "kubectl.yaml").read_text())
+    assert written["namespace"] == "2024"
+    assert written["images"] == [
         {"name": "hitcounter", "newName": "r.example/hitcounter", "newTag": "123456789012"},
         {"name": "docker.io/valkey/valkey", "newName": "r.example/valkey", "newTag": "9"},
     ]
+
+
+def test_deploy_that_is_only_to_be_shown_does_nothing(tmp_path: Path) -> None:
+    kubectl, engine = played(tmp_path, "kubectl", ""), played(tmp_path, "docker", "")
+    command = ["make", "--dry-run", "deploy", f"KUBECTL={kubectl}", f"ENGINE={engine}", "REGISTRY=r.example"]
+    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=30).stdout
+    assert "manifests/deploy.sh deploy" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["docker", "kubectl"]  # neither was told anything
+
+
+# --- make secret, make secret-rotate ---
+
+
+class Cluster:
+    """The scripts with the users of Redis `users`, and a cluster with the secrets `has`: what is in SECRET.KEY."""
+
+    # Answers with what is in the files of `has`, and keeps the secrets that are written in folders of their names.
+    _KUBECTL = """case $* in
+      *"get secret"*)
+        key=$(expr "$*" : '.*index \\. "\\([a-z]*\\)"')
+        [ ! -e "$0.has/$5.$key" ] || cat "$0.has/$5.$key"
+        ;;
+      *"create secret generic"*)
+        rm -rf "$0.got/$6" && mkdir -p "$0.got"
+        for word; do case $word in --from-file=*) cp -R "${word#*=}" "$0.got/$6" ;; esac; done
+        ;;
+      *"get deployment hitcounter"*) echo deployment.apps/hitcounter ;;
+      *"exec redis-0"*"cat "*) cd "$0.got/redis-users" && shift 10 && cat "$@" ;;
+    esac"""
+
+    def __init__(self, folder: Path, users: str, has: dict[str, str]) -> None:
+        self.scripts = Path(shutil.copytree(ROOT / "manifests", folder / "manifests"))
+        (self.scripts / "redis" / "users.acl").write_text(users)
+        self.kubectl = played(folder, "kubectl", self._KUBECTL)
+        (folder / "kubectl.has").mkdir()
+        for name, content in has.items():
+            (folder / "kubectl.has" / name).write_text(content)
+        self.got = folder / "kubectl.got"
+        self.told = folder / "kubectl.told"
+
+    def run(self, command: str) -> "subprocess.CompletedProcess[str]":
+        return ran(str(self.scripts / "secret.sh"), command, KUBECTL=self.kubectl)
+
+    def written(self) -> dict[str, dict[str, str]]:
+        """Return the keys of each secret that was written, with what it has."""
+        return {secret.name: {key.name: key.read_text() for key in secret.iterdir()} for secret in self.got.iterdir()}
 
 
 @pytest.mark.parametrize(("status", "written"), [(0, True), (1, False)], ids=["there is none", "it cannot be read"])
@@ -94,3 +161,71 @@ def test_passwords_are_made_only_where_there_are_none(tmp_path: Path, status: in
     kubectl = played(tmp_path, "kubectl", f"case $* in *'get secret'*) exit {status} ;; esac")
     assert ran("secret.sh", "make", KUBECTL=kubectl).returncode == status
     assert ("create secret" in (tmp_path / "kubectl.told").read_text()) == written
+
+
+def test_password_that_a_service_has_already_stays(tmp_path: Path) -> None:
+    """It is that of a Redis elsewhere, or the secret of the users alone was deleted."""
+    users = "user default off\nuser hitcounter +get\nuser probe +ping\n"
+    one = Cluster(tmp_path, users, {"hitcounter-redis.password": "theirs"})
+    assert one.run("make").returncode == 0
+    written = one.written()
+    assert written.keys() == {"redis-users"}
+    assert written["redis-users"]["hitcounter"] == "theirs\n"
+    assert re.fullmatch("[0-9a-f]{64}\n", written["redis-users"]["probe"])
+
+
+def test_each_service_gets_its_own_password_whatever_its_name(tmp_path: Path) -> None:
+    names = ["users", "new", "read", "services", "wanted", "last"]
+    # A comment, and a last line without an end.
+    one = Cluster(tmp_path, "# of all\nuser default off\n" + "\n".join(f"user {name} +get" for name in names), {})
+    assert one.run("make").returncode == 0
+    written = one.written()
+    passwords = written.pop("redis-users")
+    assert passwords.keys() == set(names)
+    assert written == {f"{name}-redis": {"password": passwords[name]} for name in names}
+    assert len(set(passwords.values())) == len(names)
+
+
+def test_rotation_does_not_wait_for_a_service_that_is_not_deployed(tmp_path: Path) -> None:
+    has = {f"redis-users.{name}": f"{name}\n" for name in ("hitcounter", "second")}
+    one = Cluster(tmp_path, "user hitcounter +get\nuser second +get\n", has)
+    ended = one.run("rotate")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith("Redis takes the new ones alone\n")
+    assert re.findall("rollout restart (.+)", one.told.read_text()) == ["deployment/hitcounter"]
+
+
+def test_passwords_go_with_the_terminal(tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    kubectl = played(tmp_path, "kubectl", 'case $* in *"get secret"*) echo >"$0.waits"; sleep 60 ;; esac')
+    environ = {**os.environ, "NAMESPACE": "n", "KUBECTL": kubectl, "TMPDIR": str(temporary)}
+    with subprocess.Popen([ROOT / "manifests" / "secret.sh", "make"], env=environ, start_new_session=True) as popen:
+        wait_for((tmp_path / "kubectl.waits").exists, 10 * SLACK)
+        assert list(temporary.iterdir())
+        os.killpg(popen.pid, signal.SIGHUP)
+        assert popen.wait(10 * SLACK) != 0
+    assert not list(temporary.iterdir())
+
+
+# --- make backup, make manifests ---
+
+
+@pytest.mark.parametrize(("end", "whole"), [("", True), ("| head -c 40", False)], ids=["whole", "cut off"])
+def test_backup_that_is_cut_off_replaces_none(tmp_path: Path, end: str, whole: bool) -> None:
+    """For kubectl, a stream that ends early is no failure."""
+    file = tmp_path / "backup.rdb"
+    file.write_text("yesterday's")
+    kubectl = played(tmp_path, "kubectl", f"seq 2000 | gzip -c {end}")
+    command = ["make", "backup", f"FILE={file}", f"KUBECTL={kubectl}"]
+    assert (subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30).returncode == 0) == whole
+    assert file.read_text() == ("".join(f"{number}\n" for number in range(1, 2001)) if whole else "yesterday's")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backup.rdb", "kubectl", "kubectl.told"]
+
+
+def test_manifests_stay_where_new_ones_cannot_be_made(tmp_path: Path) -> None:
+    scripts = Path(shutil.copytree(ROOT / "manifests", tmp_path / "manifests"))
+    before = {path.name: path.read_text() for path in (scripts / "rendered").iterdir()}
+    for kubectl in (played(tmp_path, "kubectl", "exit 1"), "no-such-kubectl"):
+        assert ran(str(scripts / "render.sh"), str(scripts / "rendered"), KUBECTL=kubectl).returncode != 0
+        assert {path.name: path.read_text() for path in (scripts / "rendered").iterdir()} == before

@@ -1,10 +1,12 @@
 """Redis as it is shipped, on a real Valkey: its script starts it, with its settings and its users; each may do what it must."""
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,26 @@ def test_restored_snapshot_is_taken_at_the_next_start_and_the_old_data_is_kept(s
     (stopped.data / "before-restore").rename(stopped.data / "appendonlydir")
     stopped.start()
     assert stopped.ask("all", "GET", HITS) == "8"
+
+
+def test_restore_whose_restart_was_cut_off_is_not_taken_later(stopped: Shipped) -> None:
+    stopped.start()
+    stopped.ask("all", "SAVE")
+    assert stopped.script("restore", input=(stopped.data / "dump.rdb").read_bytes()).returncode == 0
+    stopped.ask("all", "SET", HITS, "8")
+    stopped.kill()
+    then = time.time() - 16 * 60
+    os.utime(stopped.data / "restored", (then, then))
+    stopped.start()
+    assert stopped.ask("all", "GET", HITS) == "8"
+    assert not (stopped.data / "restored").exists()
+
+
+def test_users_may_be_commented_and_the_last_line_have_no_end(stopped: Shipped) -> None:
+    users = stopped.root / "etc/redis/users.acl"
+    users.write_text("# Who may do what\n\n" + users.read_text().rstrip())
+    stopped.start()
+    assert stopped.ask("all", "PING") is True
 
 
 def test_what_is_no_snapshot_is_refused_and_nothing_changes(stopped: Shipped) -> None:

@@ -71,6 +71,17 @@ def test_image_that_cannot_be_pushed_is_not_deployed(cluster: Deployed) -> None:
     assert container["image"] == cluster.image
 
 
+def test_undeploy_takes_a_namespace_away_if_it_is_the_service_s() -> None:
+    with namespace("away") as one:
+        one.kubectl("create", "configmap", "something")
+        with pytest.raises(AssertionError, match="is not this service's"):
+            one.make("undeploy")
+        assert "something" in one.kubectl("get", "configmaps")
+        run(KUBECTL, "label", "namespace", one.name, "app.kubernetes.io/part-of=hitcounter")
+        one.make("undeploy")
+        assert run(KUBECTL, "get", "namespace", one.name, "--ignore-not-found") == ""
+
+
 def test_cluster_that_does_not_answer_is_told() -> None:
     with pytest.raises(AssertionError, match=r"make: no cluster answers; start one \(minikube start\)"):
         run("make", "deploy", env={"KUBECONFIG": "/dev/null"})

@@ -237,6 +237,32 @@ def test_redis_that_loads_is_not_ready_and_not_restarted(cluster: Deployed, inst
     assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
 
 
+def test_redis_that_cannot_start_is_mended_by_the_next_deploy(installed: Namespace) -> None:
+    def set_arguments(*arguments: str) -> None:
+        container = {"name": "redis", "args": arguments or None}
+        patch = {"spec": {"template": {"spec": {"containers": [container]}}}}
+        installed.kubectl("patch", "statefulset", "redis", f"--patch={json.dumps(patch)}")
+
+    set_arguments("--no-such-setting", "1")
+    wait_for(lambda: "Bad directive" in log(installed, "redis-0"), 60)
+    set_arguments()
+    installed.await_rollout("statefulset/redis")
+    assert wait_for(installed.answered, 30) == (2, 0)
+
+
+def test_enlarged_claim_is_deployed_without_a_restart(cluster: Deployed, installed: Namespace) -> None:
+    larger = compose(cluster, installed, "resources: [../hitcounter, ../redis]").replace("storage: 1Gi", "storage: 2Gi")
+    (before,) = installed.pods(REDIS)
+    with pytest.raises(AssertionError, match="Forbidden"):
+        installed.apply(larger)
+    installed.kubectl("delete", "statefulset", "redis", "--cascade=orphan")
+    installed.apply(larger)
+    installed.await_rollout("statefulset/redis")
+    (after,) = installed.pods(REDIS)
+    assert after["metadata"]["uid"] == before["metadata"]["uid"]
+    assert wait_for(installed.answered, 30) == (2, 0)
+
+
 def forwarded(namespace: Namespace, port: str, path: str) -> str:
     """Return the answer of the service's pod to a GET, by way of a port of this machine's."""
     command = [KUBECTL, f"--namespace={namespace.name}", "port-forward", "deployment/hitcounter", port]
