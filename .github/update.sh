@@ -1,5 +1,5 @@
 #!/bin/sh
-# Take what is newer, where it is named, as Renovate would: update.sh images | actions
+# Take what is newer, where it is named, as Renovate would, and show it: update.sh images | actions | changes
 # It leaves alone the development container's feature and the tools in Go: go get -tool TOOL@latest in their folders of .github/tools/.
 # Neither tells when something came out, so there is no week's wait as for packages: look at what is new before you commit it.
 set -eu
@@ -32,6 +32,10 @@ actions() { # each action gets the commit of its newest version
     [ "$newest" ] || fail "$name has no versions"
     replace "$action  \# $version" "$name@${newest#* }  \# ${newest% *}" .github/workflows/*.yml
   done
+}
+
+changes() { # show which pins the working copy has changed
+  git --no-pager diff --no-ext-diff --no-color --unified=0 | grep -E '^(\+\+\+ |[-+].*(==|@sha256:|@[0-9a-f]{40}))' || echo "nothing is newer"
 }
 
 "$1"

@@ -117,8 +117,8 @@ copy() { # FOLDER TIME: put what a build gets into a new folder
 
 check() { # build twice with each engine, under all that should not matter, and compare
   first
-  (umask 022; copy "$work/one" 200102030405)
-  (umask 077; copy "$work/another copy" 203012312359)
+  (umask 022; copy "$work/one" 200102030405) || exit
+  (umask 077; copy "$work/another copy" 203012312359) || exit
   for platform in $(echo "$PLATFORMS" | tr , ' '); do
     layers=
     for engine in $(engines); do

@@ -19,7 +19,8 @@ oras() {
 
 commit() { # print the commit that the sources are of, after a look at whether they are
   # shellcheck disable=SC2046 # several files
-  changed=$(git status --porcelain -- Containerfile $(sed -n 's/^!//p' .dockerignore)) || fail "the sources are in no repository of git"
+  changed=$(git status --porcelain --untracked-files=all --ignored -- Containerfile $(sed -n 's/^!//p' .dockerignore)) || fail "the sources are in no repository of git"
+  changed=$(echo "$changed" | grep -v /__pycache__/) || true   # which no build gets
   [ -z "$changed" ] || fail "the sources are of no commit, so no provenance can name one; commit first: $changed"
   git rev-parse HEAD
 }
@@ -61,7 +62,7 @@ files() { # FOLDER: write what a release has besides the image
   RELEASE=$image KUBECTL=$KUBECTL manifests/render.sh "$1"
   for file in sbom.spdx.json provenance.json; do cp "$1/../$file" "$1"; done
   changes >"$1/../changes.md"
-  (cd "$1" && sha256sum -- * >../SHA256SUMS && mv ../SHA256SUMS .)
+  (cd "$1" && sha256sum -- * >../SHA256SUMS && mv ../SHA256SUMS .) || exit
   echo "$image"
 }
 
@@ -74,7 +75,7 @@ compare_files() { # FOLDER SUMS: fail unless its checksums are these, and of wha
   [ "$2" ] || fail "compare with what? SUMS=..., from make release-sums"
   here=$(sums "$1")
   [ "$here" = "$2" ] || fail "the files differ: their checksums were to be $2 and are $here. None may be uploaded."
-  (cd "$1" && quietly sha256sum --check --strict SHA256SUMS)
+  (cd "$1" && quietly sha256sum --check --strict SHA256SUMS) || exit
   echo "$here, as it was to be"
 }
 
@@ -100,7 +101,7 @@ push() { # FOLDER REPOSITORY: publish the version there, with what is known of i
 
 attach() { # IMAGE FOLDER FILE TYPE: let the file refer to the image, once, and read it back
   # Without a time, so that it is the same thing when it is done again.
-  (cd "$2" && quietly oras attach --no-tty --artifact-type "$4" --annotation org.opencontainers.image.created=1970-01-01T00:00:00Z "$1" "$3:$4")
+  (cd "$2" && quietly oras attach --no-tty --artifact-type "$4" --annotation org.opencontainers.image.created=1970-01-01T00:00:00Z "$1" "$3:$4") || exit
   referrer=$(oras discover --artifact-type "$4" --format go-template='{{range .referrers}}{{.digest}}{{"\n"}}{{end}}' "$1" | head -n 1)
   quietly oras pull --no-tty --output "$work" "${1%@*}@$referrer"
   cmp "$work/$3" "$2/$3" || fail "$1 has another $3 already: it was published by somebody else, or from other sources"

@@ -262,6 +262,23 @@ def test_lock_on_another_python_is_refused(copy: Path, tmp_path: Path) -> None:
     assert "locks are made on Python 3.11" in ended.stderr
 
 
+def test_wheels_are_kept_until_there_are_new_ones(copy: Path) -> None:
+    """Also where a shell completed the folder's name: with a slash."""
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    (copy / ".venv" / "can-run").touch()
+    python = copy / ".venv" / "bin" / "python"
+    fetches = 'mkdir -p "$word" && echo >"$word/a.whl"'
+    python.write_text(f'#!/bin/sh\nfor word; do [ "$last" != --dest ] || {{ {fetches}; }}; last=$word; done\n')
+    python.chmod(0o755)
+    (copy / "wheels").mkdir()
+    (copy / "wheels" / "b.whl").touch()
+    assert make("wheels", "WHEELS=wheels/", cwd=copy).returncode == 0
+    assert [path.name for path in (copy / "wheels").iterdir()] == ["a.whl"]
+    python.write_text("#!/bin/sh\nexit 1\n")
+    assert make("wheels", "WHEELS=wheels/", cwd=copy).returncode != 0
+    assert [path.name for path in (copy / "wheels").iterdir()] == ["a.whl"]
+
+
 def test_folder_that_has_more_than_wheels_is_left_alone(copy: Path) -> None:
     for name in ("mine", ".venv"):
         (copy / name).mkdir()

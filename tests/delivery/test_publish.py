@@ -110,11 +110,18 @@ def test_provenance_is_of_committed_sources_alone(tmp_path: Path) -> None:
     git = ["git", "-C", str(copy), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=one"]):
         subprocess.run([*git, *command], check=True)
-    for name, named in (("notes.txt", True), ("hitcounter/more.py", False)):  # the first is no input
+    (copy / ".git" / "info" / "exclude").write_text("*.orig\n__pycache__\n")
+    subprocess.run([*git, "config", "status.showUntrackedFiles", "no"], check=True)
+    for name, named in (
+        ("notes.txt", True), ("hitcounter/__pycache__/a.pyc", True),  # no inputs
+        ("hitcounter/app.py.orig", False), ("hitcounter/more.py", False),
+    ):  # fmt: skip
+        (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text("# more\n")
         ended = subprocess.run([copy / "image" / "publish.sh", "commit"], text=True, capture_output=True)
         assert bool(re.fullmatch(r"[0-9a-f]{40}\n", ended.stdout)) == (ended.returncode == 0) == named
-    assert "the sources are of no commit" in ended.stderr
+        assert ("the sources are of no commit" in ended.stderr) != named
+        (copy / name).unlink()
 
 
 # --- what is in it ---

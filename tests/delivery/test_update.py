@@ -1,6 +1,7 @@
-"""That `make update` takes what is newer, and from nowhere but where it is named."""
+"""That `make update` takes what is newer, from nowhere but where it is named, and shows it; that git keeps files as they are."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -39,3 +40,44 @@ def test_action_gets_the_commit_of_its_newest_version(copy: Path) -> None:
     commit = git(copy.parent / "actions" / "some", "rev-parse", "v1.10.0^{commit}")
     assert (copy / ".github" / "workflows" / "a.yml").read_text() == f"uses: actions/some@{commit}  # v1.10.0\n"
     assert [file.name for file in (copy / ".github" / "workflows").iterdir()] == ["a.yml"]
+
+
+def test_what_changed_is_shown_whatever_kind_of_pin_it_is(copy: Path) -> None:
+    pins = [
+        "aiohttp==3.{}",
+        "pip-tools==7.{}",
+        "    image: docker.io/valkey/valkey:9-alpine@sha256:{:064}",
+        "ARG BASE=gcr.io/a-b/c:d@sha256:{:064}",
+        "      - uses: actions/check-out@{:040}  # v1",
+    ]
+
+    def write(number: int) -> None:
+        lines = [*pins, "    --hash=sha256:{:064}", "# comment {}"]
+        (copy / "pins").write_text("\n".join(line.format(number) for line in lines))
+
+    write(1)
+    git(copy, "add", ".")
+    git(copy, "config", "diff.external", "true")  # as who has a viewer of his own
+    assert changes(copy) == ["nothing is newer"]
+    write(2)
+    assert changes(copy) == ["+++ b/pins", *(f"-{pin.format(1)}" for pin in pins), *(f"+{pin.format(2)}" for pin in pins)]
+
+
+def changes(copy: Path) -> list[str]:
+    script = str(ROOT / ".github" / "update.sh")
+    return subprocess.run(
+        [script, "changes"], cwd=copy, check=True, text=True, capture_output=True, timeout=60
+    ).stdout.splitlines()
+
+
+def test_checkout_on_windows_has_the_same_bytes(tmp_path: Path) -> None:
+    """They go into containers, and into the image, whose digest they make."""
+    git(tmp_path, "init", "--quiet")
+    for name in (".gitattributes", "Makefile", "manifests/redis/redis.sh", "hitcounter/app.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / name)
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "--message=one")
+    git(tmp_path, "clone", "--quiet", "--config=core.autocrlf=true", ".", "copy")
+    for name in ("Makefile", "manifests/redis/redis.sh", "hitcounter/app.py"):
+        assert (tmp_path / "copy" / name).read_bytes() == (ROOT / name).read_bytes()
