@@ -15,7 +15,7 @@ replace() { # OLD NEW FILE...: in each file
 
 images() { # each NAME:TAG@DIGEST gets the digest that the tag has now
   oras=${ORAS:-$(go -C .github/tools/oras tool -n oras)} || fail "oras is needed: install Go, which builds it, or name one: ORAS=..."
-  git grep -hoE '[a-z0-9.:-]+(/[a-z0-9._-]+)+:[A-Za-z0-9._-]+@sha256:[0-9a-f]{64}' | sort -u | while read -r image; do
+  git grep -hoE '[a-z0-9][a-z0-9.:-]*(/[a-z0-9._-]+)+:[A-Za-z0-9._-]+@sha256:[0-9a-f]{64}' | sort -u | while read -r image; do
     digest=$("$oras" resolve "${image%@*}") || fail "${image%@*} is not to be had"
     # shellcheck disable=SC2046 # several files
     [ "${image#*@}" = "$digest" ] || replace "$image" "${image%@*}@$digest" $(git grep -lF "$image")

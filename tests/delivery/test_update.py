@@ -1,12 +1,16 @@
-"""That `make update` takes what is newer, from nowhere but where it is named, and shows it; that git keeps files as they are."""
+"""That `make update` takes what is newer, from nowhere but where it is named, and shows it; and what Renovate and git see."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+RENOVATE = json.loads((ROOT / ".github" / "renovate.json").read_text())
 
 
 @pytest.fixture
@@ -81,3 +85,29 @@ def test_checkout_on_windows_has_the_same_bytes(tmp_path: Path) -> None:
     git(tmp_path, "clone", "--quiet", "--config=core.autocrlf=true", ".", "copy")
     for name in ("Makefile", "manifests/redis/redis.sh", "hitcounter/app.py"):
         assert (tmp_path / "copy" / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_image_gets_the_digest_that_its_tag_has_now(copy: Path) -> None:
+    old, new = (f"docker.io/some/image-1:1-a@sha256:{digit * 64}" for digit in "01")
+    texts = {"Containerfile": "ARG IMAGE={}\n", "compose.yaml": "x: ${{IMAGE:-{}}}\n", "folder/a.yaml": "image: {}  # a\n"}
+    (copy / "folder").mkdir()
+    for name, text in texts.items():
+        (copy / name).write_text(text.format(old))
+    git(copy, "add", ".")
+    oras = copy.parent / "oras"  # knows this image, and no other
+    oras.write_text(f'#!/bin/sh\n[ "$*" = "resolve docker.io/some/image-1:1-a" ] && echo sha256:{"1" * 64}\n')
+    oras.chmod(0o755)
+    environ = os.environ | {"ORAS": str(oras)}
+    subprocess.run([ROOT / ".github" / "update.sh", "images"], cwd=copy, env=environ, check=True, timeout=60)
+    assert {name: (copy / name).read_text() for name in texts} == {name: text.format(new) for name, text in texts.items()}
+
+
+@pytest.mark.parametrize("name", ["Makefile", "compose.yaml", "tests/delivery/images.py"])
+def test_renovate_finds_each_image_where_none_of_its_own_managers_looks(name: str) -> None:
+    managers = [one for one in RENOVATE["customManagers"] if any(re.search(p[1:-1], name) for p in one["managerFilePatterns"])]
+    regexes = [regex.replace("(?<", "(?P<") for manager in managers for regex in manager["matchStrings"]]
+    text = (ROOT / name).read_text()
+    found = [hit.group("depName", "currentValue", "currentDigest") for regex in regexes for hit in re.finditer(regex, text)]
+    assert found == re.findall(r"([a-z][a-z.]*/[\w./-]+):([\w.-]+)@(sha256:[0-9a-f]{64})", text)
+    assert len(found) == len(re.findall(r"@sha256:[0-9a-f]{64}", text)) > 0
+    assert RENOVATE["ignorePaths"] == []  # what it extends ignores each folder `tests`
