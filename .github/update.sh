@@ -1,7 +1,8 @@
 #!/bin/sh
 # Take what is newer, where it is named, as Renovate would, and show it: update.sh images | actions | changes
-# It leaves alone the development container's feature and the tools in Go: go get -tool TOOL@latest in their folders of .github/tools/.
-# Neither tells when something came out, so there is no week's wait as for packages: look at what is new before you commit it.
+# An image keeps its tag. It leaves alone the development container, whose CLI is in .ci/devcontainer/package.json, minikube in ci.yml, and
+# modules of Go: go get -tool TOOL@latest in the folders of .github/tools/, go get -u in bench/peers/go.
+# Neither an image nor an action tells when it came out, so there is no week's wait as for packages: look at what is new before you commit it.
 set -eu
 
 fail() { echo "make: $*" >&2; exit 1; }
