@@ -1,6 +1,6 @@
 """Write what is in the image: an SPDX 2.3 document (ISO/IEC 5962) about an OCI layout, the same bytes each time.
 
-`sbom.py LAYOUT LOCK WHEELS` writes it to standard output. It tells what the image itself records: Debian's packages by
+`sbom.py LAYOUT LOCK WHEELS VERSION` writes it to standard output. It tells what the image itself records: Debian's packages by
 /var/lib/dpkg, Python's by their metadata; and of the latter by which wheel of WHEELS they came, and by whose wish, which the
 LOCK knows. What is in no package, which is the service, is part of the image's own entry.
 """
