@@ -80,11 +80,9 @@ class RequestRecorder(AbstractAccessLogger, Collector):
         seen[0][bisect_left(_BUCKETS, time)] += 1
         seen[1][0] += time
         # A request that failed because of the store is slow too; its cause is logged once, where it was found.
-        if time >= _SLOW and response.status < 500:
-            now = asyncio.get_running_loop().time()
-            if now >= self._slow_quiet_until:
-                self._slow_quiet_until = now + _SLOW
-                self.logger.warning("slow request", extra=_facts(key, time))
+        if time >= _SLOW and response.status < 500 and (now := asyncio.get_running_loop().time()) >= self._slow_quiet_until:
+            self._slow_quiet_until = now + _SLOW
+            self.logger.warning("slow request", extra=_facts(key, time))
         elif self.logger.isEnabledFor(logging.DEBUG):
             self.logger.debug("request", extra=_facts(key, time))
 
