@@ -211,7 +211,7 @@ def table(config: type[Config]) -> str:
 
 
 def _unknown(environ: Mapping[str, str], known: list[str]) -> Iterator[str]:
-    """Yield a line for each variable that begins like one of ours, or is one but for a letter: most likely a misspelt one."""
+    """Yield a line for each variable that begins like one of ours, or is much like one: most likely a misspelt one."""
     prefixes = tuple({name.split("_")[0] + "_" for name in known if "_" in name})
     for name, value in environ.items():
         if name in known or _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and "://" in value):
