@@ -1,6 +1,7 @@
 """A cluster with the service on it, as `make deploy` leaves it.
 
-`make e2e` says which cluster: the current context of kubectl. All lies in namespaces of this run, which it deletes.
+`make e2e` says which cluster: the current context of kubectl. All lies in namespaces of this run, which it deletes;
+but for a pod in `monitoring`, a namespace that is made, and deleted again, where there is none.
 """
 
 import atexit
