@@ -1,20 +1,30 @@
-"""What a second service gets for its few lines: probes, metrics, drain, errors, settings."""
+"""What a second service gets for its few lines: probes, metrics, drain, errors, settings, logs, exit status."""
 
 import ast
 import asyncio
-from collections.abc import AsyncIterator
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import aiohttp
 import pytest
 import second_service
 from aiohttp import web
-from conftest import ROOT, SLACK, Served, Valkey, eventually, metric, serving
+from conftest import ROOT, SLACK, Process, Served, Valkey, eventually, metric, serving
 from proxy import Fate, Proxy
 
 from nanoservice import config
 from nanoservice.answer import Answer
 from nanoservice.config import ConfigError
 from nanoservice.service import Service, create_app
+
+# It as a process: all that its own `__main__` needs.
+MAIN = "import os, sys, second_service as it; from nanoservice.server import main; sys.exit(main(it.SERVICE, os.environ, []))"
+COMMAND = sys.executable, "-c", MAIN
+COMMAND = sys.executable, "-c", MAIN
+PYTHONPATH = f"{ROOT}:{ROOT / 'tests'}"
 
 
 @pytest.fixture
@@ -128,6 +138,25 @@ def test_its_setting_is_checked_with_the_others() -> None:
         "GREET_WTH is not a setting; the nearest is GREET_WITH",
         "BIND_PORT must be a whole number from 0 to 65535",
     ]
+
+
+async def test_it_runs_logs_json_drains_and_ends_with_status_0(spawn: Callable[..., Process], valkey: Valkey) -> None:
+    process = spawn(valkey.environ(BIND_HOST="127.0.0.1", PYTHONPATH=PYTHONPATH), command=COMMAND)
+    for number in (1, 2):
+        async with aiohttp.request("GET", f"{process.url}greet/ada") as answer:
+            assert await answer.text() == f"Hello ada, number {number}\n"
+    assert process.end() == 0
+    assert [line["message"].partition(";")[0] for line in process.log] == ["listening", "draining", "ended"]
+    assert all(line["level"] == "info" and line["time"] for line in process.log)
+
+
+def test_bad_settings_end_it_with_status_78_and_all_of_them_told() -> None:
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHONPATH, "GREET_WTH": "s3cret", "BIND_PORT": "s3cret"}
+    ended = subprocess.run(COMMAND, env=environ, text=True, capture_output=True, timeout=60)
+    assert ended.returncode == os.EX_CONFIG == 78
+    assert "GREET_WTH is not a setting" in ended.stderr
+    assert "BIND_PORT must be" in ended.stderr
+    assert "s3cret" not in ended.stdout + ended.stderr
 
 
 def _plain(app: web.Application, config: config.Config) -> None:
