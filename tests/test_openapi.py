@@ -78,6 +78,15 @@ async def test_every_503_is_documented_with_when_to_try_again(served: Served) ->
     assert found["components"]["headers"]["RetryAfter"]["required"]
 
 
+async def test_417_is_documented_wherever_it_is_answered(served: Served) -> None:
+    found = await document(served)
+    for path, method in documented(found):
+        async with served.client.request(method, path, headers={"Expect": "x"}) as answer:
+            assert (answer.status, answer.content_type) == (417, "application/problem+json"), (path, method)
+        documents = found["paths"][path][method]["responses"].get("417", {})
+        assert documents.get("$ref", "").endswith("/HeadProblem" if method == "head" else "/Problem"), (path, method)
+
+
 def check(process: Process, folder: Path, *options: str) -> None:
     """Have schemathesis try the service with all its checks."""
     done = subprocess.run(
