@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SLACK, Valkey, serving, wait_for
+from conftest import ROOT, SLACK, Valkey, free_port, serving, wait_for
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError
 from redis.retry import Retry
@@ -61,8 +61,18 @@ class Shipped(Valkey):
         return {"PATH": f"{self.root / 'bin'}:/usr/local/bin:/usr/bin:/bin"}
 
     def start(self, *options: str) -> None:
+        self.begin(*options)
+        self.wait()
+
+    def begin(self, *options: str) -> None:
+        """Start it, and do not wait for it."""
         command = [*self.command, "start", "--port", str(self.port), "--bind", "127.0.0.1", *options]
-        process = self.process = subprocess.Popen(command, env=self.path, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, env=self.path, stdout=subprocess.DEVNULL)
+
+    def wait(self) -> None:
+        """Wait until it serves."""
+        process = self.process
+        assert process
 
         def answers() -> bool:
             assert process.poll() is None, "it ended: see what it wrote"
@@ -161,6 +171,28 @@ def test_empty_line_is_no_password(stopped: Shipped) -> None:
     assert stopped.ask("hitcounter", "PING", password="only") is True
     with stopped.client(**BARE) as client, pytest.raises(AuthenticationError):
         client.execute_command("AUTH", "hitcounter", "")
+
+
+def test_second_one_on_the_same_data_waits_until_the_first_has_ended(stopped: Shipped) -> None:
+    """As after a pod that was deleted by force, whose process goes on."""
+    stopped.start()
+    users = stopped.root / "run/valkey/users.acl"
+    stopped.ask("all", "SET", "a", "1")
+    users.unlink()  # each start writes them, when it has the data for itself
+    first, stopped.port = stopped.process, free_port()
+    assert first
+    try:
+        stopped.begin()
+        second = stopped.process
+        assert second
+        sleeps = ["pgrep", "-x", "-P", str(second.pid), "sleep"]
+        wait_for(lambda: subprocess.run(sleeps, capture_output=True).stdout, 10 * SLACK, "the second one waits")
+        assert not users.exists()
+    finally:
+        first.kill()
+        first.wait()
+    stopped.wait()
+    assert stopped.ask("all", "GET", "a") == "1"
 
 
 def test_operator_loads_users_and_can_do_nothing_else(stopped: Shipped) -> None:
