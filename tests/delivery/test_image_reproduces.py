@@ -29,6 +29,7 @@ def context(tmp_path: Path) -> Path:
 
 
 def test_two_builds_from_nothing_are_the_same_on_every_engine() -> None:
+    assert len(engines()) > 1 or not os.environ.get("CI"), f"there is one engine alone to compare: {engines()}"
     environ = {**os.environ, "PLATFORMS": "linux/amd64,linux/arm64", "SERVICE": "hitcounter", "WHEELS": str(WHEELS)}
     ended = subprocess.run([ROOT / "image" / "build.sh", "check"], cwd=ROOT, env=environ, text=True, capture_output=True)
     assert ended.returncode == 0, ended.stderr
