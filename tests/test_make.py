@@ -12,10 +12,12 @@ import tarfile
 import time
 import urllib.request
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SLACK, free_port, wait_for
+from conftest import ROOT, SLACK, Valkey, free_port, wait_for
 
 # With the environment of these tests in place of the one that the first `make run` makes.
 RUN = ["make", "-o", ".venv/can-run", "run"]
@@ -203,31 +205,40 @@ def test_environment_whose_python_is_gone_is_made_anew(locked: Locked, tmp_path:
     assert locked.packages() == {"tiny==1.0"}
 
 
-def test_run_serves_keeps_its_counts_and_installs_once(copy: Path) -> None:
+@contextmanager
+def run(copy: Path, **environ: str) -> Iterator[str]:
+    """Have `make run` serve, and yield what a GET is answered; end it as Ctrl-C does."""
     (copy / ".venv").symlink_to(sys.prefix)
-    environ = {"PATH": os.environ["PATH"], "BIND_PORT": str(free_port()), "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1"}
-    url = f"http://127.0.0.1:{environ['BIND_PORT']}/"
+    environ = {"PATH": os.environ["PATH"], "BIND_PORT": str(free_port()), "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1", **environ}
+    with subprocess.Popen(
+        RUN, cwd=copy, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as popen:
+        assert popen.stdout
+        try:
+            assert "try: curl http://localhost:" in popen.stdout.readline()
+            with urllib.request.urlopen(f"http://127.0.0.1:{environ['BIND_PORT']}/", timeout=10) as answer:
+                yield answer.read().decode()
+        finally:
+            os.killpg(popen.pid, signal.SIGINT)
+            output, errors = popen.communicate(timeout=20)
+    assert "ended" in output
+    assert "Traceback" not in errors
+    (copy / ".venv").unlink()
+
+
+def test_run_serves_and_keeps_its_counts(copy: Path) -> None:
     for number in (1, 2):
         began = time.monotonic()
-        with subprocess.Popen(
-            RUN,
-            cwd=copy,
-            env=environ,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        ) as popen:
-            assert popen.stdout
-            assert "try: curl http://localhost:" in popen.stdout.readline()
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                assert f"seen {number} times" in answer.read().decode()
+        with run(copy) as told:
+            assert f"seen {number} times" in told
             assert time.monotonic() - began < 3 * SLACK
-            os.killpg(popen.pid, signal.SIGINT)  # as Ctrl-C does
-            output, errors = popen.communicate(timeout=20)
-            assert "ended" in output
-            assert "Traceback" not in errors
-            assert "making" not in output
+
+
+def test_run_uses_the_redis_that_it_is_told_of(copy: Path, valkey: Valkey) -> None:
+    valkey.run("SET", "{hitcounter}:hits", 41)
+    with run(copy, REDIS_HOST="127.0.0.1", REDIS_PORT=str(valkey.port)) as told:
+        assert "seen 42 times" in told
+    assert not (copy / ".data").exists()
 
 
 def test_port_in_use_is_told_in_one_line(copy: Path) -> None:
