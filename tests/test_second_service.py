@@ -23,7 +23,6 @@ from nanoservice.service import Service, create_app
 # It as a process: all that its own `__main__` needs.
 MAIN = "import os, sys, second_service as it; from nanoservice.server import main; sys.exit(main(it.SERVICE, os.environ, []))"
 COMMAND = sys.executable, "-c", MAIN
-COMMAND = sys.executable, "-c", MAIN
 PYTHONPATH = f"{ROOT}:{ROOT / 'tests'}"
 
 
