@@ -143,7 +143,7 @@ def test_smoke_test_is_one_that_the_namespace_admits_and_the_network_lets_throug
 def test_secrets_are_made_before_the_deployment() -> None:
     (hook,) = CONFIG["deploy"]["kubectl"]["hooks"]["before"]
     script = hook["host"]["command"][-1]
-    assert re.search(r"^make secret$", script, re.MULTILINE)
+    assert re.search(r"^make secret NAMESPACE=hitcounter$", script, re.MULTILINE)
     assert (ROOT / re.findall(r"--kustomize=(\S+)", script)[0] / "kustomization.yaml").exists()
     (namespace,) = (it["metadata"]["name"] for it in rendered(CONFIG) if it["kind"] == "Namespace")
     assert set(re.findall(r"namespace[ /](\w+) -", script)) == {namespace}
