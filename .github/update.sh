@@ -36,7 +36,9 @@ actions() { # each action gets the commit of its newest version
 }
 
 changes() { # show which pins the working copy has changed
-  git --no-pager diff --no-ext-diff --no-color --unified=0 | grep -E '^(\+\+\+ |[-+].*(==|@sha256:|@[0-9a-f]{40}))' || echo "nothing is newer"
+  shown=$(git --no-pager diff --no-ext-diff --no-color --unified=0 | grep -E '^(\+\+\+ |[-+].*([a-z0-9]==[0-9]|@sha256:|@[0-9a-f]{40}))' \
+    | awk '/^\+\+\+ / { file = $0 "\n"; next } { print file $0; file = "" }')
+  echo "${shown:-nothing is newer}"
 }
 
 "$1"

@@ -109,8 +109,8 @@ digests() {
 copy() { # FOLDER TIME: put what a build gets into a new folder
   mkdir -p "$1"
   for path in Containerfile .dockerignore $(sed -n 's/^!//p' .dockerignore); do
-    mkdir -p "$1/$(dirname "$path")"
-    cp -R "$path" "$1/$path"
+    mkdir -p "$1/$(dirname "$path")" || return
+    cp -R "$path" "$1/$path" || return
   done
   find "$1" -exec touch -t "$2" {} +
 }

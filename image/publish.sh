@@ -3,7 +3,7 @@
 #   publish.sh commit | digest | compare DIGEST | check [TAG] | files FOLDER | sums FOLDER | compare-files FOLDER SUMS | push FOLDER | sign
 # LAYOUT, SERVICE, VERSION, REPOSITORIES, ORAS, KUBECTL are the Makefile's variables.
 set -eu
-cd "$(dirname "$0")/.."
+CDPATH='' cd "$(dirname "$0")/.."
 
 fail() { echo "make: $*" >&2; exit 1; }
 
@@ -18,9 +18,12 @@ oras() {
 }
 
 commit() { # print the commit that the sources are of, after a look at whether they are
+  # Also what git was told to overlook, but for what no build gets.
   # shellcheck disable=SC2046 # several files
-  changed=$(git status --porcelain --untracked-files=all --ignored -- Containerfile $(sed -n 's/^!//p' .dockerignore)) || fail "the sources are in no repository of git"
-  changed=$(echo "$changed" | grep -v /__pycache__/) || true   # which no build gets
+  set -- Containerfile $(sed -n 's/^!//p' .dockerignore)
+  changed=$(git status --porcelain --no-renames --untracked-files=all --ignored -- "$@") || fail "the sources are in no repository of git"
+  changed=$(echo "$changed" | grep -v -e /__pycache__/ -e '/\.' -e '~"*$') || true
+  changed=$changed$(git ls-files -v -- "$@" | grep '^[a-zS]') || true
   [ -z "$changed" ] || fail "the sources are of no commit, so no provenance can name one; commit first: $changed"
   git rev-parse HEAD
 }

@@ -119,6 +119,10 @@ case "$command" in
   deploy) deploy ;;
   undeploy)
     check_cluster
-    if is_there; then "$KUBECTL" delete namespace "$NAMESPACE" --timeout=180s; fi
+    if is_there; then
+      "$KUBECTL" delete namespace "$NAMESPACE" --timeout=180s
+    else
+      echo "there is no namespace $NAMESPACE" >&2
+    fi
     ;;
 esac

@@ -72,9 +72,9 @@ make_secret() {
   missing=
   for name in $users; do
     [ ! -s "$work/users/$name" ] || continue
-    # A password that its service has already, say that of a Redis elsewhere, is not ours to change.
+    # One that its service has already, say that of a Redis elsewhere, is taken over.
     read_secret "$name-redis" password >"$work/read"
-    lines "$work/read" >"$work/users/$name"
+    lines "$work/read" | head -n 1 >"$work/users/$name"
     [ -s "$work/users/$name" ] || new_password >"$work/users/$name"
     missing="$missing $name"
   done

@@ -70,7 +70,7 @@ def tiny(folder: Path, version: str = "1.0", name: str = "tiny") -> str:
         wheel.writestr(f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{name}-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(f"{name}-{version}.dist-info/RECORD", "")
-    return f"{name.lower().replace(chr(46), chr(45))}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+    return f"{name.lower().replace('.', '-')}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
 
 
 def test_help_is_the_default_and_lists_every_target() -> None:
@@ -81,20 +81,20 @@ def test_help_is_the_default_and_lists_every_target() -> None:
 
 def test_update_without_an_environment_makes_one_first(copy: Path, tmp_path: Path) -> None:
     """Without a Python there is no date before which a package has to be out."""
-    ended = make("update", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk")))
+    ended = make("update", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")))
     assert ended.returncode != 0
     assert "Python 3.11 or newer is needed" in ended.stderr.splitlines()[0]
 
 
 def test_no_python_is_told_in_one_line(copy: Path, tmp_path: Path) -> None:
-    ended = make("run", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk")))
+    ended = make("run", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")))
     assert ended.returncode != 0
     assert [line for line in ended.stderr.splitlines() if "Python 3.11 or newer is needed" in line]
     assert not (copy / ".venv").exists()
 
 
 def test_python_that_is_too_old_is_not_taken(copy: Path, tmp_path: Path) -> None:
-    path = tools(tmp_path / "bin", "make", "sh", "awk")
+    path = tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")
     for name in ("python3", "python3.12"):  # the second as a version manager's stand-in: there, and of no use
         (path / name).write_text("#!/bin/sh\nexit 1\n")
         (path / name).chmod(0o755)
@@ -195,6 +195,17 @@ def test_environment_has_what_its_locks_have_and_outlives_an_install_that_fails(
     assert locked.make("installed").stdout == ""
     assert locked.packages() == {"tiny==2.0", "Other.one==1.0"}
     assert locked.stale() == set()
+
+
+def test_two_installs_at_a_time_are_kept_apart(locked: Locked) -> None:
+    (locked.copy / ".venv.lock").mkdir()
+    ended = locked.make("can-run")
+    assert ended.returncode != 0
+    assert "another make is installing into .venv" in ended.stderr
+    assert locked.packages() == set()
+    (locked.copy / ".venv.lock").rmdir()
+    assert locked.make("can-run").returncode == 0
+    assert not (locked.copy / ".venv.lock").exists()
 
 
 def test_environment_whose_python_is_gone_is_made_anew(locked: Locked, tmp_path: Path) -> None:

@@ -277,7 +277,8 @@ async def test_slow_requests_are_one_warning_a_second_and_the_others_are_lines_a
             valkey.thaw()
             assert {status for status, *_ in await asyncio.gather(*waiting)} == {200}
             await eventually(lambda: told().total() == 20 * lines, 5)
-            assert told() == {"slow request": lines, "request": 19 * lines}
+            # One more if it takes over a second to answer them all.
+            assert lines <= told()["slow request"] <= 2 * lines
 
 
 async def test_lookup_that_fails_after_its_time_is_not_logged_again(served: Served, caplog: pytest.LogCaptureFixture) -> None:

@@ -145,8 +145,9 @@ async def test_it_runs_logs_json_drains_and_ends_with_status_0(spawn: Callable[.
         async with aiohttp.request("GET", f"{process.url}greet/ada") as answer:
             assert await answer.text() == f"Hello ada, number {number}\n"
     assert process.end() == 0
-    assert [line["message"].partition(";")[0] for line in process.log] == ["listening", "draining", "ended"]
-    assert all(line["level"] == "info" and line["time"] for line in process.log)
+    log = [line for line in process.log if line["message"] != "slow request"]  # which a busy machine may make
+    assert [line["message"].partition(";")[0] for line in log] == ["listening", "draining", "ended"]
+    assert all(line["level"] == "info" and line["time"] for line in log)
 
 
 def test_bad_settings_end_it_with_status_78_and_all_of_them_told() -> None:

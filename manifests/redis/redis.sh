@@ -54,7 +54,7 @@ case "$command" in
     done
     flock -n 9 || fail "another Valkey has this volume still: its pod was deleted by force, and has not ended"
     write_users
-    if [ -d restored ] && [ -z "$(find restored -maxdepth 0 -mmin -15)" ]; then
+    if [ -d restored ] && [ -d appendonlydir ] && [ -z "$(find restored -maxdepth 0 -mmin -15)" ]; then
       # Its restart was cut off. Who restarts Redis days later does not mean it.
       echo "redis.sh: what was to be restored is older than a quarter of an hour, so it is not" >&2
       rm -rf restored

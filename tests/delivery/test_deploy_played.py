@@ -1,5 +1,6 @@
 """What the targets for Kubernetes do where kubectl and the engine say what they seldom do: both are played."""
 
+import functools
 import os
 import re
 import shutil
@@ -20,7 +21,13 @@ def played(folder: Path, name: str, script: str) -> str:
     return str(program)
 
 
-def ran(script: str, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+def copied(folder: Path) -> Path:
+    """Return a copy of the folder of scripts, for what writes into it."""
+    shutil.copytree(ROOT / "image", folder / "image")
+    return Path(shutil.copytree(ROOT / "manifests", folder / "manifests"))
+
+
+def ran(script: str | Path, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     environ = {**os.environ, "NAMESPACE": "n", "REGISTRY": "r.example", "IMAGE": "hitcounter", "VALKEY": "", **environ}
     return subprocess.run([ROOT / "manifests" / script, *arguments], env=environ, capture_output=True, text=True, timeout=30)
 
@@ -87,7 +94,7 @@ def test_engine_whose_images_minikube_does_not_take_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize(("label", "taken"), [("hitcounter", True), ("", False), ("another", False)])
 def test_namespace_of_somebody_else_is_left_alone(tmp_path: Path, command: str, label: str, taken: bool) -> None:
     kubectl = played(tmp_path, "kubectl", cluster(label=label))
-    ended = ran("deploy.sh", command, KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""))
+    ended = ran(copied(tmp_path) / "deploy.sh", command, KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""))
     told = (tmp_path / "kubectl.told").read_text()
     assert ended.returncode == (0 if taken else 1), ended.stderr
     assert ("the namespace n is not this service's" in ended.stderr) != taken
@@ -100,7 +107,9 @@ def test_names_that_look_like_numbers_are_taken_for_names(tmp_path: Path) -> Non
     keeps = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
     kubectl = played(tmp_path, "kubectl", keeps)
     engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
-    ended = ran("deploy.sh", "deploy", KUBECTL=kubectl, ENGINE=engine, NAMESPACE="2024", VALKEY="r.example/valkey:9")
+    ended = ran(
+        copied(tmp_path) / "deploy.sh", "deploy", KUBECTL=kubectl, ENGINE=engine, NAMESPACE="2024", VALKEY="r.example/valkey:9"
+    )
     assert ended.returncode == 0, ended.stderr
     written = yaml.safe_load((tmp_path / "kubectl.yaml").read_text())
     assert written["namespace"] == "2024"
@@ -139,7 +148,7 @@ class Cluster:
     esac"""
 
     def __init__(self, folder: Path, users: str, has: dict[str, str]) -> None:
-        self.scripts = Path(shutil.copytree(ROOT / "manifests", folder / "manifests"))
+        self.scripts = copied(folder)
         (self.scripts / "redis" / "users.acl").write_text(users)
         self.kubectl = played(folder, "kubectl", self._KUBECTL)
         (folder / "kubectl.has").mkdir()
@@ -149,7 +158,7 @@ class Cluster:
         self.told = folder / "kubectl.told"
 
     def run(self, command: str) -> "subprocess.CompletedProcess[str]":
-        return ran(str(self.scripts / "secret.sh"), command, KUBECTL=self.kubectl)
+        return ran(self.scripts / "secret.sh", command, KUBECTL=self.kubectl)
 
     def written(self) -> dict[str, dict[str, str]]:
         """Return the keys of each secret that was written, with what it has."""
@@ -200,7 +209,9 @@ def test_passwords_go_with_the_terminal(tmp_path: Path) -> None:
     temporary.mkdir()
     kubectl = played(tmp_path, "kubectl", 'case $* in *"get secret"*) echo >"$0.waits"; sleep 60 ;; esac')
     environ = {**os.environ, "NAMESPACE": "n", "KUBECTL": kubectl, "TMPDIR": str(temporary)}
-    with subprocess.Popen([ROOT / "manifests" / "secret.sh", "make"], env=environ, start_new_session=True) as popen:
+    command = [str(ROOT / "manifests" / "secret.sh"), "make"]
+    heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # whatever these tests are run by
+    with subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=heeded) as popen:
         wait_for((tmp_path / "kubectl.waits").exists, 10 * SLACK)
         assert list(temporary.iterdir())
         os.killpg(popen.pid, signal.SIGHUP)
@@ -224,8 +235,8 @@ def test_backup_that_is_cut_off_replaces_none(tmp_path: Path, end: str, whole: b
 
 
 def test_manifests_stay_where_new_ones_cannot_be_made(tmp_path: Path) -> None:
-    scripts = Path(shutil.copytree(ROOT / "manifests", tmp_path / "manifests"))
+    scripts = copied(tmp_path)
     before = {path.name: path.read_text() for path in (scripts / "rendered").iterdir()}
     for kubectl in (played(tmp_path, "kubectl", "exit 1"), "no-such-kubectl"):
-        assert ran(str(scripts / "render.sh"), str(scripts / "rendered"), KUBECTL=kubectl).returncode != 0
+        assert ran(scripts / "render.sh", str(scripts / "rendered"), KUBECTL=kubectl).returncode != 0
         assert {path.name: path.read_text() for path in (scripts / "rendered").iterdir()} == before

@@ -35,7 +35,11 @@ LABEL = "app.kubernetes.io/"
 VALKEY_CONF = [
     line.split(maxsplit=1) for line in (MANIFESTS / "redis" / "valkey.conf").read_text().splitlines() if line[:1] > "#"
 ]
-USERS = {line.split()[1]: line.split()[2:] for line in (MANIFESTS / "redis" / "users.acl").read_text().splitlines()}
+USERS = {
+    line.split()[1]: line.split()[2:]
+    for line in (MANIFESTS / "redis" / "users.acl").read_text().splitlines()
+    if line.startswith("user ")
+}
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def test_provenance_is_of_committed_sources_alone(tmp_path: Path) -> None:
     (copy / ".git" / "info" / "exclude").write_text("*.orig\n__pycache__\n")
     subprocess.run([*git, "config", "status.showUntrackedFiles", "no"], check=True)
     for name, named in (
-        ("notes.txt", True), ("hitcounter/__pycache__/a.pyc", True),  # no inputs
+        ("notes.txt", True), ("hitcounter/__pycache__/a.pyc", True), ("hitcounter/.app.py.swp", True),  # no inputs
         ("hitcounter/app.py.orig", False), ("hitcounter/more.py", False),
     ):  # fmt: skip
         (copy / name).parent.mkdir(exist_ok=True)
@@ -122,6 +122,17 @@ def test_provenance_is_of_committed_sources_alone(tmp_path: Path) -> None:
         assert bool(re.fullmatch(r"[0-9a-f]{40}\n", ended.stdout)) == (ended.returncode == 0) == named
         assert ("the sources are of no commit" in ended.stderr) != named
         (copy / name).unlink()
+    for option in ("--assume-unchanged", "--skip-worktree"):
+        subprocess.run([*git, "update-index", option, "hitcounter/app.py"], check=True)
+        ended = subprocess.run([copy / "image" / "publish.sh", "commit"], text=True, capture_output=True)
+        assert "hitcounter/app.py" in ended.stderr
+        subprocess.run([*git, "update-index", option.replace("--", "--no-"), "hitcounter/app.py"], check=True)
+    with open(copy / "hitcounter" / "app.py", "r+b") as file:  # as an editor on Windows does
+        content = file.read().replace(b"\n", b"\r\n")
+        file.seek(0)
+        file.write(content)
+    ended = subprocess.run([copy / "image" / "publish.sh", "commit"], text=True, capture_output=True)
+    assert "hitcounter/app.py" in ended.stderr
 
 
 # --- what is in it ---

@@ -185,8 +185,14 @@ def test_second_one_on_the_same_data_waits_until_the_first_has_ended(stopped: Sh
         stopped.begin()
         second = stopped.process
         assert second
-        sleeps = ["pgrep", "-x", "-P", str(second.pid), "sleep"]
-        wait_for(lambda: subprocess.run(sleeps, capture_output=True).stdout, 10 * SLACK, "the second one waits")
+        children = Path(f"/proc/{second.pid}/task/{second.pid}/children")
+
+        def waits() -> bool:
+            with contextlib.suppress(OSError):  # it has just ended
+                return "sleep" in [Path(f"/proc/{child}/comm").read_text().strip() for child in children.read_text().split()]
+            return False
+
+        wait_for(waits, 10 * SLACK, "the second one waits")
         assert not users.exists()
     finally:
         first.kill()

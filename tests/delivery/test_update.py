@@ -29,9 +29,13 @@ def copy(tmp_path: Path) -> Path:
     return copy
 
 
+# What a developer has set is not asked for.
+ENVIRON = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+
+
 def git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
-    return subprocess.run(command, check=True, text=True, capture_output=True).stdout.strip()
+    return subprocess.run(command, env=ENVIRON, check=True, text=True, capture_output=True).stdout.strip()
 
 
 def test_action_gets_the_commit_of_its_newest_version(copy: Path) -> None:
@@ -58,6 +62,7 @@ def test_what_changed_is_shown_whatever_kind_of_pin_it_is(copy: Path) -> None:
     def write(number: int) -> None:
         lines = [*pins, "    --hash=sha256:{:064}", "# comment {}"]
         (copy / "pins").write_text("\n".join(line.format(number) for line in lines))
+        (copy / "other").write_text(f"if a == {number}: pass")
 
     write(1)
     git(copy, "add", ".")
@@ -68,10 +73,9 @@ def test_what_changed_is_shown_whatever_kind_of_pin_it_is(copy: Path) -> None:
 
 
 def changes(copy: Path) -> list[str]:
-    script = str(ROOT / ".github" / "update.sh")
-    return subprocess.run(
-        [script, "changes"], cwd=copy, check=True, text=True, capture_output=True, timeout=60
-    ).stdout.splitlines()
+    command = [str(ROOT / ".github" / "update.sh"), "changes"]
+    ended = subprocess.run(command, cwd=copy, env=ENVIRON, check=True, text=True, capture_output=True, timeout=60)
+    return ended.stdout.splitlines()
 
 
 def test_checkout_on_windows_has_the_same_bytes(tmp_path: Path) -> None:
