@@ -312,5 +312,5 @@ def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
             except AssertionError as refused:  # by a storage class that does not allow it
                 assert "must support resize" in str(refused)
         else:
-            ours.kubectl(*command, *(["--dry-run=server"] if command[0] == "taint" else []))
-    assert set(ran) == {"get", "logs", "port-forward", "taint", "patch", "exec"}
+            ours.kubectl(*command, *(["--dry-run=server"] if command[0] in ("taint", "delete") else []))
+    assert set(ran) == {"get", "logs", "port-forward", "taint", "patch", "delete", "exec"}
