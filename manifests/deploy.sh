@@ -43,9 +43,14 @@ check_destination() { # print how the cluster gets an image
   fi
 }
 
+engine() { # print the engine that makes the image
+  engines=$(ENGINE=${ENGINE:-} image/build.sh engines) || exit
+  echo "$engines" | head -n 1
+}
+
 publish() { # give the image to the cluster, and print its name there
   destination=$(check_destination)
-  engine=$(ENGINE=${ENGINE:-} image/build.sh engines | head -n 1)
+  engine=$(engine)
   # By its content, so that another image is another name, and rolls the pods.
   case "${engine##*/}" in
     buildah) id=$("$engine" inspect --format '{{.FromImageID}}' "$IMAGE") ;;
@@ -107,8 +112,7 @@ case "$command" in
     check_cluster
     check_storage
     destination=$(check_destination)
-    engines=$(ENGINE=${ENGINE:-} image/build.sh engines)
-    engine=$(echo "$engines" | head -n 1)
+    engine=$(engine)
     case "$destination:${engine##*/}" in
       registry:* | *:docker*) ;;
       *) fail "$destination takes images from Docker, not from ${engine##*/}: start Docker, or name a registry for the cluster to pull from: REGISTRY=..." ;;

@@ -18,8 +18,10 @@ services=$(echo "$users" | grep -vx -e probe -e operator)
 
 new_password() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; echo; }
 
-read_secret() { # NAME KEY: print a key of a secret, or nothing
-  k get secret "$1" --ignore-not-found --output=go-template="{{with .data}}{{with index . \"$2\"}}{{base64decode .}}{{end}}{{end}}"
+read_secret() { # NAME KEY: print the passwords in a key of a secret, a line each, whoever made it; nothing if there are none
+  # By way of a file: a failure to read is not "none".
+  k get secret "$1" --ignore-not-found --output=go-template="{{with .data}}{{with index . \"$2\"}}{{base64decode .}}{{end}}{{end}}" >"$work/secret" || return
+  grep . "$work/secret" || [ $? = 1 ]
 }
 
 write_secret() { # NAME FOLDER: have the secret hold the folder's files
@@ -31,12 +33,9 @@ write_secret() { # NAME FOLDER: have the secret hold the folder's files
 read_passwords() { # put what redis-users has into a file each
   mkdir -p "$work/users"
   for name in $users; do
-    read_secret redis-users "$name" >"$work/read"           # a line of its own: a failure is not "no password"
-    lines "$work/read" >"$work/users/$name"
+    read_secret redis-users "$name" >"$work/users/$name"
   done
 }
-
-lines() { grep . "$1" || [ $? = 1 ]; } # FILE: print its passwords, a line each, whoever made the secret; none is no failure
 
 write_services() { # have each service hold the newest password of its user, if it does not yet
   for name in $services; do
@@ -44,7 +43,7 @@ write_services() { # have each service hold the newest password of its user, if 
     mkdir -p "$folder"
     head -n 1 "$work/users/$name" >"$folder/password"
     read_secret "$name-redis" password >"$work/read"
-    if lines "$work/read" | cmp -s - "$folder/password"; then continue; fi
+    if cmp -s "$work/read" "$folder/password"; then continue; fi
     write_secret "$name-redis" "$folder"
     echo "wrote the secret $name-redis"
   done
@@ -74,7 +73,7 @@ make_secret() {
     [ ! -s "$work/users/$name" ] || continue
     # One that its service has already, say that of a Redis elsewhere, is taken over.
     read_secret "$name-redis" password >"$work/read"
-    lines "$work/read" | head -n 1 >"$work/users/$name"
+    head -n 1 "$work/read" >"$work/users/$name"
     [ -s "$work/users/$name" ] || new_password >"$work/users/$name"
     missing="$missing $name"
   done
