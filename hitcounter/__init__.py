@@ -1,3 +1,3 @@
-"""Counts requests in Redis: each once, durably."""
+"""Counts requests in Redis, each exactly once and durably."""
 
 __version__ = "0.1.0"

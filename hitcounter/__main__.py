@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 
-# A signal while it imports ends it at once. Without a handler, process 1 of a container would not hear it; and an exception, as
-# Python makes of Ctrl-C, can get lost in there.
+# Exit at once on a signal during imports. Process 1 of a container ignores signals without a handler, and a KeyboardInterrupt
+# raised inside an import can be swallowed.
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 from hitcounter.app import SERVICE  # noqa: E402 - see above
@@ -13,5 +13,5 @@ from nanoservice.server import main  # noqa: E402 - the same
 
 try:
     sys.exit(main(SERVICE, os.environ, sys.argv[1:]))
-except KeyboardInterrupt:  # Ctrl-C once more, when the service listens for it no longer
+except KeyboardInterrupt:  # Ctrl-C again, after the service has removed its handlers
     sys.exit(130)

@@ -1,29 +1,32 @@
--- Counts one batch, exactly once. The one writer of all the keys below; it runs atomically, and Redis logs its effects as one
--- transaction, so after a crash either all of a batch is there or nothing.
+-- Counts one batch, exactly once. Only this script writes the keys below. It runs atomically, and Redis logs its effects as one
+-- transaction, so after a crash either the whole batch is there or nothing of it.
 --
--- KEYS  1 hits     how many, ever
---       2 posts    how many, ever
---       3 writer   the last batch of this writer (one lane of one process): {sequence, reply}, or {sequence} if it failed half-way;
---                  or 'retired'; forgotten after a day
+-- KEYS  1 hits     the number of hits so far
+--       2 posts    the number of posts so far
+--       3 writer   the last batch of this writer (one lane of one process): {sequence, reply}, or {sequence} if the batch failed
+--                  half-way, or 'retired'; forgotten after a day
 --       4 answers  hash: digest of an Idempotency-Key -> {hits, posts} as answered to it
---       5 order    sorted set: digest -> when it came (microseconds), to forget the oldest first
--- ARGV  1 sequence of this batch: 1, 2, 3 ... for each writer
+--       5 order    sorted set: digest -> time of its arrival (microseconds), so that the oldest are forgotten first
+-- ARGV  1 sequence number of this batch: 1, 2, 3 ... for each writer
 --       2 hits to count
---       3 posts to count, those with an Idempotency-Key apart
---       4 how many Idempotency-Keys to remember at most
+--       3 posts to count, without those that have an Idempotency-Key
+--       4 the number of Idempotency-Keys to remember at most
 --       5 ... the digests of the Idempotency-Keys of further posts
 --
--- Replies {'counted', hits, posts, then for each digest its hits and posts}, where hits and posts are the totals after this batch's hits and
--- posts without a key; or {'late'}, {'unknown'} or {'failed'}, having counted nothing.
+-- Replies {'counted', hits, posts, then for each digest its hits and posts}. There, hits and posts are the totals after the hits
+-- of this batch and its posts without a key. Otherwise replies {'late'}, {'unknown'} or {'failed'}, and has counted nothing.
 --
--- Why a batch that is sent twice counts once. A writer sends batch n + 1 only when it has the reply to batch n, or has given n up for good.
---   a. The same batch again, its reply being lost: its sequence equals the last one, so the first reply is given again.
---   b. A batch that was stuck on an old connection and arrives after newer ones: its sequence is below the last one: late.
---   c. The writer's key is gone (a day without a batch, or the store lost it). Whether this batch was counted before the key went cannot be
---      known here: unknown. The writer knows if it sent it before; it takes a new name either way. The old name is retired: a first batch of it
---      that is still on its way would make it known again, and with it a duplicate of this batch.
---   d. Sequence 1 with no key is a new writer: counted. A first batch that was delayed for more than a day, and whose writer's key has been
---      forgotten since, would count again: that is the residue.
+-- Why a batch that is sent twice counts once. A writer sends batch n + 1 only after the reply to batch n, or after it has given
+-- batch n up for good.
+--   a. The same batch arrives again, because its reply was lost. Its sequence number equals the last one, so the script repeats
+--      the first reply.
+--   b. A batch was stuck on an old connection and arrives after newer ones. Its sequence number is below the last one: late.
+--   c. The writer's key is gone (after a day without a batch, or because the store lost it). The script cannot know whether this
+--      batch was counted before: unknown. The writer knows whether it sent the batch before, and takes a new name in any case.
+--      The old name is retired: otherwise a first batch of that name which is still on its way would make the name known again,
+--      and with it a duplicate of this batch.
+--   d. Sequence number 1 without a key is a new writer: counted. A first batch that was delayed for more than a day, and whose
+--      writer's key has been forgotten since, would count again. That is the residue.
 local DAY = 86400
 local sequence = tonumber(ARGV[1])
 
@@ -42,12 +45,12 @@ elseif sequence ~= 1 then
   return {'unknown'}
 end
 
--- All is read before anything is written: what is not understood is an error, and everything stays as it was.
-local function text(number) return string.format('%.0f', number) end   -- Lua's own has 14 digits
+-- Everything is read before anything is written, so a value that the script does not understand leaves all keys unchanged.
+local function text(number) return string.format('%.0f', number) end   -- tostring() gives 14 digits only
 local totals = {}
 for i = 1, 2 do
   local digits = redis.call('GET', KEYS[i]) or '0'
-  if not (digits == '0' or digits:find('^[1-9]%d*$')) or #digits > 15 then   -- Lua's numbers are exact up to 2^53
+  if not (digits == '0' or digits:find('^[1-9]%d*$')) or #digits > 15 then   -- Lua's numbers are exact up to 2^53.
     return redis.error_reply('ERR ' .. KEYS[i] .. ' does not hold a count')
   end
   totals[i] = digits + ARGV[i + 1]
@@ -61,7 +64,7 @@ if keyed then
   local time = redis.call('TIME')
   now = time[1] * 1000000 + time[2]
   local eldest = now - DAY * 1000000
-  -- At most 1,000 are forgotten in one call, so that no call takes long; what is older and still there is not honoured.
+  -- One call forgets at most 1,000 keys, so that no call takes long. An older key that is still there is not honoured.
   expired = redis.call('ZRANGE', KEYS[5], '-inf', text(eldest), 'BYSCORE', 'LIMIT', 0, 1000)
   for i = 5, #ARGV do
     local answer = redis.call('HGET', KEYS[4], ARGV[i])
@@ -73,7 +76,7 @@ if keyed then
   end
 end
 
--- Should a write fail all the same (a right that the user lacks), this is what is left of the batch: it failed, and may have been counted.
+-- If a write fails nevertheless (the user lacks a right), this remains of the batch: it failed, and may have been counted.
 redis.call('SET', KEYS[3], cmsgpack.pack({sequence}), 'EX', DAY)
 
 redis.call('INCRBY', KEYS[1], ARGV[2])

@@ -1,5 +1,5 @@
-"""The chassis: what every nanoservice of this repository shares.
+"""The chassis: everything that the nanoservices of this repository share.
 
-A service brings its routes, its resources and its own settings (`service.Service`); the chassis brings configuration,
-logs, metrics, probes, error answers, the Redis connection, correct start and stop.
+A service provides its routes, its resources and its own settings (`service.Service`). The chassis provides configuration,
+logs, metrics, probes, error answers, the connection to Redis, an orderly start and a graceful shutdown.
 """

@@ -1,4 +1,14 @@
-"""Answers: a whole response in one write, and RFC 9457 problem details for every error."""
+"""Answers: a whole response in one write, and RFC 9457 problem details for every error.
+
+Borrowed from aiohttp, which documents `StreamResponse` for streaming but not as a base class for other ways to write.
+tests/nanoservice/test_borrowed.py names the first of these that an upgrade takes away.
+
+- `StreamResponse.prepare`, `StreamResponse.write_eof`: aiohttp calls both on what a handler returns. Without them nothing is
+  sent. `web.Response` will replace them once its cost no longer matters.
+- `StreamResponse._keep_alive`: None, or False after `force_close()`; aiohttp reads it after the answer. Without it a connection
+  stays open, or closes, against what the answer says.
+- `BaseRequest.writer`, `AbstractStreamWriter.write_eof`: the way to the socket. Without them there is no single write.
+"""
 
 import json
 import time
@@ -20,37 +30,26 @@ def _date_line(now: int) -> bytes:
 
 
 class Answer(web.StreamResponse):
-    """A response whose head and body leave in one write.
+    """A response whose head and body are sent in one write.
 
-    aiohttp's own Response builds a header map, runs signals and serialises: a quarter of the cost of a small request. This
-    one writes bytes through `request.writer`, as its documentation allows, and honours HEAD, HTTP/1.0 and
-    `Connection: close`. `lines` are further header lines, each ended by CR LF; a body of None has no length (HEAD, 204).
+    aiohttp's own Response builds a header map, runs signals and serialises, which is a quarter of the cost of a small request.
+    This class writes bytes through `request.writer`, and honours HEAD, HTTP/1.0 and `Connection: close`. `lines` are further
+    header lines, each with CR LF at its end. A body of None has no Content-Length (HEAD, 204).
     """
 
     def __init__(self, body: bytes | None, lines: bytes = b"", *, status: int = 200) -> None:
         super().__init__(status=status)
         self._content = body
         self._lines = lines
-        self._alive: bool | None = None
-        self._closing = False
-
-    @property
-    def keep_alive(self) -> bool | None:
-        """Return whether the connection stays open after this answer; None before it is written."""
-        return self._alive
-
-    def force_close(self) -> None:
-        """End the connection after this answer."""
-        self._closing = True
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        """Write the whole answer to `request`; a second time, nothing: the writer has had its end."""
-        self._alive = request.keep_alive and not self._closing
+        """Write the whole answer to `request`. A second call writes nothing, because the writer is closed by then."""
+        self._keep_alive = request.keep_alive and self._keep_alive is None
         body = self._content
         head = _STATUS_LINE[self.status] + _date_line(int(time.time())) + self._lines  # type: ignore[index]
         if body is not None:
             head += b"Content-Length: %d\r\n" % len(body)
-        if not self._alive:
+        if not self._keep_alive:
             head += b"Connection: close\r\n"
         elif request.version == HttpVersion10:
             head += b"Connection: keep-alive\r\n"
@@ -58,38 +57,21 @@ class Answer(web.StreamResponse):
         return request.writer
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Do nothing: `prepare` wrote all there is."""
+        """Do nothing, since `prepare` has written everything."""
 
 
-def json_answer(content: object, lines: bytes = b"", *, form: bytes = b"json", status: int = 200) -> Answer:
-    """Return `content` as a JSON answer."""
-    return Answer(json.dumps(content).encode() + b"\n", b"Content-Type: application/%b\r\n" % form + lines, status=status)
+def json_answer(content: object, lines: bytes = b"", *, subtype: bytes = b"json", status: int = 200) -> Answer:
+    """Return `content` as a JSON answer of the media type `application/SUBTYPE`."""
+    return Answer(json.dumps(content).encode() + b"\n", b"Content-Type: application/%b\r\n" % subtype + lines, status=status)
 
 
 def problem(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> Answer:
-    """Return an error as problem details (RFC 9457): type about:blank, title by `status`, and `detail`: what to do."""
+    """Return an error as problem details (RFC 9457) of type about:blank. `detail` says what to do."""
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
     if detail:
         content["detail"] = detail
     lines = "".join(f"{name}: {value}\r\n" for name, value in {"Cache-Control": "no-store", **(headers or {})}.items())
-    answer = json_answer(content, lines.encode("latin-1"), form=b"problem+json", status=status)
+    answer = json_answer(content, lines.encode("latin-1"), subtype=b"problem+json", status=status)
     if status == 413:
-        answer.force_close()  # the rest of the body is not worth reading
+        answer.force_close()  # The rest of the body will not be read.
     return answer
-
-
-class ProblemError(Exception):
-    """An error that a handler raises to have it answered as `problem(...)`; logs nothing."""
-
-    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
-        self.headers = headers
-
-
-class UnavailableError(ProblemError):
-    """The store cannot serve this request now: 503 with `Retry-After`."""
-
-    def __init__(self, detail: str) -> None:
-        super().__init__(503, detail, {"Retry-After": "1"})

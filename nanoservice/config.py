@@ -1,42 +1,31 @@
-"""Settings: read once from a mapping, checked all at once, shown without secrets.
+"""Settings: read once from a mapping, checked all at once, never shown with their secrets.
 
-`Config` is the one table of the variables that every service knows; a service adds its own by deriving a frozen
-dataclass from it. Field `bind_port` is set by the variable `BIND_PORT`.
+`Config` declares the variables that every service knows. A service derives a frozen dataclass from it to add its own.
+The variable `BIND_PORT` sets the field `bind_port`.
 """
 
 import difflib
 import re
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Self
 
-# What Kubernetes sets for each Service of the namespace when `enableServiceLinks` is not false.
+from nanoservice.errors import ConfigError
+
+# Kubernetes sets these variables for each Service of the namespace unless `enableServiceLinks` is false.
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)")
+_SERVICE_LINK_HINT = "; Kubernetes sets this variable for a Service of this name: give the pod `enableServiceLinks: false`"
 
-
-_LINKED = "; Kubernetes sets this variable for a Service of this name: give the pod `enableServiceLinks: false`"
-
-# How much like one of ours a variable of another prefix must be: more than LINES, which terminals set, is like LANES.
-_ALIKE = 0.85
-
-
-class ConfigError(Exception):
-    """What is wrong with the settings: `problems` has a line for each variable, none with a value in it."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = problems
-
-
-class StartError(Exception):
-    """What keeps a service with good settings from starting; the text says what to do."""
+# A variable without a known prefix is reported if it resembles a setting this much. Terminals set LINES, which resembles
+# LANES less.
+_MIN_SIMILARITY = 0.85
 
 
 class Secret:
-    """A text that shows as stars wherever it is printed; `reveal()` returns it."""
+    """A text that is printed as stars; `reveal()` returns it."""
 
     __slots__ = ("_text",)
 
@@ -54,24 +43,24 @@ class Secret:
 def setting(default: Any, help: str, parse: Callable[[str], Any] = str) -> Any:
     """Return a dataclass field that is set by the variable of its name.
 
-    `parse` makes the value from the text, or raises ValueError with what it should have been ("a whole number ...").
+    `parse` returns the value of a text, or raises ValueError that says what the text should have been ("a whole number ...").
     """
     return field(default=default, metadata={"help": help, "parse": parse})
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `low` to `high`."""
+    """Return a parser of whole numbers from `low` to `high`, both included."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,18}", text) or not low <= int(text) <= high:
-            raise ValueError(f"a whole number from {low} to {high}" + (_LINKED if "://" in text else ""))
+            raise ValueError(f"a whole number from {low} to {high}" + (_SERVICE_LINK_HINT if "://" in text else ""))
         return int(text)
 
     return parse
 
 
 def seconds(low: float, high: float) -> Callable[[str], float]:
-    """Return a parser of durations in seconds, decimals allowed, from `low` to `high`."""
+    """Return a parser of durations in seconds from `low` to `high`, with decimals."""
 
     def parse(text: str) -> float:
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not low <= float(text) <= high:
@@ -82,7 +71,7 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
 
 
 def choice(*names: str) -> Callable[[str], str]:
-    """Return a parser that takes one of `names`, in any case."""
+    """Return a parser that accepts one of `names`, in upper or lower case."""
 
     def parse(text: str) -> str:
         if text.lower() not in names:
@@ -93,21 +82,21 @@ def choice(*names: str) -> Callable[[str], str]:
 
 
 def flag(text: str) -> bool:
-    """Return whether `text` says yes."""
+    """Return whether `text` means yes."""
     return choice("true", "on", "1", "false", "off", "0")(text) in ("true", "on", "1")
 
 
 def host(text: str) -> str:
-    """Return `text` if it is a host name or an address, and nothing more: a URL may hold a password."""
+    """Return `text` if it is a host name or an address. A URL is refused, because it may contain a password."""
     try:
-        text.encode("idna")  # as the look-up will: no label is empty or longer than 63
+        text.encode("idna")  # The resolver does the same: it refuses a label that is empty or longer than 63 characters.
         return text if re.fullmatch(r"[A-Za-z0-9_.-]+", text) else str(ip_address(text))
     except ValueError:
         raise ValueError("a host name or address alone: no scheme, user or port") from None
 
 
 def file(text: str) -> Path:
-    """Return the path of a file that can be read."""
+    """Return `text` as the path of a readable file."""
     try:
         with open(text, "rb"):
             return Path(text)
@@ -116,7 +105,7 @@ def file(text: str) -> Path:
 
 
 def certificates(text: str) -> Path:
-    """Return the path of a file of certificates (PEM)."""
+    """Return `text` as the path of a readable file of certificates (PEM)."""
     path = file(text)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
@@ -127,50 +116,52 @@ def certificates(text: str) -> Path:
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of every service."""
+    """The settings that every service has."""
 
-    bind_port: int = setting(8080, "public port; 0: any free one, printed in the log", integer(0, 65535))
+    bind_port: int = setting(8080, "public port; 0: any free port, which the log reports", integer(0, 65535))
     bind_host: str = setting("", "address to listen on; default: all", host)
-    admin_port: int = setting(9090, "port of `/metrics`; 0: any free one; keep it off the public", integer(0, 65535))
-    redis_host: str = setting("", "Redis to use; default, in development only: an embedded Valkey", host)
-    redis_port: int = setting(6379, "its port", integer(1, 65535))
-    redis_username: str = setting("", "user to authenticate as")
+    admin_port: int = setting(9090, "port of `/metrics`; 0: any free port; do not expose it to the public", integer(0, 65535))
+    redis_host: str = setting("", "host of Redis; default, in development only: an embedded Valkey", host)
+    redis_port: int = setting(6379, "port of Redis", integer(1, 65535))
+    redis_username: str = setting("", "user in Redis")
     redis_password: Secret | None = setting(None, "password of that user", Secret)
     redis_password_file: Path | None = setting(
-        None, "file with the password, read again at each connection: a rotated secret needs no restart", file
+        None, "file with the password, read at each connection: a rotated secret needs no restart", file
     )
-    redis_tls: bool = setting(False, "`true`: talk TLS to Redis and check its certificate", flag)
-    redis_ca_file: Path | None = setting(None, "CA certificates to trust (PEM); default: the system's", certificates)
+    redis_tls: bool = setting(False, "`true`: connect to Redis by TLS and check its certificate", flag)
+    redis_ca_file: Path | None = setting(None, "CA certificates to trust (PEM); default: those of the system", certificates)
     redis_cert_file: Path | None = setting(None, "client certificate (PEM)", certificates)
-    redis_key_file: Path | None = setting(None, "its key (PEM), without a passphrase", file)
-    redis_timeout: float = setting(1.0, "seconds to connect, and for each round trip", seconds(0.01, 60))
-    drain_seconds: float = setting(0.0, "seconds to go on serving after SIGTERM, not ready; 5 in a cluster", seconds(0, 3600))
+    redis_key_file: Path | None = setting(None, "key of the client certificate (PEM), without a passphrase", file)
+    redis_timeout: float = setting(1.0, "seconds for connecting, and for each round trip", seconds(0.01, 60))
+    drain_seconds: float = setting(0.0, "seconds to keep serving after SIGTERM while not ready; 5 in a cluster", seconds(0, 3600))
     log_level: str = setting(
         "info", "`debug` (each request), `info`, `warning`, `error`", choice("debug", "info", "warning", "error")
     )
     log_format: str = setting("", "`json` or `text`; default: text on a terminal", choice("json", "text"))
 
     @classmethod
-    def read(cls, environ: Mapping[str, str]) -> Self:
-        """Return the settings in `environ`; empty variables count as not set. Raises ConfigError with every problem."""
+    def read(cls, environ: Mapping[str, str], problems: Sequence[str] = ()) -> Self:
+        """Return the settings in `environ`, where an empty variable counts as not set.
+
+        Raises ConfigError with every problem, the given `problems` of the caller among them.
+        """
         known = dict(variables(cls))
         values: dict[str, Any] = {}
-        wrong = {}
+        invalid = {}
         for name, spec in known.items():
             if text := environ.get(name, ""):
                 try:
                     values[spec.name] = spec.metadata["parse"](text)
                 except ValueError as error:
-                    wrong[name] = f"{name} must be {error}"
+                    invalid[name] = f"{name} must be {error}"
         config = cls(**values)
-        conflicts = [line for line in config.conflicts() if not any(name in line for name in wrong)]
-        problems = [*_unknown(environ, list(known)), *wrong.values(), *conflicts]
-        if problems:
-            raise ConfigError(problems)
+        conflicts = [line for line in config.conflicts() if not any(name in line for name in invalid)]
+        if found := [*_unknown(environ, list(known)), *invalid.values(), *conflicts, *problems]:
+            raise ConfigError(found)
         return config
 
     def conflicts(self) -> Iterator[str]:
-        """Yield what is wrong between settings that are right one by one."""
+        """Yield a line for each contradiction between settings that are valid one by one."""
         if self.redis_password and self.redis_password_file:
             yield "REDIS_PASSWORD and REDIS_PASSWORD_FILE are both set: keep one"
         if self.redis_username and not (self.redis_password or self.redis_password_file):
@@ -180,24 +171,18 @@ class Config:
         elif self.redis_cert_file:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             try:
-                context.load_cert_chain(self.redis_cert_file, self.redis_key_file, password=lambda: "")  # else it would ask
+                # Without `password`, OpenSSL would ask for a passphrase on the terminal.
+                context.load_cert_chain(self.redis_cert_file, self.redis_key_file, password=lambda: "")
             except ssl.SSLError:
                 yield "REDIS_KEY_FILE must be the key of REDIS_CERT_FILE (PEM), without a passphrase"
         if not self.redis_tls and (self.redis_ca_file or self.redis_cert_file or self.redis_key_file):
             yield "REDIS_CA_FILE, REDIS_CERT_FILE and REDIS_KEY_FILE need REDIS_TLS=true"
         if not self.redis_host and (self.redis_password or self.redis_password_file or self.redis_tls):
-            yield "REDIS_HOST must be set for REDIS_PASSWORD, REDIS_PASSWORD_FILE or REDIS_TLS to mean anything"
-        elif not self.redis_host:
-            from nanoservice import embedded  # noqa: PLC0415 - what only development needs costs production no start-up time
-
-            try:
-                embedded.executable()
-            except ConfigError as error:
-                yield from error.problems
+            yield "REDIS_HOST must be set for REDIS_PASSWORD, REDIS_PASSWORD_FILE or REDIS_TLS to have a meaning"
 
 
 def variables(config: type[Config]) -> list[tuple[str, Any]]:
-    """Return the variables of `config` in order: each name with its dataclass field."""
+    """Return the name of each variable of `config` with its dataclass field, in the order of declaration."""
     return [(spec.name.upper(), spec) for spec in fields(config)]
 
 
@@ -211,10 +196,10 @@ def table(config: type[Config]) -> str:
 
 
 def _unknown(environ: Mapping[str, str], known: list[str]) -> Iterator[str]:
-    """Yield a line for each variable that begins like one of ours, or is much like one: most likely a misspelt one."""
+    """Yield a line for each unknown variable that has the prefix of a setting or resembles one: it is probably misspelt."""
     prefixes = tuple({name.split("_")[0] + "_" for name in known if "_" in name})
     for name, value in environ.items():
         if name in known or _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and "://" in value):
-            continue  # set by Kubernetes, not by anyone who meant us
-        for nearest in difflib.get_close_matches(name, known, n=1, cutoff=0.0 if name.startswith(prefixes) else _ALIKE):
+            continue  # Kubernetes set this variable, for a Service.
+        for nearest in difflib.get_close_matches(name, known, n=1, cutoff=0.0 if name.startswith(prefixes) else _MIN_SIMILARITY):
             yield f"{name} is not a setting; the nearest is {nearest}"

@@ -1,8 +1,30 @@
-"""The HTTP side of a client's connection: what aiohttp leaves open is bounded and answered here.
+"""The HTTP side of a client's connection: the chassis bounds and answers here what aiohttp leaves open.
 
-Every error is problem details, also those made before a handler runs; nothing of the request or of our versions is echoed;
-a request that is not complete in time ends its connection (so there are no WebSockets); the number of connections stays below
-the descriptors we may open.
+Every error is answered with problem details, also one before any handler runs. Nothing of the request and no version is echoed.
+A connection whose request is not complete in time is closed, so there are no WebSockets. The number of connections stays below
+the number of file descriptors that the process may open.
+
+Borrowed from aiohttp, which documents none of these. tests/nanoservice/test_borrowed.py names the first one that an upgrade
+takes away. In aiohttp 4 one middleware will replace most of them.
+
+- `RequestHandler.data_received`, `RequestHandler.connection_made`, `RequestHandler.pause_writing`: what arrives and what is
+  sent is seen here. Without them slow requests and slow readers hold their connections for ever.
+- `RequestHandler._messages`: the queue of parsed requests, of pairs (`RawRequestMessage` or an error, body). Without it a
+  complete request behind a slow one counts as overdue, and a broken body is waited for.
+- `RequestHandler.writing_paused`, `RequestHandler.transport`, `RequestHandler.force_close`: the state of the socket.
+- `RequestHandler.shutdown`: the graceful end of one connection. Without it a drain may cut off a request, or take twice as long.
+- `RequestHandler.finish_response`: every answer passes here with its request. Without it aiohttp's own errors (404, 405, 413,
+  417) are plain text. A middleware will replace it.
+- `HTTPException` being a `StreamResponse`: `finish_response` recognises aiohttp's errors by that.
+- `RequestHandler.handle_error`, `RequestHandler._make_error_handler`: an exception of a handler or the parser becomes an answer.
+  Without them aiohttp echoes the request and names its version. A middleware will replace the first.
+- `RequestHandler.log_exception`: without it each broken body writes a traceback to the log.
+- `Server.__call__`, `Server.request_handler`, `Server.request_factory`: each connection and each request is made here.
+- `RawRequestMessage._replace`: without it no answer says `Connection: close` while the process drains.
+- `HttpProcessingError`, `LineTooLong`, `RequestPayloadError`: the errors of the parser. A header block with too many lines has
+  no class of its own, only the message "Too many headers received".
+- `StreamReader.set_exception`, `StreamReader.is_eof`, `EMPTY_PAYLOAD`: the body of a request.
+- `AbstractStreamWriter.output_size`: whether an answer has begun. Without it an error would be sent within another answer.
 """
 
 import asyncio
@@ -15,13 +37,18 @@ from typing import Any
 from aiohttp import EMPTY_PAYLOAD, StreamReader, http_exceptions, web
 from aiohttp.http import RawRequestMessage
 
-from nanoservice.answer import ProblemError, problem
+from nanoservice.answer import problem
+from nanoservice.errors import ProblemError
 from nanoservice.metrics import RequestRecorder
 
-RECEIVE_SECONDS = 10.0  # a request must be complete by then
-SEND_SECONDS = 30.0  # a client may take nothing of its answers for so long
-KEEPALIVE_SECONDS = 75.0  # longer than the 60 s for which common proxies keep an idle connection to us
-_SPARE_DESCRIPTORS = 128  # for Redis (81 at most), the log, the listening sockets, files, the admin port's own connections
+RECEIVE_SECONDS = 10.0  # until a request must be complete
+SEND_SECONDS = 30.0  # for which a client may read nothing of its answers
+KEEPALIVE_SECONDS = 75.0  # longer than the 60 s for which common proxies keep an idle connection to a server
+# For Redis (81 at most), the log, the listening sockets, files, and the connections of the admin port.
+_SPARE_DESCRIPTORS = 128
+
+_KEPT_HEADERS = "Allow", "Retry-After", "WWW-Authenticate"  # of aiohttp's errors
+_HEAD_TOO_LARGE = "the request line or a header is longer than 8190 bytes, or there are more than 128 headers"
 
 _Finished = Coroutine[Any, Any, tuple[web.StreamResponse, bool]]
 
@@ -31,75 +58,76 @@ _logger = logging.getLogger(__name__)
 class Connection(web.RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("_body", "_body_since", "_head_since", "_server", "_taken_at", "_untaken")
+    __slots__ = ("_body", "_body_since", "_factory", "_head_since", "_min_unsent", "_min_unsent_since")
 
-    def __init__(self, server: "Server", **options: Any) -> None:
-        super().__init__(server, **options)
-        self._server = server
-        self._head_since = math.inf  # when the request that is arriving began; infinite between requests
+    def __init__(self, factory: "ConnectionFactory", **options: Any) -> None:
+        super().__init__(factory, **options)
+        self._factory = factory
+        self._head_since = math.inf  # when the head that is arriving began; infinite between requests
         self._body: StreamReader = EMPTY_PAYLOAD  # of the request that is being answered
         self._body_since = math.inf
-        self._untaken = math.inf  # bytes that wait for the client to take them, the fewest that were seen
-        self._taken_at = math.inf  # when that was
+        self._min_unsent = math.inf  # the lowest number of unsent bytes seen since writing was paused
+        self._min_unsent_since = math.inf
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the connection, unless there are too many."""
+        """Accept the connection, or close it if there are too many."""
         self._head_since = asyncio.get_running_loop().time()
         super().connection_made(transport)
-        if self._server.full():
+        if self._factory.full():
             self.force_close()
 
     def data_received(self, data: bytes) -> None:
-        """Note when a request begins to arrive, then have it parsed."""
-        # aiohttp calls it with no data to go on after a pause.
+        """Record when a request begins to arrive, and pass `data` to the parser."""
+        # aiohttp calls this without data to resume after a pause.
         if data and self._head_since == math.inf and self._body.is_eof():
             self._head_since = asyncio.get_running_loop().time()
         super().data_received(data)
         if self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):
-            # What came is no HTTP. If it stands where a body should go on, aiohttp leaves who reads that body waiting.
+            # The bytes could not be parsed. If they interrupt a body, aiohttp never wakes the handler that reads it.
             body = self._messages[-2][1] if len(self._messages) > 1 else self._body
             if not body.is_eof():
                 body.set_exception(web.RequestPayloadError())
 
     def begins(self, body: StreamReader) -> None:
-        """Note that the head of a request is complete; its body may not be."""
+        """Record that the head of a request is complete. Its body may still be arriving."""
         self._body, self._body_since = body, min(self._head_since, asyncio.get_running_loop().time())
         self._head_since = math.inf
 
     def pause_writing(self) -> None:
-        """Note that answers wait to be taken."""
-        self._untaken = math.inf
+        """Record that answers wait for the client to read them."""
+        self._min_unsent = math.inf
         super().pause_writing()
 
     def overdue(self, now: float) -> bool:
-        """Return whether a request has been arriving for too long, or an answer leaving."""
+        """Return whether a request has been arriving, or an answer leaving, for too long."""
         if self.writing_paused and self.transport:
-            untaken = self.transport.get_write_buffer_size()
-            if untaken < self._untaken:
-                self._untaken, self._taken_at = untaken, now
-            elif now - self._taken_at >= SEND_SECONDS:
+            unsent = self.transport.get_write_buffer_size()
+            if unsent < self._min_unsent:
+                self._min_unsent, self._min_unsent_since = unsent, now
+            elif now - self._min_unsent_since >= SEND_SECONDS:
                 return True
-        # A request that is complete and waits for the one before it has arrived.
+        # A complete request that is queued behind another one is not overdue.
         if not self._messages and now - self._head_since >= RECEIVE_SECONDS:
             return True
         return not self._body.is_eof() and now - self._body_since >= RECEIVE_SECONDS
 
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's signature
-        """Finish the request that is being answered, in `timeout` seconds at most."""
+        """Finish the request that is being answered, within `timeout` seconds, and close the connection."""
         if not self._messages and self._head_since < math.inf:
-            # aiohttp ends what waits for a request. What was taken just now does not wait yet, and is read no more.
+            # aiohttp closes idle connections. One accepted a moment ago is not idle yet but will not be read any more, so
+            # close it here.
             self.force_close()
         try:
             async with asyncio.timeout(timeout):
                 await super().shutdown(None)
         except TimeoutError:
-            await super().shutdown(0.1)  # aiohttp's own timeout is spent twice: on the handler, then on its end
+            await super().shutdown(0.1)  # aiohttp spends its timeout twice: on the handler, then on cancelling it.
 
     def finish_response(self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None) -> _Finished:
-        """Write the answer; an error that aiohttp made (404, 405, 413, 417) becomes problem details first."""
+        """Write the answer. An error that aiohttp made (404, 405, 413, 417) is replaced by problem details."""
         if resp.status >= 400 and isinstance(resp, web.HTTPException):
-            kept = {name: resp.headers[name] for name in _KEPT if name in resp.headers}
-            # Words that a handler gave; those of aiohttp for 417 are the client's.
+            kept = {name: resp.headers[name] for name in _KEPT_HEADERS if name in resp.headers}
+            # Keep text that a handler set. Drop aiohttp's default; for 417 it quotes the client.
             own = resp.status != 417 and resp.text != f"{resp.status}: {resp.reason}"
             resp = problem(resp.status, resp.text or "" if own else "", kept)
         return super().finish_response(request, resp, start_time)
@@ -107,19 +135,20 @@ class Connection(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """Return the answer to a request that could not be parsed, or whose handler raised."""
+        """Return the answer to a request that could not be parsed, or whose handler raised an exception."""
         if request.writer.output_size > 0:
-            raise ConnectionError("the answer has begun: all that is left is to end the connection")
+            raise ConnectionError("the answer has begun, so the connection can only be closed")
         if isinstance(exc, ProblemError):
             return problem(exc.status, exc.detail, exc.headers)
         if isinstance(exc, UnicodeEncodeError) and not request.headers.get("Expect", "").isascii():
-            return problem(417)  # aiohttp quotes what it does not expect, and fails if that is no text
-        gone = isinstance(exc, ConnectionError) and self.transport is None  # the client is, not what the handler talks to
+            return problem(417)  # aiohttp quotes an expectation that it does not know, and fails to encode this one.
+        # The client has disconnected. Without the second condition, a server that the handler talks to may have.
+        gone = isinstance(exc, ConnectionError) and self.transport is None
         if isinstance(exc, (web.RequestPayloadError, http_exceptions.HttpProcessingError)) or gone or status == 400:
             _logger.debug("bad request", extra={"error": type(exc).__name__})
-            # aiohttp has a class for the one and only words for the other.
+            # A long line has its own exception class; too many headers can only be recognised by the message.
             large = isinstance(exc, http_exceptions.LineTooLong) or getattr(exc, "message", "") == "Too many headers received"
-            answer = problem(431, _TOO_LARGE) if large else problem(400, "the request is not valid HTTP")
+            answer = problem(431, _HEAD_TOO_LARGE) if large else problem(400, "the request is not valid HTTP")
         else:
             _logger.error("a handler failed", exc_info=exc)
             answer = problem(status)
@@ -127,64 +156,60 @@ class Connection(web.RequestHandler):
         return answer
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
-        """Log an error outside a handler, with its traceback; what a client did (a bad or broken body) only at debug."""
+        """Log an error outside a handler with its traceback; an error that the client caused, only at debug."""
         client = isinstance(kw.get("exc_info"), (web.RequestPayloadError, ConnectionError))
         _logger.log(logging.DEBUG if client else logging.ERROR, *args, **kw)
 
 
-_KEPT = "Allow", "Retry-After", "WWW-Authenticate"  # of an error's headers
-_TOO_LARGE = "the request line or a header is longer than 8190 bytes, or there are more than 128 headers"
-
-
-class Server(web.Server):
-    """Makes a `Connection` for each client of `app`, and ends those that take too long."""
+class ConnectionFactory(web.Server):
+    """Makes a `Connection` for each client of one listening socket, and closes those that take too long."""
 
     def __init__(self, app_server: web.Server, recorder: RequestRecorder) -> None:
-        super().__init__(app_server.request_handler, request_factory=self._begin)  # type: ignore[arg-type] # __call__ makes Connections
+        super().__init__(app_server.request_handler, request_factory=self._begin)  # type: ignore[arg-type] # for Connection alone
         self.draining = False
         self._new_request = app_server.request_factory
         self._options = {
             "loop": asyncio.get_running_loop(),
             "logger": _logger,
             "access_log": recorder,
-            "access_log_class": lambda recorder, _: recorder,  # one serves all connections
-            "auto_decompress": False,  # bodies are taken as they came: no bombs
+            "access_log_class": lambda recorder, _: recorder,  # One recorder serves all connections.
+            "auto_decompress": False,  # Bodies are discarded as they arrive, so a compressed one cannot expand in memory.
             "keepalive_timeout": KEEPALIVE_SECONDS,
             "lingering_time": RECEIVE_SECONDS,
         }
-        self._limit = max_connections()
-        self._told_full = False
+        self._max_connections = max_connections()
+        self._logged_full = False
 
     def __call__(self) -> web.RequestHandler:
         """Return the protocol of a new connection."""
         return Connection(self, **self._options)
 
     def full(self) -> bool:
-        """Return whether one more connection could take the last descriptors; logged once."""
-        if len(self.connections) <= self._limit:
+        """Return whether another connection could use the last file descriptors. The first time, log it."""
+        if len(self.connections) <= self._max_connections:
             return False
-        if not self._told_full:
-            self._told_full = True
-            _logger.error("too many connections: new ones are closed at once", extra={"limit": self._limit})
+        if not self._logged_full:
+            self._logged_full = True
+            _logger.error("too many connections: new ones are closed at once", extra={"limit": self._max_connections})
         return True
 
     def _begin(self, message: RawRequestMessage, payload: StreamReader, protocol: Connection, *rest: Any) -> web.BaseRequest:
         if self.draining:
-            # Whatever class the answer is of, it now says `Connection: close`.
+            # The answer says `Connection: close`, whatever class it has.
             message = message._replace(should_close=True)
         protocol.begins(payload)
         return self._new_request(message, payload, protocol, *rest)
 
-    def end_overdue(self) -> None:
-        """Close the connections whose request is not complete in time; to be called about once a second."""
+    def close_overdue(self) -> None:
+        """Close the connections whose request is not complete in time. Call this about once a second."""
         now = asyncio.get_running_loop().time()
         for connection in self.connections:
             if isinstance(connection, Connection) and connection.transport and connection.overdue(now):
-                connection.transport.abort()  # whether the client takes what is left to send or not
+                connection.transport.abort()  # Do not wait until the client reads what is unsent.
 
 
 def max_connections() -> int:
-    """Raise the limit on open files as far as it may be, and return how many connections that leaves."""
+    """Raise the limit on open files as far as allowed, and return how many connections that leaves room for."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

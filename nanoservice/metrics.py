@@ -1,4 +1,14 @@
-"""Metrics: what is measured of every service, and the page that shows it on the admin port."""
+"""Metrics: the figures that every service measures, and the page on the admin port that shows them.
+
+Borrowed; tests/nanoservice/test_borrowed.py names the first one that an upgrade takes away.
+
+- aiohttp's `BaseRequest._match_info`: a request that could not be parsed has none, and the public `match_info` fails on it.
+  Without it such requests cannot be measured. A middleware will replace it.
+- aiohttp calls `AbstractAccessLogger.log(request, response, time)` once for each answer, before the next one, and `time`
+  begins when the head of the request was parsed. Without that no request is measured. A middleware will replace it.
+- prometheus-client's `utils.floatToGoString`: the text of a bucket's bound. Without it `le` labels differ from the library's.
+- prometheus-client's `registry.Collector`: the base class of custom collectors, documented without its module.
+"""
 
 import asyncio
 import logging
@@ -24,15 +34,15 @@ _SLOW = 1.0  # seconds; also the shortest time between two log lines about slow 
 
 
 def new_registry(name: str, version: str) -> CollectorRegistry:
-    """Return a registry with the process's own figures and `build_info`."""
+    """Return a registry with the metrics of the process and `build_info`."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    Gauge("build_info", "What runs here; always 1", ["service", "version"], registry=registry).labels(name, version).set(1)
+    Gauge("build_info", "Name and version; always 1", ["service", "version"], registry=registry).labels(name, version).set(1)
     return registry
 
 
 def admin_app(registry: CollectorRegistry) -> web.Application:
-    """Return the application of the admin port: `GET /metrics` in Prometheus' text format."""
+    """Return the application of the admin port: `GET /metrics` in the text format of Prometheus."""
 
     async def metrics(request: web.Request) -> Answer:
         return Answer(generate_latest(registry), b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n")
@@ -43,23 +53,23 @@ def admin_app(registry: CollectorRegistry) -> web.Application:
 
 
 class RequestRecorder(AbstractAccessLogger, Collector):
-    """Measures each answered request by route template; logs it at debug, and slow ones always (at most one a second).
+    """Measures each answered request by route template. Logs requests at debug, and slow ones always, at most one a second.
 
-    aiohttp calls it once an answer with the time since the request's head was parsed, so no middleware is needed. It counts in
-    plain lists and makes the histogram when that is asked for: the library's own would be a tenth of a small request.
+    aiohttp calls it as its access log, so no middleware is needed. It counts in plain lists and builds the histogram when the
+    metrics are read, because the library's histogram would take a tenth of the time of a small request.
     """
 
     def __init__(self, registry: CollectorRegistry, logger: logging.Logger) -> None:
         super().__init__(logger, "")
-        self._seen: dict[tuple[str, str, int], tuple[list[int], list[float]]] = {}  # counts by bucket, seconds in all
+        self._seen: dict[tuple[str, str, int], tuple[list[int], list[float]]] = {}  # counts by bucket, total seconds
         self._slow_quiet_until = 0.0
         registry.register(self)
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """Yield what was measured so far."""
+        """Yield the histogram of all requests so far."""
         family = HistogramMetricFamily(
             "http_request_duration_seconds",
-            "Time from a request's head to the end of its answer",
+            "Time from the head of a request to the end of its answer",
             labels=["method", "route", "status"],
         )
         for (method, route, status), (counts, seconds) in self._seen.items():
@@ -68,10 +78,10 @@ class RequestRecorder(AbstractAccessLogger, Collector):
         yield family
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
-        """Record one answered request; `time` in seconds."""
-        match = getattr(request, "_match_info", None)  # a request that could not be parsed has none, which `match_info` asserts
+        """Record one answered request; `time` is in seconds."""
+        match = getattr(request, "_match_info", None)
         resource = match.route.resource if match is not None else None
-        # Else a client could make us remember, and log, any number of names.
+        # A client may send any method. Unknown ones share a name, so that labels and log lines stay bounded.
         method = request.method if request.method in _METHODS else "other"
         key = method, resource.canonical if resource is not None else "unmatched", response.status
         seen = self._seen.get(key)
@@ -79,14 +89,14 @@ class RequestRecorder(AbstractAccessLogger, Collector):
             seen = self._seen[key] = [0] * (len(_BUCKETS) + 1), [0.0]
         seen[0][bisect_left(_BUCKETS, time)] += 1
         seen[1][0] += time
-        # A request that failed because of the store is slow too; its cause is logged once, where it was found.
+        # Requests that fail because of Redis are slow too, but their cause is logged already.
         if time >= _SLOW and response.status < 500 and (now := asyncio.get_running_loop().time()) >= self._slow_quiet_until:
             self._slow_quiet_until = now + _SLOW
-            self.logger.warning("slow request", extra=_facts(key, time))
+            self.logger.warning("slow request", extra=_fields(key, time))
         elif self.logger.isEnabledFor(logging.DEBUG):
-            self.logger.debug("request", extra=_facts(key, time))
+            self.logger.debug("request", extra=_fields(key, time))
 
 
-def _facts(key: tuple[str, str, int], time: float) -> dict[str, object]:
+def _fields(key: tuple[str, str, int], time: float) -> dict[str, object]:
     method, route, status = key
     return {"method": method, "route": route, "status": status, "seconds": round(time, 3)}

@@ -4,24 +4,24 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from nanoservice.answer import ProblemError
+from nanoservice.errors import ProblemError
 
-_LONGEST = 1000  # characters; browsers send about 150
+_MAX_ACCEPT = 1000  # characters; browsers send about 150
 
-# What has been matched is not tried again (`++`): else many blanks would take the square of their number.
+# Possessive quantifiers (`++`) prevent backtracking, which would be quadratic in the number of blanks.
 _RANGE = re.compile(r"\s*+([\w!#$&^.+*-]++)/([\w!#$&^.+*-]++)\s*+((?:;[^;,]*+)*+)", re.ASCII)
 _QUALITY = re.compile(r";\s*q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)\s*(?:;|$)", re.ASCII | re.IGNORECASE)
 
 
 @lru_cache(maxsize=256)
 def preferred(accept: str, offered: tuple[str, ...]) -> str | None:
-    """Return which of the `offered` media types an Accept header wants most, None if it takes none of them.
+    """Return the media type of `offered` that the Accept header prefers, or None if it accepts none of them.
 
-    Between equals, what the header names first counts, then what is offered first. An empty header takes anything; what
-    cannot be parsed in it is passed over. Raises ProblemError 431 if it is too long to be worth it.
+    Between equals, the order in the header decides, then the order in `offered`. An empty header accepts everything, and
+    parts that cannot be parsed are ignored. Raises ProblemError 431 if the header is longer than 1,000 characters.
     """
-    if len(accept) > _LONGEST:
-        raise ProblemError(431, f"Accept is longer than {_LONGEST} characters")
+    if len(accept) > _MAX_ACCEPT:
+        raise ProblemError(431, f"Accept is longer than {_MAX_ACCEPT} characters")
     ranges = []
     for position, part in enumerate(accept.lower().split(",")):
         if found := _RANGE.fullmatch(part):
@@ -35,11 +35,11 @@ def preferred(accept: str, offered: tuple[str, ...]) -> str | None:
 
 
 def _rank(media: str, ranges: Sequence[tuple[str, str, float, int]]) -> tuple[float, int]:
-    """Return the quality of `media` by the most specific range that fits it, and minus that range's position."""
-    kind, form = media.split("/")
-    fits = [
+    """Return the quality of `media` by the most specific range that matches, and the negated position of that range."""
+    kind, subtype = media.split("/")
+    matches = [
         ((major != "*") + (minor != "*"), quality, -position)
         for major, minor, quality, position in ranges
-        if (major, minor) in ((kind, form), (kind, "*"), ("*", "*"))
+        if (major, minor) in ((kind, subtype), (kind, "*"), ("*", "*"))
     ]
-    return max(fits, default=(0, 0.0, 0))[1:]
+    return max(matches, default=(0, 0.0, 0))[1:]

@@ -1,61 +1,60 @@
-"""Probes: is the process alive, and should it get requests."""
+"""Probes: whether the process is alive (liveness), and whether it should receive requests (readiness)."""
 
 import asyncio
-from dataclasses import dataclass
 
 from aiohttp import web
 
-from nanoservice.answer import Answer, UnavailableError
-from nanoservice.redis import Errors, Store
+from nanoservice.answer import Answer
+from nanoservice.errors import UnavailableError
+from nanoservice.health import REDIS_ERRORS
+from nanoservice.redis import Store
 
-_CACHED = 1.0  # seconds that an answer of Redis counts for
-_LIMIT = 1.0  # seconds that a look at Redis may take
+_CACHE_SECONDS = 1.0  # for which one check of Redis is valid
+_CHECK_TIMEOUT = 1.0  # seconds
 
-_OK = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
+_OK_LINES = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
 
 
 async def livez(request: web.Request) -> Answer:
-    """Answer 200 while the event loop turns. Never looks at Redis: a restart of this process would not mend it."""
-    return Answer(b"alive\n", _OK)
+    """Answer 200 while the event loop runs. Redis is not checked, because restarting this process would not repair Redis."""
+    return Answer(b"alive\n", _OK_LINES)
 
 
-@dataclass
 class Readiness:
-    """Whether this process should get requests: not while it drains, and only while Redis answers."""
+    """Whether this process should receive requests: only while Redis answers, and not while the process drains."""
 
-    store: Store
-    draining: bool = False
-    _checked: float = -_CACHED
-    _reason: str = ""
-    _check: asyncio.Task[None] | None = None
-
-    def __post_init__(self) -> None:
-        self._connection = self.store.connection()  # of its own: a busy service is ready all the same
+    def __init__(self, store: Store) -> None:
+        self.draining = False
+        self._health = store.health
+        self._connection = store.connection()  # A connection of its own: a service that is busy is still ready.
+        self._checked = -_CACHE_SECONDS
+        self._reason = ""
+        self._check: asyncio.Task[None] | None = None
 
     async def readyz(self, request: web.Request) -> Answer:
-        """Answer 200, or 503 with the reason; takes a second at most."""
+        """Answer 200, or 503 with the reason, within a second."""
         if self.draining:
-            raise UnavailableError("draining: this process is about to end")
-        if asyncio.get_running_loop().time() - self._checked >= _CACHED:
-            # One look serves all who ask meanwhile, and goes on if one of them hangs up.
+            raise UnavailableError("draining: this process is shutting down")
+        if asyncio.get_running_loop().time() - self._checked >= _CACHE_SECONDS:
+            # One check serves all requests that arrive meanwhile, and continues if one of their clients disconnects.
             if self._check is None:
-                self._check = asyncio.create_task(self._look())
+                self._check = asyncio.create_task(self._check_redis())
             await asyncio.shield(self._check)
         if self._reason:
             raise UnavailableError(self._reason)
-        return Answer(b"ready\n", _OK)
+        return Answer(b"ready\n", _OK_LINES)
 
-    async def _look(self) -> None:
+    async def _check_redis(self) -> None:
         try:
-            if self.store.health.reason:
-                await self.close()  # what cannot be reached now is a new connection, with the password of now
-            async with asyncio.timeout(_LIMIT):
+            if self._health.reason:
+                await self.close()  # A new connection shows whether Redis can be reached now, with the current password.
+            async with asyncio.timeout(_CHECK_TIMEOUT):
                 await self._connection.send_command("PING")
                 await self._connection.read_response()
-        except Errors as error:
-            self._reason = "Redis: " + self.store.health.failed("probe", error)
+        except REDIS_ERRORS as error:
+            self._reason = "Redis: " + self._health.failed("probe", error)
         else:
-            self.store.health.worked("probe")
+            self._health.worked("probe")
             self._reason = ""
         finally:
             self._checked = asyncio.get_running_loop().time()

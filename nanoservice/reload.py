@@ -1,6 +1,6 @@
-"""Run Python again whenever a file of this package or of those beside it changes: `python -m nanoservice.reload -m hitcounter`.
+"""Restart Python whenever a file of this package or of a package beside it changes: `python -m nanoservice.reload -m hitcounter`.
 
-For development: of laptops, and of the image's `dev` target, where live sync changes the files.
+It is for development: on a laptop, and in the image's `dev` target, where live sync changes the files.
 """
 
 import contextlib
@@ -12,23 +12,25 @@ import sys
 import time
 from pathlib import Path
 
-from nanoservice.config import Config, StartError
-from nanoservice.listen import bind, hand
+from nanoservice.config import Config
+from nanoservice.errors import StartError
+from nanoservice.listen import bind, child_environ
 
-_LOOK = 0.1  # seconds between two looks at the files: a few dozen, so it costs next to nothing
+_POLL_SECONDS = 0.1  # between two scans of a few dozen files, which cost next to nothing
 
 
 def main(root: Path, arguments: list[str]) -> int:
-    """Run Python with `arguments` until a signal ends it, and again after each change of a package's files below `root`.
+    """Run Python with `arguments` until a signal arrives, and restart it after each change of a package's files below `root`.
 
-    Return the exit status of the last run. A run that fails waits for the change that mends it, but for bad settings.
+    Return the exit status of the last run. After a run that failed, wait for the next change; after one with bad settings
+    (status 78), return at once.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(number))
     process = None
     public = _listen()
-    # Nothing withdraws the address of a service that is about to come back, so there is nothing to go on serving for.
-    environ = {**os.environ, "DRAIN_SECONDS": "0", **(hand(public) if public else {})}
+    # No drain: the service returns at the same address, so there are no endpoints to withdraw.
+    environ = {**os.environ, "DRAIN_SECONDS": "0", **(child_environ(public) if public else {})}
     try:
         while True:
             seen = _files(root)
@@ -36,22 +38,22 @@ def main(root: Path, arguments: list[str]) -> int:
             while _files(root) == seen:
                 if process.poll() == os.EX_CONFIG:
                     return os.EX_CONFIG
-                time.sleep(_LOOK)
-            _end(process)
-    except SystemExit as asked:
+                time.sleep(_POLL_SECONDS)
+            _stop(process)
+    except SystemExit as signalled:
         if not process:
             return 0
-        for number in (signal.SIGTERM, signal.SIGINT):  # a second one is for the run, which else would outlive this
+        for number in (signal.SIGTERM, signal.SIGINT):  # Pass a second signal on, or the run would outlive this process.
             signal.signal(number, lambda number, _: process.send_signal(number))
-        # A terminal's Ctrl-C went to both; another signal would cut off what is in flight.
-        return process.wait() if asked.code == signal.SIGINT and sys.stdin.isatty() else _end(process)
+        # A terminal sent Ctrl-C to both processes. Another signal would cut off the requests in flight.
+        return process.wait() if signalled.code == signal.SIGINT and sys.stdin.isatty() else _stop(process)
 
 
 def _listen() -> socket.socket | None:
-    """Listen in place of each run, so that a request which comes between two of them waits for the next.
+    """Listen on behalf of each run, so that a request which arrives between two runs waits for the next one.
 
-    `kubectl port-forward` ends where it is refused once, and a pod whose liveness probe was refused three times starts again
-    without what was synced. Return None to leave it to the runs, which then say what is wrong with the settings.
+    `kubectl port-forward` exits after one refused connection, and a pod whose liveness probe was refused three times restarts
+    without the synced files. Return None to let the run itself listen, which then reports what is wrong with the settings.
     """
     with contextlib.suppress(StartError, ValueError, OverflowError):
         port = int(os.environ.get("BIND_PORT") or Config.bind_port)
@@ -60,21 +62,21 @@ def _listen() -> socket.socket | None:
 
 
 def _files(root: Path) -> dict[Path, tuple[int, int]]:
-    """Return the time and size of each file of the packages below `root`."""
+    """Return the modification time and size of each file of the packages below `root`."""
     files = {}
     for package in root.glob("*/__init__.py"):
-        # Not rglob: on Python 3.11 a folder that goes away meanwhile is an error to it.
+        # Not rglob: on Python 3.11 it raises an error if a folder disappears meanwhile.
         for folder, folders, names in os.walk(package.parent):
             folders[:] = [name for name in folders if name != "__pycache__"]
             for path in (Path(folder, name) for name in names):
-                with contextlib.suppress(FileNotFoundError):  # between the listing and here: seen with the next look
+                with contextlib.suppress(FileNotFoundError):  # The file disappeared after the listing. The next scan notices.
                     status = path.stat()
                     files[path] = status.st_mtime_ns, status.st_size
     return files
 
 
-def _end(process: "subprocess.Popen[bytes]") -> int:
-    """Have the process answer what is in flight and end; return its exit status."""
+def _stop(process: "subprocess.Popen[bytes]") -> int:
+    """Let the process finish the requests in flight and exit; return its exit status."""
     process.terminate()
     return process.wait()
 

@@ -1,4 +1,4 @@
-"""A service's life: read the settings, listen, get ready, serve, drain, end."""
+"""The life of a service: read the settings, listen, get ready, serve, drain, stop."""
 
 import asyncio
 import gc
@@ -16,53 +16,57 @@ from typing import Any, Self
 from aiohttp import web
 
 from nanoservice import logs
-from nanoservice.config import ConfigError, StartError, table
-from nanoservice.connection import Server
-from nanoservice.listen import BACKLOG, bind, handed
+from nanoservice.config import table
+from nanoservice.connection import ConnectionFactory
+from nanoservice.errors import ConfigError, StartError
+from nanoservice.listen import BACKLOG, bind, inherited_socket
 from nanoservice.metrics import REGISTRY, RequestRecorder, admin_app
 from nanoservice.probes import READINESS
 from nanoservice.service import C, Service, create_app
 
-# The end, in seconds: drain (DRAIN_SECONDS, 5 in a cluster) + finish (10) + close (1) = 16, below the 30 of Kubernetes'
+# The shutdown, in seconds: drain (DRAIN_SECONDS, 5 in a cluster) + finish (10) + close (1) = 16, below the 30 of Kubernetes'
 # terminationGracePeriodSeconds.
 FINISH_SECONDS = 10.0
 _CLOSE_SECONDS = 1.0
 
-_SIGNALS = signal.SIGTERM, signal.SIGINT  # either asks the service to end
+_STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 
-_TAKEN = 16  # connections that asyncio takes at a time, before any is counted: fewer than the descriptors kept to spare
-_DATA = Path(".data")  # of the embedded store
+# accept() calls per wake-up of asyncio's loop. `ConnectionFactory.full` counts only afterwards, so this must stay below
+# `_SPARE_DESCRIPTORS`.
+_ACCEPTS_PER_WAKEUP = 16
+_DATA_FOLDER = Path(".data")  # of the embedded store
 
 _logger = logging.getLogger(__name__)
 
 
 def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) -> int:
-    """Run `service` until a signal ends it.
+    """Run `service` until a signal arrives, and return the exit status.
 
-    Return the exit status: 0; 78 for bad settings, 64 for arguments, 1 if it cannot start, 128 + N if signal N came a second
-    time and cut the end short.
+    The status is 0 after a graceful shutdown, 78 for bad settings, 64 for arguments, 1 if the service cannot start, and
+    128 + N if a second signal, N, cut the shutdown short.
     """
     if arguments:
         print(f"{service.name} takes no arguments; its settings are environment variables:\n\n{table(service.config)}")
         return 0 if arguments in (["--help"], ["-h"]) else os.EX_USAGE
-    # They wait until `_live` listens for them. What Python makes of Ctrl-C, an exception, can get lost in an import or a fork,
-    # and uvloop loses signals while it is made.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    # Block both signals until `_live` has installed its handlers: a KeyboardInterrupt can be swallowed by an import or a fork,
+    # and uvloop drops signals that arrive while its loop is being created.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
-        config = service.config.read(environ)
+        config = service.config.read(environ, [] if environ.get("REDIS_HOST") else _embedded_problems())
         logs.configure(config.log_level, config.log_format)
         with (
-            handed(environ) or bind(config.bind_host, config.bind_port, "BIND_PORT") as public,
+            inherited_socket(environ) or bind(config.bind_host, config.bind_port, "BIND_PORT") as public,
             bind(config.bind_host, config.admin_port, "ADMIN_PORT") as admin,
             _embedded_store(config.redis_host) as store,
         ):
-            with asyncio.Runner(loop_factory=_event_loop()) as runner:
+            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                 status = runner.run(_live(service, config, store, public, admin))
-                # The event loop waits for a look-up of a name even if that was given up: without DNS, for 20 s and more.
-                last = threading.Timer(_CLOSE_SECONDS, os._exit, [status])
-                last.daemon = True  # nor must it be waited for
-                last.start()
-            last.cancel()
+                # Closing the loop joins its resolver threads, even those of abandoned look-ups; without DNS that takes 20 s
+                # or more. A daemon thread is not joined.
+                deadline = threading.Timer(_CLOSE_SECONDS, os._exit, [status])
+                deadline.daemon = True
+                deadline.start()
+            deadline.cancel()
             return status
     except ConfigError as error:
         print("\n".join(f"{service.name}: {problem}" for problem in error.problems), file=sys.stderr)
@@ -73,48 +77,47 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
 
 
 async def _live(service: Service[C], config: C, store: str | None, public: socket.socket, admin: socket.socket) -> int:
-    """Serve until a signal, then end in order; return the exit status."""
+    """Serve until a signal arrives, shut down in order, and return the exit status."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    asked = asyncio.Event()
-    last = 0
+    stop = asyncio.Event()
+    last_signal = 0
 
     def on_signal(number: int) -> None:
-        nonlocal last
-        last = number
-        if asked.is_set() and task is not None:
+        nonlocal last_signal
+        last_signal = number
+        if stop.is_set() and task is not None:
             task.cancel()
-        asked.set()
+        stop.set()
 
-    for number in _SIGNALS:
+    for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     running = await Running.start(service, config, public, admin, store)
     try:
         ports = {"port": public.getsockname()[1], "admin_port": admin.getsockname()[1]}
         _logger.info("listening; try: curl http://localhost:%d/", ports["port"], extra=ports)
         gc.collect()
-        gc.freeze()  # what the start made stays for good: the collector need not look at it again
-        await asked.wait()
+        gc.freeze()  # Objects made during the start are permanent: the collector need not visit them again.
+        await stop.wait()
         _logger.info("draining", extra={"seconds": config.drain_seconds})
         running.drain()
         await asyncio.sleep(config.drain_seconds)
         await running.close()
     except asyncio.CancelledError:
-        _logger.warning("ended by a second signal: what was in flight is cut off")
-        return 128 + last
-    _logger.info("ended")
+        _logger.warning("stopped by a second signal: requests in flight were cut off")
+        return 128 + last_signal
+    _logger.info("stopped")
     return 0
 
 
 class Running:
-    """A service that serves on two sockets."""
+    """A service that serves on two sockets, the public one and the one for metrics."""
 
     def __init__(self, app: web.Application) -> None:
         self.app = app
-        self._servers: list[Server] = []
-        self._connections: list[web.ServerRunner] = []
-        self._resources: list[web.AppRunner] = []
-        self._sweeper: asyncio.Task[None] | None = None
+        self._factories: list[ConnectionFactory] = []
+        self._runners: list[tuple[web.ServerRunner, web.AppRunner]] = []
+        self._sweeper = asyncio.create_task(self._sweep())
 
     @classmethod
     async def start(
@@ -127,66 +130,76 @@ class Running:
         recorder = RequestRecorder(registry, _logger)
         await running._serve(running.app, public, recorder)
         await running._serve(admin_app(registry), admin, recorder)
-        running._sweeper = asyncio.create_task(running._sweep())
         return running
 
     async def _serve(self, app: web.Application, sock: socket.socket, recorder: RequestRecorder) -> None:
-        # One runner makes and closes the application's resources, the other has its connections, which are our own.
-        resources = web.AppRunner(app)
-        self._resources.append(resources)
-        await resources.setup()
-        assert resources.server is not None  # since setup()
-        self._servers.append(Server(resources.server, recorder))
-        connections = web.ServerRunner(self._servers[-1], shutdown_timeout=FINISH_SECONDS)
-        self._connections.append(connections)
-        await connections.setup()
-        # asyncio's own event loop takes as many at a time as it lets wait; so it is told one number, and the kernel the other.
-        await web.SockSite(connections, sock, backlog=_TAKEN).start()
+        # The app runner makes and closes the application's resources. The connection runner has the connections, whose class
+        # is the chassis's.
+        app_runner = web.AppRunner(app)
+        await app_runner.setup()
+        assert app_runner.server is not None  # since setup()
+        self._factories.append(ConnectionFactory(app_runner.server, recorder))
+        connection_runner = web.ServerRunner(self._factories[-1], shutdown_timeout=FINISH_SECONDS)
+        self._runners.append((connection_runner, app_runner))
+        await connection_runner.setup()
+        # asyncio uses `backlog` also as the number of accepts per wake-up. Pass the small number here, and set the kernel's
+        # queue with listen() below.
+        await web.SockSite(connection_runner, sock, backlog=_ACCEPTS_PER_WAKEUP).start()
         sock.listen(BACKLOG)
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(1)
-            for server in self._servers:
-                server.end_overdue()
+            for factory in self._factories:
+                factory.close_overdue()
 
     def drain(self) -> None:
-        """Turn readiness to 503 and end each connection with its next answer, but go on serving.
+        """Turn readiness to 503 and close each connection after its next answer, but keep serving.
 
-        For a time a pod that ends still receives requests: until its address is withdrawn everywhere.
+        A pod that is shutting down still receives requests until its address is withdrawn everywhere.
         """
         self.app[READINESS].draining = True
-        for server in self._servers:
-            server.draining = True
+        for factory in self._factories:
+            factory.draining = True
 
     async def close(self) -> None:
-        """Stop listening, finish what is in flight, close the resources, Redis last of all."""
-        if self._sweeper:
-            self._sweeper.cancel()
-        for runners in (self._connections, self._resources):
+        """Stop listening, finish the requests in flight, and close the resources, Redis last."""
+        self._sweeper.cancel()
+        for runners in zip(*self._runners, strict=True):  # all connections first, then all resources
             await asyncio.gather(*(runner.cleanup() for runner in runners))
 
 
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what nobody waits for any more, but for the look-up of a name that failed after its time: that was told already.
+    """Log exceptions that nobody awaited, except failed DNS look-ups.
 
-    uvloop goes on with it when the connection that wanted it is given up.
+    uvloop continues a look-up when its connection attempt is abandoned, and that attempt has already reported the failure.
     """
     if not isinstance(context.get("exception"), socket.gaierror):
         loop.default_exception_handler(context)
 
 
+def _embedded_problems() -> list[str]:
+    """Return why there can be no embedded store, as problems of the settings."""
+    from nanoservice import embedded  # noqa: PLC0415 - only development needs it, so production does not load it
+
+    try:
+        embedded.executable()
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
 def _embedded_store(host: str) -> AbstractContextManager[str | None]:
-    """Return the context of a store of our own, which gives its socket, or one of None if `host` names a store."""
+    """Return a context that yields the socket of an embedded store, or None if `host` names a Redis."""
     if host:
         return nullcontext()
-    from nanoservice import embedded  # noqa: PLC0415 - what only development needs costs production no start-up time
+    from nanoservice import embedded  # noqa: PLC0415 - the same
 
-    return embedded.valkey(_DATA)
+    return embedded.valkey(_DATA_FOLDER)
 
 
-def _event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes uvloop's event loop, or None, for asyncio's own, where there is no wheel of it."""
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's loop factory, or None, for asyncio's own loop, where uvloop has no wheel."""
     try:
         import uvloop  # noqa: PLC0415 - optional
     except ImportError:

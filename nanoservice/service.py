@@ -1,4 +1,4 @@
-"""What a service is, and the application that the chassis makes of it."""
+"""The definition of a service, and the application that the chassis makes of it."""
 
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -19,11 +19,11 @@ C = TypeVar("C", bound=Config)
 
 @dataclass(frozen=True)
 class Service(Generic[C]):
-    """All that a service tells the chassis: its name and version, its settings, and what it adds to the application.
+    """Everything that the chassis needs to know about a service: its name, version, settings, and routes.
 
-    `setup(app, config)` adds routes to `app`, and resources to `app.cleanup_ctx`. It finds there what the chassis made:
-    `app[STORE]`, its Redis; `app[REGISTRY]`, for metrics of its own. `openapi` has the `paths` (and `components`) of its routes
-    in OpenAPI 3.1; the chassis adds its own and serves the whole.
+    `setup(app, config)` adds routes to `app`, and resources to `app.cleanup_ctx`. The chassis has put `app[STORE]`, the Redis
+    of the service, and `app[REGISTRY]`, for its metrics, there before. `openapi` contains the `paths` (and `components`) of
+    the routes in OpenAPI 3.1. The chassis adds its own routes and serves the whole document.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Service(Generic[C]):
 
 
 def create_app(service: Service[C], config: C, socket: str | None = None) -> web.Application:
-    """Return the application of `service`, not started. `socket` is the embedded store's, if that is to be used."""
+    """Return the application of `service`, not started. `socket` is the Unix socket of an embedded store, if one is used."""
     app = web.Application()
     app[REGISTRY] = new_registry(service.name, service.version)
     app[STORE] = Store(config, app[REGISTRY], socket)
@@ -51,17 +51,17 @@ def create_app(service: Service[C], config: C, socket: str | None = None) -> web
 
 
 def document(service: Service[C]) -> dict[str, Any]:
-    """Return the OpenAPI document of `service` and the chassis together."""
-    found = json.loads(resources.files(__package__).joinpath("openapi.json").read_text())
+    """Return the OpenAPI document of the routes of `service` and of the chassis."""
+    merged = json.loads(resources.files(__package__).joinpath("openapi.json").read_text())
     own = service.openapi or {}
-    found["paths"] = {**own.get("paths", {}), **found["paths"]}
+    merged["paths"] = {**own.get("paths", {}), **merged["paths"]}
     for kind, parts in own.get("components", {}).items():
-        found["components"].setdefault(kind, {}).update(parts)
-    return {"openapi": "3.1.0", "info": {"title": service.name, "version": service.version}, **found}
+        merged["components"].setdefault(kind, {}).update(parts)
+    return {"openapi": "3.1.0", "info": {"title": service.name, "version": service.version}, **merged}
 
 
 def json_answer_of(content: object) -> Callable[[web.Request], Any]:
-    """Return a handler whose answer never changes."""
+    """Return a handler that always answers `content` as JSON."""
 
     async def handler(request: web.Request) -> Answer:
         return json_answer(content)
@@ -70,18 +70,18 @@ def json_answer_of(content: object) -> Callable[[web.Request], Any]:
 
 
 async def _close_store(app: web.Application) -> AsyncIterator[None]:
-    # The first resource to be made is the last to be closed: a service's own may need Redis to end.
+    # The first resource made is the last one closed: the service's own resources may need Redis while they close.
     yield
     await app[READINESS].close()
     await app[STORE].client.aclose()
 
 
 def _answer_options(app: web.Application) -> None:
-    """Have every path answer OPTIONS with what it takes."""
-    for found in list(app.router.resources()):
-        methods = {route.method for route in found}
-        if isinstance(found, web.Resource) and not methods & {"OPTIONS", "*"}:
-            found.add_route("OPTIONS", _options)
+    """Make every path answer OPTIONS with its methods."""
+    for resource in list(app.router.resources()):
+        methods = {route.method for route in resource}
+        if isinstance(resource, web.Resource) and not methods & {"OPTIONS", "*"}:
+            resource.add_route("OPTIONS", _options)
 
 
 async def _options(request: web.Request) -> Answer:
@@ -90,5 +90,5 @@ async def _options(request: web.Request) -> Answer:
 
 
 async def _hide_server(request: web.Request, response: web.StreamResponse) -> None:
-    # aiohttp would name itself, Python, and both versions.
+    # aiohttp would name itself and Python, with their versions.
     response.headers.popall("Server", None)

@@ -8,28 +8,29 @@ import trustme
 from conftest import ROOT
 from cryptography.hazmat.primitives import serialization
 
-from hitcounter.app import Config
-from nanoservice.config import ConfigError, Secret, table, variables
+from hitcounter.app import CounterConfig
+from nanoservice.config import Secret, table, variables
+from nanoservice.errors import ConfigError
 
 
 def problems(environ: dict[str, str]) -> list[str]:
     """Return what is wrong with `environ`."""
     with pytest.raises(ConfigError) as caught:
-        Config.read(environ)
+        CounterConfig.read(environ)
     return caught.value.problems
 
 
 def test_defaults_need_no_variable() -> None:
-    config = Config.read({})
+    config = CounterConfig.read({})
     assert (config.bind_port, config.admin_port, config.redis_port, config.lanes) == (8080, 9090, 6379, 4)
 
 
 def test_empty_variable_counts_as_not_set() -> None:
-    assert Config.read({"BIND_PORT": "", "REDIS_HOST": ""}) == Config.read({})
+    assert CounterConfig.read({"BIND_PORT": "", "REDIS_HOST": ""}) == CounterConfig.read({})
 
 
 def test_each_kind_of_value_is_read() -> None:
-    config = Config.read(
+    config = CounterConfig.read(
         {"BIND_PORT": "0", "DRAIN_SECONDS": "2.5", "LOG_LEVEL": "DEBUG", "REDIS_HOST": "::1", "REDIS_TLS": "on", "LANES": "2"}
     )
     assert (config.bind_port, config.drain_seconds, config.log_level) == (0, 2.5, "debug")
@@ -114,9 +115,9 @@ def test_variables_of_others_are_none_of_our_business() -> None:
         NOTIFY_SOCKET MEMORY_LIMIT CPU_LIMIT SOURCE_DATE_EPOCH KUBERNETES_SERVICE_HOST KUBERNETES_PORT
         KUBERNETES_PORT_443_TCP HITCOUNTER_SERVICE_PORT HITCOUNTER_SERVICE_PORT_HTTP
     """
-    assert Config.read(dict.fromkeys(others.split(), "x")) == Config.read({})
+    assert CounterConfig.read(dict.fromkeys(others.split(), "x")) == CounterConfig.read({})
     # A Service whose name is nearly one of ours.
-    assert Config.read({"REDIS2_PORT": "tcp://10.0.0.1:6379", "BINDS_SERVICE_HOST": "10.0.0.1"}) == Config.read({})
+    assert CounterConfig.read({"REDIS2_PORT": "tcp://10.0.0.1:6379", "BINDS_SERVICE_HOST": "10.0.0.1"}) == CounterConfig.read({})
 
 
 def test_what_kubernetes_sets_for_a_service_named_redis_is_passed_over() -> None:
@@ -132,7 +133,7 @@ def test_what_kubernetes_sets_for_a_service_named_redis_is_passed_over() -> None
         "REDIS_MASTER_SERVICE_HOST": "10.0.0.8",
         "REDIS_MASTER_PORT": link,
     }
-    assert Config.read(injected) == Config.read({})
+    assert CounterConfig.read(injected) == CounterConfig.read({})
     for name in ("REDIS_PORT", "ADMIN_PORT", "BIND_PORT"):
         [problem] = problems({**injected, name: link})
         assert problem.startswith(f"{name} must be a whole number")
@@ -178,7 +179,7 @@ def test_settings_that_contradict_each_other_are_told(files: dict[str, str], env
 
 def test_certificate_and_its_key_are_taken(files: dict[str, str]) -> None:
     environ = {"REDIS_CA_FILE": "certificate", "REDIS_CERT_FILE": "certificate", "REDIS_KEY_FILE": "key"}
-    config = Config.read({"REDIS_HOST": "h", "REDIS_TLS": "on"} | {name: files[value] for name, value in environ.items()})
+    config = CounterConfig.read({"REDIS_HOST": "h", "REDIS_TLS": "on"} | {name: files[value] for name, value in environ.items()})
     assert config.redis_key_file == Path(files["key"])
 
 
@@ -189,22 +190,22 @@ def test_settings_of_a_redis_without_its_host_are_told(name: str) -> None:
 
 
 def test_secret_shows_in_no_repr() -> None:
-    config = Config.read({"REDIS_HOST": "h", "REDIS_PASSWORD": "s3cret"})
+    config = CounterConfig.read({"REDIS_HOST": "h", "REDIS_PASSWORD": "s3cret"})
     assert config.redis_password is not None
     assert config.redis_password.reveal() == "s3cret"
     assert "s3cret" not in f"{config!r} {config} {config.redis_password!r} {config.redis_password} {[Secret('s3cret')]}"
 
 
 def test_table_of_the_readme_is_the_table_of_the_code() -> None:
-    assert table(Config) in (ROOT / "README.md").read_text()
+    assert table(CounterConfig) in (ROOT / "README.md").read_text()
 
 
 def test_every_variable_is_explained() -> None:
-    assert all(spec.metadata["help"] for _, spec in variables(Config))
+    assert all(spec.metadata["help"] for _, spec in variables(CounterConfig))
 
 
 def test_readme_names_no_variable_that_does_not_exist() -> None:
-    known = {name for name, _ in variables(Config)}
+    known = {name for name, _ in variables(CounterConfig)}
     prefixes = {name.split("_")[0] for name in known if "_" in name}
     for page in [ROOT / "README.md", *Path(ROOT / "docs").glob("*.md")]:
         named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)[=`]", page.read_text())) - {"REDIS_SERVICE_HOST"}

@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry
 from proxy import Fate, Proxy, Request
 from wire import connected, request
 
-from hitcounter.app import Config
+from hitcounter.app import CounterConfig
 from hitcounter.counter import Batch, Counter, Counts
-from nanoservice.answer import UnavailableError
+from nanoservice.errors import UnavailableError
 from nanoservice.redis import Store
 
 DAY = 86400
@@ -29,7 +29,7 @@ class Counting:
     def __init__(self, valkey: Valkey, port: int, options: dict[str, Any]) -> None:
         self.registry = CollectorRegistry()
         environ = valkey.environ(REDIS_PORT=str(port or valkey.port))
-        store = Store(Config.read(environ), self.registry)
+        store = Store(CounterConfig.read(environ), self.registry)
         options = {"lanes": 4, "max_pending": 10000, "timeout": 2.0, "redis_timeout": 1.0, "keep": 100000, **options}
         self.counter = Counter("hitcounter", store, self.registry, **options)
         self.hit, self.post = self.counter.hit, self.counter.post

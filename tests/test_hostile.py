@@ -284,7 +284,7 @@ async def survive(process: Process, errors: Path, number: int) -> None:
     assert errors.read_text() == ""
     assert MARK.decode() not in str(process.log)
     # A busy machine may make a request slow. Else there is nothing to tell but the start and the end.
-    assert {line["message"].partition(";")[0] for line in process.log} <= {"listening", "draining", "ended", "slow request"}
+    assert {line["message"].partition(";")[0] for line in process.log} <= {"listening", "draining", "stopped", "slow request"}
     assert len(process.log) < 100
 
 
@@ -430,7 +430,7 @@ async def test_request_that_waits_for_its_number_is_not_closed(short: Served, va
 
 
 async def test_client_that_takes_no_answer_is_closed(short: Served) -> None:
-    server = short.running._servers[0]
+    server = short.running._factories[0]
     async with connected(short.port) as wire:
         wire.reader._transport.pause_reading()  # type: ignore[attr-defined] # there is no other way to it
         with pytest.raises((TimeoutError, ConnectionError)):

@@ -232,7 +232,7 @@ def run(copy: Path, **environ: str) -> Iterator[str]:
         finally:
             os.killpg(popen.pid, signal.SIGINT)
             output, errors = popen.communicate(timeout=20)
-    assert "ended" in output
+    assert "stopped" in output
     assert "Traceback" not in errors
     (copy / ".venv").unlink()
 

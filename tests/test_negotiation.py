@@ -6,7 +6,7 @@ import pytest
 from conftest import SLACK, Served
 from wire import connected, request
 
-from nanoservice.answer import ProblemError
+from nanoservice.errors import ProblemError
 from nanoservice.negotiation import _RANGE, preferred
 
 TEXT, JSON = "text/plain", "application/json"

@@ -1,6 +1,7 @@
 """A model of what lanes and the script say to each other, over a network and a store that do their worst.
 
-The lane's side is `Writer`, which decides in production too; the store's side is `count.lua` on a real Valkey. Between them is a
+The lane's side is `WriterState`, which decides in production too; the store's side is `count.lua` on a real Valkey.
+Between them is a
 network in which whatever was sent may arrive never, late, more than once and in any order.
 """
 
@@ -18,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from redis import Redis
 from redis.exceptions import NoScriptError, ResponseError
 
-from hitcounter.counter import SCRIPT, Verdict, Writer, _keys
+from hitcounter.counter import SCRIPT, Verdict, WriterState, _keys
 
 SHA = sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 LANES = 3
@@ -75,7 +76,7 @@ class Message:
 class Lane:
     """A lane as the model sees it: with a batch or none, sent over an open connection or not, its reply there or not."""
 
-    writer: Writer
+    writer: WriterState
     batch: Batch | None = None
     sent: Message | None = None
     reply: list[Any] | ResponseError | None = None
@@ -95,7 +96,7 @@ class Protocol(RuleBasedStateMachine):
         super().__init__()
         self.store = store
         self.name = f"model{next(examples)}"
-        self.lanes = [Lane(Writer()) for _ in range(LANES)]
+        self.lanes = [Lane(WriterState()) for _ in range(LANES)]
         self.batches: list[Batch] = []
         self.messages: list[Message] = []  # that may still arrive, if only once more
         self.answers: dict[bytes, tuple[int, int]] = {}  # to each Idempotency-Key
@@ -141,7 +142,7 @@ class Protocol(RuleBasedStateMachine):
     @rule(number=lanes)
     def crash(self, number: int) -> None:
         """The process of a lane ends, and another takes its place."""
-        self.lanes[number] = Lane(Writer())
+        self.lanes[number] = Lane(WriterState())
 
     @precondition(lambda self: any(lane.reply is not None for lane in self.lanes))
     @rule(number=lanes)
@@ -322,7 +323,7 @@ class Exhaustive:
             self.memory[situation] = tuple(reply), int(self.store.get(keys[0])), self.store.get(keys[2])
         return self.memory[situation]
 
-    def decided(self, state: State, writer: Writer, **changes: Any) -> State:
+    def decided(self, state: State, writer: WriterState, **changes: Any) -> State:
         """Return the state after the lane's writer decided something; a new name gets the next number."""
         number = state.writer + (writer.name != "now")
         return replace(state, writer=number, sequence=writer.sequence, in_doubt=writer.in_doubt, **changes)
@@ -333,7 +334,7 @@ class Exhaustive:
 
     def steps(self, state: State) -> Iterator[State]:
         """Yield the states that may be next."""
-        writer = Writer()
+        writer = WriterState()
         writer.name, writer.sequence, writer.in_doubt = "now", state.sequence, state.in_doubt
         if not state.busy and state.begun < len(self.sizes):
             writer.begin()

@@ -13,10 +13,11 @@ from conftest import Served, Valkey, eventually, metric, serving
 from prometheus_client import CollectorRegistry
 from redis import exceptions
 
-from nanoservice import redis as module
-from nanoservice.answer import UnavailableError
+from nanoservice import health as module
 from nanoservice.config import Config
-from nanoservice.redis import Health, Store, cause
+from nanoservice.errors import UnavailableError
+from nanoservice.health import Health, cause
+from nanoservice.redis import Store
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ async def test_arguments_of_an_unknown_command_are_not_logged(store: Store, capl
 def test_same_words_are_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = 1000.0
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
-    health = Health(CollectorRegistry(), Config())
+    health = Health(CollectorRegistry(), "redis:6379")
 
     def lines() -> int:
         return len(caplog.records)
@@ -312,7 +313,7 @@ async def test_tls_without_the_client_certificate_is_refused(tls: TlsFront) -> N
         (exceptions.BusyLoadingError("LOADING"), "loading"),
         (exceptions.NoPermissionError("NOPERM"), "may not"),
         (exceptions.ResponseError("ACL failure in script: User svc has no permissions to run the 'set' command"), "may not"),
-        (exceptions.ResponseError("NOAUTH Authentication required."), "wants a password"),
+        (exceptions.ResponseError("NOAUTH Authentication required."), "requires a password"),
         (exceptions.TimeoutError("x"), "in time"),
         (TimeoutError(), "in time"),
         (exceptions.ConnectionError("Error 111 connecting to 10.1.2.3:6379."), "cannot be reached"),

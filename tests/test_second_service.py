@@ -17,7 +17,7 @@ from proxy import Fate, Proxy
 
 from nanoservice import config
 from nanoservice.answer import Answer
-from nanoservice.config import ConfigError
+from nanoservice.errors import ConfigError
 from nanoservice.service import Service, create_app
 
 # It as a process: all that its own `__main__` needs.
@@ -146,7 +146,7 @@ async def test_it_runs_logs_json_drains_and_ends_with_status_0(spawn: Callable[.
             assert await answer.text() == f"Hello ada, number {number}\n"
     assert process.end() == 0
     log = [line for line in process.log if line["message"] != "slow request"]  # which a busy machine may make
-    assert [line["message"].partition(";")[0] for line in log] == ["listening", "draining", "ended"]
+    assert [line["message"].partition(";")[0] for line in log] == ["listening", "draining", "stopped"]
     assert all(line["level"] == "info" and line["time"] for line in log)
 
 

@@ -92,7 +92,7 @@ def test_exit_status_is_0_after_either_signal(valkey: Valkey, spawn: Spawn, how:
     began = time.monotonic()
     assert process.end(how) == 0
     assert time.monotonic() - began < 1 * SLACK
-    assert process.log[-1]["message"] == "ended"
+    assert process.log[-1]["message"] == "stopped"
 
 
 async def pending(service: Process | Served, number: int) -> bool:
@@ -173,7 +173,7 @@ async def test_name_that_is_still_looked_up_does_not_hold_up_the_end(spawn: Spaw
     began = time.monotonic()
     assert await asyncio.to_thread(process.end) == 0
     assert time.monotonic() - began < 3 * SLACK
-    assert process.log[-1]["message"] == "ended"
+    assert process.log[-1]["message"] == "stopped"
 
 
 # One that asyncio hands over after the end is closed by the end of the process, which does not come here.

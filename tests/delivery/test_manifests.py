@@ -350,7 +350,7 @@ def test_probes_ask_what_they_should(workload: Workload, tmp_path: Path) -> None
     handlers = {(route.method, route.resource.canonical): route.handler for route in routes if route.resource}
     assert handlers["GET", "/livez"] is probes.livez
     assert ("GET", "/readyz") in handlers
-    assert found["readinessProbe"]["timeoutSeconds"] > probes._LIMIT
+    assert found["readinessProbe"]["timeoutSeconds"] > probes._CHECK_TIMEOUT
 
 
 @of_each_service

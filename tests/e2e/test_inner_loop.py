@@ -262,7 +262,7 @@ def test_debugger_attaches_through_a_forwarded_port_and_stops_a_request(dev: Nam
     wait_for(lambda: len(dev.pods()) == 1, 60)
     pod = the_pod(dev)
     source = {"path": f"{PLACE}/hitcounter/app.py"}
-    line = APP.splitlines().index("        form = _form(request)") + 1
+    line = APP.splitlines().index("        media_type = _media_type(request)") + 1
     service = url(dev)
     wait_for(lambda: ask(service).startswith(GREETING), 30)
     with forwarded(pod, 5678) as debug:
