@@ -25,7 +25,7 @@ from tests.support import ROOT
 from tests.support.process import Process, metric
 
 # It as a process: all that its own `__main__` needs.
-MAIN = "import os, sys, second_service as it; from nanoservice.server import main; sys.exit(main(it.SERVICE, os.environ, []))"
+MAIN = "import os, sys; from tests.nanoservice.second_service import SERVICE; from nanoservice.server import main; sys.exit(main(SERVICE, os.environ, []))"
 COMMAND = sys.executable, "-c", MAIN
 PYTHONPATH = str(ROOT)
 
