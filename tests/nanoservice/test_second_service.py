@@ -25,7 +25,12 @@ from tests.support import ROOT
 from tests.support.process import Process, metric
 
 # It as a process: all that its own `__main__` needs.
-MAIN = "import os, sys; from tests.nanoservice.second_service import SERVICE; from nanoservice.server import main; sys.exit(main(SERVICE, os.environ, []))"
+MAIN = """
+import os, sys
+from nanoservice.server import main
+from tests.nanoservice.second_service import SERVICE
+sys.exit(main(SERVICE, os.environ, []))
+"""
 COMMAND = sys.executable, "-c", MAIN
 PYTHONPATH = str(ROOT)
 
