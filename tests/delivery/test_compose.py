@@ -19,10 +19,13 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, SLACK, free_port, wait_for
-from images import WHEELS, loaded, sources
-from processes import processes
-from traffic import Traffic, counts, step, traffic
+
+from nanoservice.testing.valkey import free_port
+from nanoservice.testing.waiting import SLACK, wait_for
+from tests.support import ROOT
+from tests.support.command_lines import processes
+from tests.support.images import WHEELS, loaded, sources
+from tests.support.traffic import Traffic, counts, step, traffic
 
 pytestmark = pytest.mark.compose
 

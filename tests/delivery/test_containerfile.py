@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from tests.support import ROOT
 
 _spec = importlib.util.spec_from_file_location("finish", ROOT / "image" / "finish.py")
 assert _spec is not None

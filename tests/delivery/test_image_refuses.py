@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from images import PLATFORM, WHEELS, BuildError, layout, sources
+
+from tests.support.images import PLATFORM, WHEELS, BuildError, layout, sources
 
 pytestmark = pytest.mark.image
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SLACK
-from images import PLATFORM, WHEELS, Layout, built, engine, engines, layout, sources
+
+from nanoservice.testing.waiting import SLACK
+from tests.support import ROOT
+from tests.support.images import PLATFORM, WHEELS, Layout, built, engine, engines, layout, sources
 
 pytestmark = pytest.mark.image
 

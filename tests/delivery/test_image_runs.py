@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SLACK, wait_for
-from images import built, image, loaded, network, run, sources, tree
 
-__all__ = ["network"]  # a fixture
+from nanoservice.testing.waiting import SLACK, wait_for
+from tests.support import ROOT
+from tests.support.images import built, image, loaded, run, sources, tree
 
 pytestmark = pytest.mark.image
 
@@ -120,7 +120,7 @@ def test_second_service_is_made_by_one_argument(network: str, tmp_path: Path) ->
         ignore.write("!greeter\n")
     (context / "greeter").mkdir()
     (context / "greeter" / "__init__.py").touch()
-    service = (Path(__file__).parent.parent / "second_service.py").read_text()
+    service = (ROOT / "tests" / "nanoservice" / "second_service.py").read_text()
     (context / "greeter" / "app.py").write_text(service)
     (context / "greeter" / "__main__.py").write_text(
         (tree() / "hitcounter" / "__main__.py").read_text().replace("hitcounter", "greeter")

@@ -10,7 +10,6 @@ import kubernetes_validate  # type: ignore[import-untyped] # it has no types
 import pytest
 import trustme
 import yaml
-from conftest import ROOT
 from kubernetes_validate import utils
 
 from hitcounter.app import SERVICE
@@ -18,6 +17,7 @@ from nanoservice import config, probes
 from nanoservice.config import variables
 from nanoservice.server import FINISH_SECONDS
 from nanoservice.service import Service, create_app
+from tests.support import ROOT
 
 Object = dict[str, Any]
 

@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, wait_for
-from images import WHEELS, Layout, engine, layout, network, run, sources
-from published import REGISTRY, published
 from spdx_tools.spdx.parser.parse_anything import parse_file
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
 from hitcounter import __version__ as VERSION
-
-__all__ = ["network"]  # a fixture
+from nanoservice.testing.waiting import wait_for
+from tests.support import ROOT
+from tests.support.images import WHEELS, Layout, engine, layout, run, sources
+from tests.support.published import REGISTRY, published
 
 pytestmark = pytest.mark.registry
 

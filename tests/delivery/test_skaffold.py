@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+
+from tests.support import ROOT
 
 Object = dict[str, Any]
 

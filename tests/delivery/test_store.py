@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SLACK, Valkey, free_port, serving, wait_for
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError
 from redis.retry import Retry
 
+from hitcounter.app import SERVICE
 from hitcounter.counter import _keys
 from nanoservice.embedded import executable
+from nanoservice.testing.served import serving
+from nanoservice.testing.valkey import Valkey, free_port
+from nanoservice.testing.waiting import SLACK, wait_for
+from tests.support import ROOT
 
 SOURCES = ROOT / "manifests" / "redis"
 USERS = (SOURCES / "users.acl").read_text()
@@ -273,7 +277,7 @@ async def refusal(store: Shipped, timeout: float) -> str:
     store.ask("all", "HSET", ANSWERS, "old", "x")
     password = store.root / "run/secrets/redis/hitcounter"
     environ = store.environ(REDIS_USERNAME="hitcounter", REDIS_PASSWORD_FILE=str(password), IDEMPOTENCY_KEYS="1")
-    async with serving({**environ, "REQUEST_TIMEOUT": str(timeout)}) as served:
+    async with serving(SERVICE, {**environ, "REQUEST_TIMEOUT": str(timeout)}) as served:
         for method, path, headers in (
             ("GET", "/readyz", {}), ("GET", "/", {}), ("POST", "/", {}),
             *(("POST", "/", {"Idempotency-Key": key}) for key in ("a", "b", "b")),

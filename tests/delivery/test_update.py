@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from tests.support import ROOT
 
 RENOVATE = json.loads((ROOT / ".github" / "renovate.json").read_text())
 
@@ -106,7 +107,7 @@ def test_image_gets_the_digest_that_its_tag_has_now(copy: Path) -> None:
     assert {name: (copy / name).read_text() for name in texts} == {name: text.format(new) for name, text in texts.items()}
 
 
-@pytest.mark.parametrize("name", ["Makefile", "compose.yaml", "tests/delivery/images.py"])
+@pytest.mark.parametrize("name", ["Makefile", "compose.yaml", "tests/support/images.py"])
 def test_renovate_finds_each_image_where_none_of_its_own_managers_looks(name: str) -> None:
     managers = [one for one in RENOVATE["customManagers"] if any(re.search(p[1:-1], name) for p in one["managerFilePatterns"])]
     regexes = [regex.replace("(?<", "(?P<") for manager in managers for regex in manager["matchStrings"]]

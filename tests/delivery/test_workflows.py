@@ -4,8 +4,9 @@ import re
 from typing import Any
 
 import pytest
-from conftest import ROOT
-from workflows import CI, NOT_HERE, RELEASE, Run, runs
+
+from tests.support import ROOT
+from tests.support.workflows import CI, NOT_HERE, RELEASE, Run, runs
 
 WORKFLOWS = {"ci": CI, "release": RELEASE}
 JOBS = [pytest.param(job, id=f"{name}-{key}") for name, workflow in WORKFLOWS.items() for key, job in workflow["jobs"].items()]

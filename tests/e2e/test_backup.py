@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from cluster import Deployed, Namespace, cluster, install, other
-from conftest import wait_for
 
-__all__ = ["cluster", "other"]  # fixtures
+from nanoservice.testing.waiting import wait_for
+from tests.support.cluster import Deployed, Namespace, install
 
 pytestmark = pytest.mark.cluster
 

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from cluster import KUBECTL, Deployed, Namespace, cluster, counts, step, traffic
-from conftest import wait_for
-from processes import processes
 
-__all__ = ["cluster"]  # a fixture
+from nanoservice.testing.waiting import wait_for
+from tests.support.cluster import KUBECTL, Deployed, Namespace
+from tests.support.command_lines import processes
+from tests.support.traffic import counts, step, traffic
 
 pytestmark = pytest.mark.cluster
 

@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from cluster import SERVICE, Deployed, Namespace, Traffic, cluster, counts, namespace, reachable, step, traffic
-from conftest import wait_for
 
-__all__ = ["cluster"]  # a fixture
+from nanoservice.testing.waiting import wait_for
+from tests.support.cluster import SERVICE, Deployed, Namespace, namespace
+from tests.support.traffic import Traffic, counts, reachable, step, traffic
 
 pytestmark = pytest.mark.cluster
 

@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import KUBECTL, SERVICE, Deployed, Namespace, cluster, compose, counts, deployed, namespace, run
-from conftest import ROOT, SLACK, wait_for
-from processes import processes
 
-__all__ = ["cluster"]  # a fixture
+from nanoservice.testing.waiting import SLACK, wait_for
+from tests.support import ROOT
+from tests.support.cluster import KUBECTL, SERVICE, Deployed, Namespace, compose, deployed, namespace, run
+from tests.support.command_lines import processes
+from tests.support.traffic import counts
 
 pytestmark = pytest.mark.cluster
 

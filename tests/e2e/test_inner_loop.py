@@ -20,8 +20,10 @@ from urllib.request import urlopen
 
 import pytest
 import yaml
-from cluster import KUBECTL, Namespace, compose, deployed, namespace, run
-from conftest import ROOT, SLACK, wait_for
+
+from nanoservice.testing.waiting import SLACK, wait_for
+from tests.support import ROOT
+from tests.support.cluster import KUBECTL, Namespace, compose, deployed, namespace, run
 
 pytestmark = pytest.mark.cluster
 

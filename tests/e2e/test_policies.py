@@ -4,10 +4,9 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from cluster import Deployed, Namespace, cluster, namespace, other
-from conftest import wait_for
 
-__all__ = ["cluster", "other"]  # fixtures
+from nanoservice.testing.waiting import wait_for
+from tests.support.cluster import Deployed, Namespace, namespace
 
 pytestmark = pytest.mark.cluster
 

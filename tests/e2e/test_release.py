@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cluster import KUBECTL, SERVICE, namespace, run
-from conftest import wait_for
-from published import REGISTRY, published
+
+from nanoservice.testing.waiting import wait_for
+from tests.support.cluster import KUBECTL, SERVICE, namespace, run
+from tests.support.published import REGISTRY, published
 
 pytestmark = pytest.mark.cluster
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster import KUBECTL, Deployed, Namespace, cluster, compose, install, namespace, other
-from conftest import ROOT, wait_for
 
-__all__ = ["cluster", "other"]  # fixtures
+from nanoservice.testing.waiting import wait_for
+from tests.support import ROOT
+from tests.support.cluster import KUBECTL, Deployed, Namespace, compose, install, namespace
 
 pytestmark = pytest.mark.cluster
 

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import trustme
-from cluster import Deployed, Namespace, cluster, compose, install, namespace, other
-from conftest import ROOT, wait_for
 
-__all__ = ["cluster", "other"]  # fixtures
+from nanoservice.testing.waiting import wait_for
+from tests.support import ROOT
+from tests.support.cluster import Deployed, Namespace, compose, install, namespace
 
 pytestmark = pytest.mark.cluster
 

@@ -1,0 +1,89 @@
+"""A real Valkey that a test can stop, kill, freeze and start again."""
+
+import atexit
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from nanoservice.embedded import executable
+from nanoservice.testing.waiting import SLACK, wait_for
+
+
+def free_port() -> int:
+    """Return a port for whoever is told of it. On Linux, a socket that does not listen keeps it from being given to others."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    port = int(sock.getsockname()[1])
+    if sys.platform == "linux":
+        atexit.register(sock.close)  # until then it keeps the port
+    else:
+        sock.close()
+    return port
+
+
+class Valkey:
+    """A real Valkey on a TCP port of loopback. A kill costs it nothing; it does not wait for the disk."""
+
+    def __init__(self, data: Path, *options: str) -> None:
+        self.data = data
+        self.port = free_port()
+        self.options = options
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *options: str) -> None:
+        """Start it on its data, and wait until it serves."""
+        command = [executable(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.data), "--save", ""]
+        command += ["--appendonly", "yes", "--appendfsync", "no", "--maxmemory-policy", "noeviction", "--loglevel", "warning"]
+        self.process = subprocess.Popen([*command, *self.options, *options], stdout=subprocess.DEVNULL)
+        wait_for(self.answers, 10 * SLACK, "Valkey answers")
+
+    def answers(self) -> bool:
+        """Return whether it answers a PING."""
+        assert self.process
+        assert self.process.poll() is None
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as client:
+            client.sendall(b"PING\r\n")
+            return client.recv(64).startswith((b"+PONG", b"-NOAUTH"))
+        return False
+
+    def end(self, how: int = signal.SIGTERM) -> None:
+        """End it with the signal `how`, and wait for that."""
+        if self.process:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(how)
+            self.process.wait(30)
+            self.process = None
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self.end(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """Stop it in its tracks: it keeps its connections and answers nothing."""
+        assert self.process
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen server go on."""
+        assert self.process
+        self.process.send_signal(signal.SIGCONT)
+
+    def client(self, **options: Any) -> "redis.Redis":
+        """Return a client of it, which the caller closes."""
+        return redis.Redis(port=self.port, decode_responses=True, **options)
+
+    def run(self, *command: Any) -> Any:
+        """Return the answer to one command."""
+        with self.client() as client:
+            return client.execute_command(*command)
+
+    def environ(self, **more: str) -> dict[str, str]:
+        """Return the settings of a service that uses this server."""
+        return {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(self.port), "BIND_PORT": "0", "ADMIN_PORT": "0", **more}

@@ -1,0 +1,322 @@
+"""What `make` says to a newcomer."""
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nanoservice.testing.valkey import Valkey, free_port
+from nanoservice.testing.waiting import SLACK, wait_for
+from tests.support import ROOT
+
+# With the environment of these tests in place of the one that the first `make run` makes.
+RUN = ["make", "-o", ".venv/can-run", "run"]
+
+
+def make(*arguments: str, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run make in an environment that has nothing but a path."""
+    environ = {"PATH": os.environ["PATH"], **environ}
+    return subprocess.run(["make", *arguments], cwd=cwd, env=environ, text=True, capture_output=True, timeout=120)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of what make needs, without an environment."""
+    folder = tmp_path / "copy of it"
+    folder.mkdir()
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "requirements.in", "requirements-dev.in"):
+        shutil.copy2(ROOT / name, folder)
+    for name in ("hitcounter", "nanoservice"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment without packages. What runs in a copy of it, runs there."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    return folder
+
+
+@pytest.fixture
+def copy_with_environment(copy: Path, environment: Path) -> Path:
+    shutil.copytree(environment, copy / ".venv", symlinks=True)
+    return copy
+
+
+def tools(folder: Path, *names: str) -> Path:
+    """Return a folder for PATH that has only these programs."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).symlink_to(str(shutil.which(name)))
+    return folder
+
+
+def tiny(folder: Path, version: str = "1.0", name: str = "tiny") -> str:
+    """Write a wheel that has nothing but a name and a version, and return its line of a lock."""
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{name}-{version}.dist-info/RECORD", "")
+    return f"{name.lower().replace('.', '-')}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+
+
+def test_help_is_the_default_and_lists_every_target() -> None:
+    shown = make().stdout
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)) - {"lowest-python"}
+    assert {line.split()[1] for line in shown.splitlines()} == targets
+
+
+def test_update_without_an_environment_makes_one_first(copy: Path, tmp_path: Path) -> None:
+    """Without a Python there is no date before which a package has to be out."""
+    ended = make("update", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")))
+    assert ended.returncode != 0
+    assert "Python 3.11 or newer is needed" in ended.stderr.splitlines()[0]
+
+
+def test_no_python_is_told_in_one_line(copy: Path, tmp_path: Path) -> None:
+    ended = make("run", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")))
+    assert ended.returncode != 0
+    assert [line for line in ended.stderr.splitlines() if "Python 3.11 or newer is needed" in line]
+    assert not (copy / ".venv").exists()
+
+
+def test_python_that_is_too_old_is_not_taken(copy: Path, tmp_path: Path) -> None:
+    path = tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")
+    for name in ("python3", "python3.12"):  # the second as a version manager's stand-in: there, and of no use
+        (path / name).write_text("#!/bin/sh\nexit 1\n")
+        (path / name).chmod(0o755)
+    ended = make("run", cwd=copy, PATH=str(path))
+    assert "Python 3.11 or newer is needed" in ended.stderr
+
+
+def test_package_without_a_wheel_is_told_in_one_line(copy_with_environment: Path) -> None:
+    copy = copy_with_environment
+    (copy / "requirements.txt").write_text("no-such-package-of-this-name==1 --hash=sha256:" + "0" * 64 + "\n")
+    ended = make("run", cwd=copy, PYTHON=sys.executable, PIP_NO_INDEX="1")
+    assert ended.returncode != 0
+    assert "the packages cannot be installed" in ended.stderr
+    assert not (copy / ".venv" / "can-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "locked", "said"),
+    [
+        ("tiny-1.0-py3-none-any.whl", "", "Hashes are required in --require-hashes mode"),
+        ("tiny-1.0-py3-none-any.whl", " --hash=sha256:" + "0" * 64, "DO NOT MATCH THE HASHES"),
+        ("tiny-1.0.tar.gz", " --hash=sha256:{}", "No matching distribution found for tiny==1.0"),
+    ],
+    ids=["no hash", "another hash", "sdist"],
+)
+def test_only_wheels_of_a_locked_hash_are_installed(
+    copy_with_environment: Path, tmp_path: Path, name: str, locked: str, said: str
+) -> None:
+    copy = copy_with_environment
+    folder, ran = tmp_path / "index", tmp_path / "ran"
+    folder.mkdir()
+    if name.endswith(".whl"):
+        tiny(folder)
+    else:
+        with tarfile.open(folder / name, "w:gz") as sdist:
+            script = f"open({str(ran)!r}, 'w')\n".encode()
+            entry = tarfile.TarInfo("tiny-1.0/setup.py")
+            entry.size = len(script)
+            sdist.addfile(entry, io.BytesIO(script))
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (copy / "requirements.txt").write_text(f"tiny==1.0{locked.format(digest)}\n")
+    (copy / "requirements-dev.txt").write_text("")
+    ended = make(".venv/can-run", cwd=copy, PYTHON=sys.executable, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(folder))
+    assert ended.returncode != 0
+    assert said in ended.stderr
+    assert not (copy / ".venv" / "can-run").exists()
+    assert not ran.exists()
+
+
+class Locked:
+    """A copy with locks of tiny packages, and a folder that is all the index there is."""
+
+    def __init__(self, copy: Path, index: Path) -> None:
+        index.mkdir()
+        self.copy, self.index = copy, index
+        self.old = {"requirements.txt": tiny(index), "requirements-dev.txt": tiny(index, name="tool")}
+        self.lock(self.old)
+
+    def lock(self, locks: dict[str, str]) -> None:
+        for name, line in locks.items():
+            (self.copy / name).write_text(line)
+
+    def make(self, stamp: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        index = {"PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.index)}
+        return make(f".venv/{stamp}", cwd=self.copy, **{**index, **environ})
+
+    def stale(self) -> set[str]:
+        """Return what make would bring up to date."""
+        return {stamp for stamp in ("can-run", "installed") if self.make(stamp, MAKEFLAGS="q").returncode}
+
+    def packages(self) -> set[str]:
+        """Return what is installed, but for what each new environment has."""
+        listed = subprocess.check_output([self.copy / ".venv" / "bin" / "python", "-m", "pip", "freeze"], text=True)
+        return set(listed.split())
+
+
+@pytest.fixture
+def locked(copy_with_environment: Path, tmp_path: Path) -> Locked:
+    return Locked(copy_with_environment, tmp_path / "index")
+
+
+def test_environment_has_what_its_locks_have_and_outlives_an_install_that_fails(locked: Locked) -> None:
+    assert locked.make("can-run").stdout == ""
+    assert locked.packages() == {"tiny==1.0"}
+    assert locked.stale() == {"installed"}
+    assert "about half a minute" in locked.make("installed").stdout
+    assert locked.packages() == {"tiny==1.0", "tool==1.0"}
+    assert locked.stale() == set()
+
+    locked.lock({"requirements.txt": tiny(locked.copy, "2.0"), "requirements-dev.txt": tiny(locked.index, name="Other.one")})
+    ended = locked.make("installed")  # the index does not have tiny 2.0
+    assert ended.returncode != 0
+    assert "the packages cannot be installed" in ended.stderr
+    assert locked.packages() == {"tiny==1.0", "tool==1.0"}
+    assert locked.stale() == {"can-run", "installed"}
+
+    locked.lock({"requirements.txt": tiny(locked.index, "2.0")})
+    assert locked.make("installed").stdout == ""
+    assert locked.packages() == {"tiny==2.0", "Other.one==1.0"}
+    assert locked.stale() == set()
+
+
+def test_two_installs_at_a_time_are_kept_apart(locked: Locked) -> None:
+    (locked.copy / ".venv.lock").mkdir()
+    ended = locked.make("can-run")
+    assert ended.returncode != 0
+    assert "another make is installing into .venv" in ended.stderr
+    assert locked.packages() == set()
+    (locked.copy / ".venv.lock").rmdir()
+    assert locked.make("can-run").returncode == 0
+    assert not (locked.copy / ".venv.lock").exists()
+
+
+def test_environment_whose_python_is_gone_is_made_anew(locked: Locked, tmp_path: Path) -> None:
+    for python in (locked.copy / ".venv" / "bin").glob("python*"):
+        python.unlink()
+        python.symlink_to(tmp_path / "gone")
+    assert "making .venv" in locked.make("can-run").stdout
+    assert locked.packages() == {"tiny==1.0"}
+
+
+@contextmanager
+def run(copy: Path, **environ: str) -> Iterator[str]:
+    """Have `make run` serve, and yield what a GET is answered; end it as Ctrl-C does."""
+    (copy / ".venv").symlink_to(sys.prefix)
+    environ = {"PATH": os.environ["PATH"], "BIND_PORT": str(free_port()), "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1", **environ}
+    with subprocess.Popen(
+        RUN, cwd=copy, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as popen:
+        assert popen.stdout
+        try:
+            assert "try: curl http://localhost:" in popen.stdout.readline()
+            with urllib.request.urlopen(f"http://127.0.0.1:{environ['BIND_PORT']}/", timeout=10) as answer:
+                yield answer.read().decode()
+        finally:
+            os.killpg(popen.pid, signal.SIGINT)
+            output, errors = popen.communicate(timeout=20)
+    assert "stopped" in output
+    assert "Traceback" not in errors
+    (copy / ".venv").unlink()
+
+
+def test_run_serves_and_keeps_its_counts(copy: Path) -> None:
+    for number in (1, 2):
+        began = time.monotonic()
+        with run(copy) as told:
+            assert f"seen {number} times" in told
+            assert time.monotonic() - began < 3 * SLACK
+
+
+def test_run_uses_the_redis_that_it_is_told_of(copy: Path, valkey: Valkey) -> None:
+    valkey.run("SET", "{hitcounter}:hits", 41)
+    with run(copy, REDIS_HOST="127.0.0.1", REDIS_PORT=str(valkey.port)) as told:
+        assert "seen 42 times" in told
+    assert not (copy / ".data").exists()
+
+
+def test_port_in_use_is_told_in_one_line(copy: Path) -> None:
+    (copy / ".venv").symlink_to(sys.prefix)
+    port = free_port()
+    with subprocess.Popen(
+        [sys.executable, "-m", "http.server", str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as other:
+        wait_for(lambda: _listens(port), 10)
+        ended = make(*RUN[1:], cwd=copy, BIND_PORT=str(port), ADMIN_PORT="0")
+        other.terminate()
+        other.communicate()
+    assert f"hitcounter: port {port} is in use: end what uses it, or choose another with BIND_PORT=..." in ended.stderr
+
+
+def _listens(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_lock_on_another_python_is_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    (copy / ".venv" / "can-run").touch()
+    (copy / ".venv" / "installed").touch()
+    python = copy / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    ended = make("lock", cwd=copy)
+    assert "locks are made on Python 3.11" in ended.stderr
+
+
+def test_wheels_are_kept_until_there_are_new_ones(copy: Path) -> None:
+    """Also where a shell completed the folder's name: with a slash."""
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    (copy / ".venv" / "can-run").touch()
+    python = copy / ".venv" / "bin" / "python"
+    fetches = 'mkdir -p "$word" && echo >"$word/a.whl"'
+    python.write_text(f'#!/bin/sh\nfor word; do [ "$last" != --dest ] || {{ {fetches}; }}; last=$word; done\n')
+    python.chmod(0o755)
+    (copy / "wheels").mkdir()
+    (copy / "wheels" / "b.whl").touch()
+    assert make("wheels", "WHEELS=wheels/", cwd=copy).returncode == 0
+    assert [path.name for path in (copy / "wheels").iterdir()] == ["a.whl"]
+    python.write_text("#!/bin/sh\nexit 1\n")
+    assert make("wheels", "WHEELS=wheels/", cwd=copy).returncode != 0
+    assert [path.name for path in (copy / "wheels").iterdir()] == ["a.whl"]
+
+
+def test_folder_that_has_more_than_wheels_is_left_alone(copy: Path) -> None:
+    for name in ("mine", ".venv"):
+        (copy / name).mkdir()
+    for stamp in (".venv/can-run", ".venv/installed", "mine/letter"):
+        (copy / stamp).touch()
+    ended = make("wheels", "WHEELS=mine", cwd=copy)
+    assert "mine has more than wheels in it" in ended.stderr
+    assert (copy / "mine" / "letter").exists()
+
+
+def test_folder_that_is_no_environment_is_left_alone(copy: Path) -> None:
+    (copy / "mine").mkdir()
+    (copy / "mine" / "letter").touch()
+    ended = make("run", "VENV=mine/", cwd=copy, PYTHON=sys.executable)
+    assert "mine is not a virtual environment" in ended.stderr
+    assert (copy / "mine" / "letter").exists()

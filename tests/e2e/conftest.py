@@ -1,0 +1,26 @@
+"""What `make deploy` left on the cluster, and a namespace beside it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from nanoservice.testing.waiting import wait_for
+from tests.support.cluster import Deployed, Namespace, deployed, namespace
+
+
+@pytest.fixture
+def cluster() -> Deployed:
+    """What `make deploy` left, with one pod that is ready, whatever the test before did."""
+    namespace = deployed().namespace
+    namespace.kubectl("scale", "deployment/hitcounter", "--replicas=1")
+    for what in "statefulset/redis", "deployment/hitcounter":
+        namespace.await_rollout(what)
+    wait_for(lambda: len(namespace.pods()) == 1 and namespace.ready(), 60)
+    return deployed()
+
+
+@pytest.fixture
+def other() -> Iterator[Namespace]:
+    """A second namespace, with nothing in it."""
+    with namespace("other") as one:
+        yield one

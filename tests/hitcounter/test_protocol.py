@@ -1,0 +1,402 @@
+"""A model of what lanes and the script say to each other, over a network and a store that do their worst.
+
+The lane's side is `WriterState`, which decides in production too; the store's side is `count.lua` on a real Valkey.
+Between them is a
+network in which whatever was sent may arrive never, late, more than once and in any order.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from hashlib import sha1
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from redis import Redis
+from redis.exceptions import NoScriptError, ResponseError
+
+from hitcounter.counter import SCRIPT, Verdict, WriterState, _keys
+from nanoservice.testing.valkey import Valkey
+
+SHA = sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
+LANES = 3
+KEYS = [b"a", b"b", b"c"]
+
+examples = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A client of a Valkey of our own, which need not sync: nothing kills it here."""
+    server = Valkey(tmp_path_factory.mktemp("valkey"), "--appendfsync", "no")
+    server.start()
+    client = Redis(port=server.port, protocol=2)
+    yield client
+    client.close()
+    server.kill()
+
+
+def call(store: Any, keys: tuple[str, ...], *arguments: Any) -> list[Any]:
+    """Call the script as a lane does."""
+    try:
+        reply: list[Any] = store.evalsha(SHA, len(keys), *keys, *arguments)
+    except NoScriptError:
+        store.script_load(SCRIPT)
+        reply = store.evalsha(SHA, len(keys), *keys, *arguments)
+    return reply
+
+
+# --- at random, with all that can happen ---
+
+
+@dataclass(eq=False)
+class Batch:
+    """What a lane has to have counted, and what became of it."""
+
+    hits: int
+    posts: int
+    keys: list[bytes]
+    counted: list[tuple[int, int]] = field(default_factory=list)  # the totals after it, for each time that it was counted
+    reply: list[Any] | None = None  # that its waiters were answered from
+
+
+@dataclass(eq=False)
+class Message:
+    """A batch as it was sent once."""
+
+    batch: Batch
+    writer: str
+    sequence: int
+
+
+@dataclass(eq=False)
+class Lane:
+    """A lane as the model sees it: with a batch or none, sent over an open connection or not, its reply there or not."""
+
+    writer: WriterState
+    batch: Batch | None = None
+    sent: Message | None = None
+    reply: list[Any] | ResponseError | None = None
+
+    def settled(self) -> None:
+        self.batch = self.sent = self.reply = None
+
+
+lanes = st.integers(0, LANES - 1)
+recent = st.integers(0, 30)  # how many messages ago
+
+
+class Protocol(RuleBasedStateMachine):
+    """Lanes, a network and a store."""
+
+    def __init__(self, store: Any) -> None:
+        super().__init__()
+        self.store = store
+        self.name = f"model{next(examples)}"
+        self.lanes = [Lane(WriterState()) for _ in range(LANES)]
+        self.batches: list[Batch] = []
+        self.messages: list[Message] = []  # that may still arrive, if only once more
+        self.answers: dict[bytes, tuple[int, int]] = {}  # to each Idempotency-Key
+        self.totals = 0, 0  # in the store
+
+    def read_totals(self) -> tuple[int, int]:
+        hits, posts = self.store.mget(_keys(self.name, "")[:2])
+        return int(hits or 0), int(posts or 0)
+
+    def send(self, lane: Lane) -> None:
+        assert lane.batch
+        lane.sent, lane.reply = Message(lane.batch, lane.writer.name, lane.writer.sequence), None
+        self.messages.append(lane.sent)
+
+    # --- a lane ---
+
+    @rule(number=lanes, hits=st.integers(1, 3), posts=st.integers(0, 2), keys=st.lists(st.sampled_from(KEYS), max_size=3))
+    def send_or_send_again(self, number: int, hits: int, posts: int, keys: list[bytes]) -> None:
+        """A lane sends its batch; if it waits for a reply, that took too long; if it has no batch, it takes one."""
+        lane = self.lanes[number]
+        if lane.sent:
+            lane.writer.failed(TimeoutError(), sent=True)
+        elif not lane.batch:
+            lane.batch = Batch(hits, posts, keys)
+            self.batches.append(lane.batch)
+            lane.writer.begin()
+        self.send(lane)
+
+    @rule(number=lanes)
+    def fail(self, number: int) -> None:
+        """A lane loses its connection, or gets none."""
+        lane = self.lanes[number]
+        if lane.batch:
+            lane.writer.failed(ConnectionError(), sent=lane.sent is not None)
+            lane.sent = lane.reply = None
+
+    @rule(number=lanes)
+    def give_up(self, number: int) -> None:
+        """The time of a lane's batch is over."""
+        self.fail(number)
+        self.lanes[number].settled()
+
+    @rule(number=lanes)
+    def crash(self, number: int) -> None:
+        """The process of a lane ends, and another takes its place."""
+        self.lanes[number] = Lane(WriterState())
+
+    @precondition(lambda self: any(lane.reply is not None for lane in self.lanes))
+    @rule(number=lanes)
+    def receive(self, number: int) -> None:
+        """A lane gets its reply."""
+        lane = self.lanes[number]
+        if isinstance(lane.reply, ResponseError):
+            lane.writer.failed(lane.reply, sent=True)
+            lane.sent = lane.reply = None
+        elif lane.reply is not None:
+            assert lane.batch
+            verdict = lane.writer.replied(lane.reply)
+            if verdict is Verdict.AGAIN:
+                self.send(lane)
+                return
+            if verdict is Verdict.COUNTED:
+                lane.batch.reply = lane.reply
+            lane.settled()
+
+    # --- the store ---
+
+    @precondition(lambda self: self.messages)
+    @rule(ago=recent, full=st.sampled_from([False, False, False, True]))
+    def deliver(self, ago: int, full: bool) -> None:
+        """A message reaches the store, not for the first time perhaps; the reply goes to who waits for it still.
+
+        `full`: while the store is out of memory.
+        """
+        message = self.messages[-1 - ago % len(self.messages)]
+        batch, before = message.batch, self.totals
+        reply: list[Any] | ResponseError
+        if full:
+            self.store.config_set("maxmemory", 1)
+        try:
+            keys = _keys(self.name, message.writer)
+            reply = call(self.store, keys, message.sequence, batch.hits, batch.posts, 1000, *batch.keys)
+        except ResponseError as error:
+            assert full
+            reply = error
+        if full:
+            self.store.config_set("maxmemory", 0)
+        after = self.totals = self.read_totals()
+        if before != after:
+            assert isinstance(reply, list)
+            status, hits, posts, *answers = reply
+            assert status == b"counted"
+            batch.counted.append((hits, posts))
+            new = set(batch.keys) - self.answers.keys()
+            assert (hits, posts) == (before[0] + batch.hits, before[1] + batch.posts)
+            assert after == (hits, posts + len(new))
+            for key, *answer in zip(batch.keys, answers[::2], answers[1::2], strict=True):
+                assert self.answers.setdefault(key, (answer[0], answer[1])) == tuple(answer)
+        for lane in self.lanes:
+            if lane.sent is message and lane.reply is None:
+                lane.reply = reply
+
+    @rule()
+    def restart(self) -> None:
+        """The store ends and comes back: it knows no script, and every connection is lost."""
+        self.store.script_flush()
+        for number in range(LANES):
+            self.fail(number)
+
+    @precondition(lambda self: self.messages)
+    @rule(ago=recent)
+    def forget(self, ago: int) -> None:
+        """The store forgets a writer.
+
+        That is a day after its last batch: its first is on its way no more, else it could count again. `count.lua` says so.
+        """
+        writer = self.messages[-1 - ago % len(self.messages)].writer
+        if not any(lane.batch and lane.writer.name == writer and lane.writer.sequence == 1 for lane in self.lanes):
+            self.messages = [message for message in self.messages if (message.writer, message.sequence) != (writer, 1)]
+            self.store.delete(_keys(self.name, writer)[2])
+
+    # --- what must hold ---
+
+    @invariant()
+    def each_batch_is_counted_once_at_most(self) -> None:
+        assert all(len(batch.counted) <= 1 for batch in self.batches)
+
+    @invariant()
+    def each_answered_batch_is_counted_once_with_the_numbers_answered(self) -> None:
+        for batch in self.batches:
+            if batch.reply:
+                assert batch.counted == [tuple(batch.reply[1:3])]
+                answers = zip(batch.reply[3::2], batch.reply[4::2], strict=True)
+                assert list(answers) == [self.answers[key] for key in batch.keys]
+
+    @invariant()
+    def each_number_is_given_to_one_request_and_is_not_ahead_of_the_store(self) -> None:
+        hits: list[int] = []
+        posts = [number for _, number in self.answers.values()]
+        for batch in self.batches:
+            if batch.reply:
+                hits += range(batch.reply[1] - batch.hits + 1, batch.reply[1] + 1)
+                posts += range(batch.reply[2] - batch.posts + 1, batch.reply[2] + 1)
+        assert len(set(hits)) == len(hits)
+        assert len(set(posts)) == len(posts)
+        total_hits, total_posts = self.totals
+        assert max(hits, default=0) <= total_hits
+        assert max(posts, default=0) <= total_posts
+
+
+def test_no_order_of_events_counts_a_batch_twice_or_answers_one_that_is_not_counted(store: Any) -> None:
+    run_state_machine_as_test(
+        lambda: Protocol(store),  # type: ignore[arg-type] # it takes any factory
+        settings=settings(
+            max_examples=200,
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            report_multiple_bugs=False,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+# --- all there is, of two batches of one lane ---
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A batch as it was sent once, and how often it arrived."""
+
+    batch: int
+    writer: int
+    sequence: int
+    arrived: int = 0
+
+
+@dataclass(frozen=True)
+class State:
+    """Where lane, network and store are; a name is known by its number."""
+
+    begun: int = 0  # batches
+    busy: bool = False  # with the last of them
+    tries: int = 0  # of it
+    writer: int = 0
+    sequence: int = 0
+    in_doubt: bool = False
+    waits_for: int | None = None  # in `sent`: the reply to it
+    reply: tuple[Any, ...] | None = None
+    sent: tuple[Sent, ...] = ()
+    hits: int = 0  # in the store
+    known: tuple[bytes | None, ...] = (None,) * 5  # what the store knows of each writer
+    counted: tuple[int, ...] = (0, 0, 0)  # how often each batch was
+    forgot: bool = False
+
+
+class Exhaustive:
+    """Goes from state to state, along every path.
+
+    `batches` are sent, each up to `tries` times under one name; what was sent arrives up to `arrivals` times.
+    """
+
+    def __init__(self, store: Any, batches: int, tries: int, arrivals: int) -> None:
+        self.store = store
+        self.sizes = [1, 2, 4][:batches]  # hits of each: the total tells which were counted
+        self.tries = tries
+        self.arrivals = arrivals
+        self.memory: dict[Any, tuple[tuple[Any, ...], int, bytes | None]] = {}
+        self.ends: set[tuple[int, ...]] = set()
+
+    def script(self, state: State, message: Sent) -> tuple[tuple[Any, ...], int, bytes | None]:
+        """Return the script's reply, and what it leaves as hits and as knowledge of the writer."""
+        known = state.known[message.writer]
+        situation = state.hits, known, message.sequence, message.batch
+        if situation not in self.memory:
+            keys = _keys("exhaustive", "w")
+            self.store.delete(*keys)
+            self.store.set(keys[0], state.hits)
+            if known is not None:
+                self.store.set(keys[2], known)
+            reply = call(self.store, keys, message.sequence, self.sizes[message.batch], 0, 10)
+            self.memory[situation] = tuple(reply), int(self.store.get(keys[0])), self.store.get(keys[2])
+        return self.memory[situation]
+
+    def decided(self, state: State, writer: WriterState, **changes: Any) -> State:
+        """Return the state after the lane's writer decided something; a new name gets the next number."""
+        number = state.writer + (writer.name != "now")
+        return replace(state, writer=number, sequence=writer.sequence, in_doubt=writer.in_doubt, **changes)
+
+    def send(self, state: State) -> State:
+        message = Sent(state.begun - 1, state.writer, state.sequence)
+        return replace(state, sent=(*state.sent, message), waits_for=len(state.sent), reply=None, tries=state.tries + 1)
+
+    def steps(self, state: State) -> Iterator[State]:
+        """Yield the states that may be next."""
+        writer = WriterState()
+        writer.name, writer.sequence, writer.in_doubt = "now", state.sequence, state.in_doubt
+        if not state.busy and state.begun < len(self.sizes):
+            writer.begin()
+            yield self.send(self.decided(state, writer, begun=state.begun + 1, busy=True, tries=0))
+        if state.busy and state.reply is None:
+            writer.failed(TimeoutError(), sent=True)
+            if state.tries < self.tries:
+                yield self.send(self.decided(state, writer))
+            yield self.decided(state, writer, busy=False, waits_for=None)
+        if state.reply is not None:
+            verdict = writer.replied(list(state.reply))
+            if verdict is Verdict.AGAIN:
+                yield self.send(self.decided(state, writer, tries=0))
+            else:
+                if verdict is Verdict.COUNTED:
+                    assert state.counted[state.begun - 1] == 1
+                yield self.decided(state, writer, busy=False, waits_for=None, reply=None)
+        for index, message in enumerate(state.sent):
+            if message.arrived < self.arrivals:
+                yield self.deliver(state, index, message)
+        if (
+            not state.forgot
+            and state.sequence > 1
+            and not any(
+                message.sequence == 1 and message.writer == state.writer and message.arrived < self.arrivals
+                for message in state.sent
+            )
+        ):
+            known = tuple(None if number == state.writer else last for number, last in enumerate(state.known))
+            yield replace(state, known=known, forgot=True)
+
+    def deliver(self, state: State, index: int, message: Sent) -> State:
+        reply, hits, knows = self.script(state, message)
+        counted = list(state.counted)
+        if hits != state.hits:
+            assert hits == reply[1] == state.hits + self.sizes[message.batch]
+            counted[message.batch] += 1
+            assert counted[message.batch] == 1, "counted twice"
+        sent = list(state.sent)
+        sent[index] = replace(message, arrived=message.arrived + 1)
+        known = list(state.known)
+        known[message.writer] = knows
+        state = replace(state, sent=tuple(sent), hits=hits, known=tuple(known), counted=tuple(counted))
+        return replace(state, reply=reply) if state.waits_for == index and state.reply is None else state
+
+    def explore(self) -> int:
+        """Visit every state; return how many there are."""
+        seen, left = {State()}, [State()]
+        while left:
+            state = left.pop()
+            self.ends.add(state.counted)
+            for following in self.steps(state):
+                if following not in seen:
+                    seen.add(following)
+                    left.append(following)
+        return len(seen)
+
+
+@pytest.mark.parametrize(("batches", "tries", "arrivals"), [(2, 3, 2), (2, 2, 3), (3, 1, 2)])
+def test_no_interleaving_of_a_few_batches_counts_one_twice_or_answers_one_that_is_not_counted(
+    store: Any, batches: int, tries: int, arrivals: int
+) -> None:
+    exhaustive = Exhaustive(store, batches, tries, arrivals)
+    assert exhaustive.explore() > 1000  # states
+    assert {counted[:batches] for counted in exhaustive.ends} == set(itertools.product((0, 1), repeat=batches))

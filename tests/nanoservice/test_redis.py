@@ -1,0 +1,331 @@
+"""The connection to Redis: users, passwords, files that change, TLS; and what is said when it fails."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trustme
+from prometheus_client import CollectorRegistry
+from redis import exceptions
+
+from hitcounter.app import SERVICE
+from nanoservice import health as module
+from nanoservice.config import Config
+from nanoservice.errors import UnavailableError
+from nanoservice.health import Health, cause
+from nanoservice.redis import Store
+from nanoservice.testing.served import Served, serving
+from nanoservice.testing.valkey import Valkey
+from nanoservice.testing.waiting import eventually
+from tests.support.process import metric
+
+
+@pytest.fixture
+def secured(valkey: Valkey) -> Valkey:
+    """A Valkey that knows one user, by one password."""
+    valkey.run("ACL", "SETUSER", "svc", "on", ">first", "~*", "+@all")
+    with valkey.client() as client:
+        client.execute_command("ACL", "SETUSER", "admin", "on", ">admin", "~*", "+@all")
+        client.execute_command("ACL", "SETUSER", "default", "off")
+    return valkey
+
+
+def as_admin(valkey: Valkey, *command: str) -> None:
+    with valkey.client(username="admin", password="admin") as client:
+        client.execute_command(*command)
+
+
+async def status(served: Served) -> int:
+    async with served.client.get("/") as answer:
+        return answer.status
+
+
+async def test_user_and_password_are_used_without_a_word(secured: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(SERVICE, secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="first")) as served:
+        assert await status(served) == 200
+    assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
+
+
+async def test_password_without_a_user_is_the_default_users(valkey: Valkey) -> None:
+    valkey.run("CONFIG", "SET", "requirepass", "first")
+    async with serving(SERVICE, valkey.environ(REDIS_PASSWORD="first")) as served:
+        assert await status(served) == 200
+
+
+async def test_wrong_password_is_503_until_it_is_right(secured: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(SERVICE, secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="second", REQUEST_TIMEOUT="1")) as served:
+        for _ in range(3):
+            async with served.client.get("/") as answer:
+                assert answer.status == 503
+                assert answer.headers["Retry-After"] == "1"
+                assert (await answer.json())["detail"] == "Redis: wrong user or password"
+        assert len([line for line in caplog.messages if "wrong user or password" in line]) == 1
+        assert "second" not in logged(caplog)
+        as_admin(secured, "ACL", "SETUSER", "svc", ">second")
+        await eventually(lambda: _is(served, 200), 6)
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    """Return all that was logged, with what came through `extra=`."""
+    return str([vars(record) for record in caplog.records])
+
+
+async def test_password_that_redis_quotes_is_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    valkey = Valkey(tmp_path, "--rename-command", "AUTH", "")
+    valkey.start()
+    try:
+        async with serving(SERVICE, valkey.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="s3cret", REQUEST_TIMEOUT="1")) as served:
+            for path in ("/", "/readyz"):
+                async with served.client.get(path) as answer:
+                    assert answer.status == 503
+                    assert "s3cret" not in await answer.text()
+    finally:
+        valkey.kill()
+    assert "Redis fails" in caplog.text
+    assert "s3cret" not in logged(caplog)
+
+
+async def test_probe_over_an_open_connection_does_not_deny_that_the_password_is_wrong(secured: Valkey) -> None:
+    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="first", REQUEST_TIMEOUT="0.3")
+    async with serving(SERVICE, environ) as served:
+        async with served.client.get("/readyz") as answer:  # opens the connection of the probe
+            assert answer.status == 200
+        as_admin(secured, "ACL", "SETUSER", "svc", "resetpass", ">second")
+        assert await status(served) == 503
+
+        async def not_ready() -> bool:
+            async with served.client.get("/readyz") as answer:
+                return answer.status == 503
+
+        await eventually(not_ready, 6)
+        assert await metric(served, "redis_up") == 0
+
+
+async def _is(served: Served, expected: int) -> bool:
+    return await status(served) == expected
+
+
+async def test_password_file_is_read_again_at_each_connection(secured: Valkey, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("first\n")
+    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file))
+    async with serving(SERVICE, environ) as served:
+        assert await status(served) == 200
+        as_admin(secured, "ACL", "SETUSER", "svc", "resetpass", ">second")
+        assert await status(served) == 200  # an open connection stays
+        file.write_text("second")
+        as_admin(secured, "CLIENT", "KILL", "USER", "svc")
+        assert await status(served) == 200
+
+
+async def test_password_file_that_went_away_is_503_until_it_is_back(secured: Valkey, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("first")
+    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file), REQUEST_TIMEOUT="0.3")
+    async with serving(SERVICE, environ) as served:
+        file.unlink()
+        assert await status(served) == 503
+        file.write_text("first")
+        await eventually(lambda: _is(served, 200), 6)
+
+
+async def test_password_file_that_is_no_text_is_503_and_not_quoted(
+    secured: Valkey, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(b"s3cret\xff")
+    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file), REQUEST_TIMEOUT="1")
+    async with serving(SERVICE, environ) as served:
+        assert await status(served) == 503
+        assert [record for record in caplog.records if vars(record).get("error") == "REDIS_PASSWORD_FILE is not UTF-8"]
+        assert not [record for record in caplog.records if record.exc_info]
+        assert "s3cret" not in logged(caplog)
+        file.write_text("first")
+        await eventually(lambda: _is(served, 200), 6)
+
+
+# --- commands of handlers ---
+
+
+@pytest.fixture
+async def store(valkey: Valkey) -> AsyncIterator[Store]:
+    it = Store(Config.read(valkey.environ()), CollectorRegistry())
+    yield it
+    await it.client.aclose()
+
+
+async def test_command_and_pipeline_say_that_redis_is_unavailable(store: Store, valkey: Valkey) -> None:
+    client: Any = store.client
+    assert await client.incr("n") == 1
+    assert await client.pipeline().incr("n").incr("n").execute() == [2, 3]
+    valkey.kill()
+    for work in (client.incr("n"), client.pipeline().incr("n").execute(), client.pipeline().watch("n")):
+        with pytest.raises(UnavailableError, match="Redis: it cannot be reached"):
+            await work
+    assert store.health.reason
+    assert await client.pipeline().execute() == []
+    assert store.health.reason  # nothing to do shows nothing
+    valkey.start()
+    await client.pipeline().incr("n").execute()
+    assert not store.health.reason
+
+
+async def test_what_a_handler_expects_or_does_wrong_is_not_blamed_on_redis(
+    store: Store, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    client: Any = store.client
+    script = client.register_script("return 7")
+    for _ in range(2):
+        assert await script() == 7  # the driver loads it when it is told that it is not there
+        valkey.run("SCRIPT", "FLUSH")
+    with pytest.raises(exceptions.DataError):
+        await client.set("n", None)
+    async with client.pipeline() as pipeline:
+        await pipeline.watch("n")
+        valkey.run("SET", "n", "1")
+        pipeline.multi()
+        pipeline.set("n", "2")
+        with pytest.raises(exceptions.WatchError):
+            await pipeline.execute()
+    assert "Redis fails" not in caplog.text
+
+
+async def test_arguments_of_an_unknown_command_are_not_logged(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UnavailableError, match="an unexpected error: ResponseError"):
+        await store.client.execute_command("NOSUCH", "s3cret")
+    assert "unknown command 'NOSUCH'" in logged(caplog)
+    assert "s3cret" not in logged(caplog)
+
+
+def test_same_words_are_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    now = 1000.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    health = Health(CollectorRegistry(), "redis:6379")
+
+    def lines() -> int:
+        return len(caplog.records)
+
+    for _ in range(100):
+        health.failed("work", OSError())
+        health.worked("work")
+    assert lines() == 2
+    health.failed("work", exceptions.ReadOnlyError())
+    health.worked("work")
+    assert lines() == 4  # other words
+    health.failed("work", OSError())  # an outage that begins soon after the last
+    now += 61
+    assert lines() == 4
+    for _ in range(100):
+        health.failed("work", OSError())
+    assert lines() == 5  # and lasts
+    health.worked("work")
+    assert [record.getMessage() for record in caplog.records][-2:] == ["Redis fails: it cannot be reached", "Redis works again"]
+
+
+class TlsFront:
+    """TLS in front of a Valkey that has none: ends the client's TLS and passes the bytes on."""
+
+    def __init__(self, valkey: Valkey, folder: Path) -> None:
+        self.valkey = valkey
+        self.authority = trustme.CA()
+        self.ca_file = folder / "ca.pem"
+        self.authority.cert_pem.write_to_path(str(self.ca_file))
+        client = self.authority.issue_cert("client@example.org")
+        self.cert_file, self.key_file = folder / "client.pem", folder / "client.key"
+        client.cert_chain_pems[0].write_to_path(str(self.cert_file))
+        client.private_key_pem.write_to_path(str(self.key_file))
+        self.clients = 0
+
+    async def start(self, name: str = "127.0.0.1") -> None:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.authority.issue_cert(name).configure_cert(context)
+        self.authority.configure_trust(context)
+        context.verify_mode = ssl.CERT_REQUIRED
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=context)
+        self.port = self.server.sockets[0].getsockname()[1]
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.clients += 1
+        upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self.valkey.port)
+        await asyncio.gather(_pass_on(reader, upstream_writer), _pass_on(upstream_reader, writer))
+
+    def environ(self, **more: str) -> dict[str, str]:
+        files = {"REDIS_CA_FILE": str(self.ca_file), "REDIS_CERT_FILE": str(self.cert_file), "REDIS_KEY_FILE": str(self.key_file)}
+        tls = {"REDIS_PORT": str(self.port), "REDIS_TLS": "true", **files, **more}
+        return {name: value for name, value in self.valkey.environ(**tls).items() if value}
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    except (OSError, ssl.SSLError):
+        pass
+    writer.close()
+
+
+@pytest.fixture
+async def tls(valkey: Valkey, tmp_path: Path) -> AsyncIterator[TlsFront]:
+    """TLS in front of Valkey, asking for a client's certificate."""
+    front = TlsFront(valkey, tmp_path)
+    yield front
+    front.server.close()
+    await front.server.wait_closed()
+
+
+async def test_tls_with_a_client_certificate(tls: TlsFront) -> None:
+    await tls.start()
+    async with serving(SERVICE, tls.environ()) as served:
+        assert await status(served) == 200
+    assert tls.clients
+
+
+async def test_tls_of_an_unknown_authority_is_refused(tls: TlsFront, tmp_path: Path) -> None:
+    await tls.start()
+    other = tmp_path / "other.pem"
+    trustme.CA().cert_pem.write_to_path(str(other))
+    async with serving(SERVICE, tls.environ(REDIS_CA_FILE=str(other))) as served:
+        async with served.client.get("/") as answer:
+            assert answer.status == 503
+            assert "certificate is not trusted" in (await answer.json())["detail"]
+
+
+async def test_tls_for_another_name_is_refused(tls: TlsFront) -> None:
+    await tls.start("another.example.org")
+    async with serving(SERVICE, tls.environ()) as served:
+        assert await status(served) == 503
+
+
+async def test_tls_without_the_client_certificate_is_refused(tls: TlsFront) -> None:
+    await tls.start()
+    async with serving(SERVICE, tls.environ(REDIS_CERT_FILE="", REDIS_KEY_FILE="")) as served:
+        assert await status(served) == 503
+    assert not tls.clients
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (exceptions.ReadOnlyError("READONLY You can't write against a read only replica."), "read-only replica"),
+        (exceptions.OutOfMemoryError("OOM command not allowed when used memory > 'maxmemory'."), "out of memory"),
+        (exceptions.ResponseError("MISCONF Valkey is configured to save RDB snapshots"), "refuses writes"),
+        (exceptions.BusyLoadingError("LOADING"), "loading"),
+        (exceptions.NoPermissionError("NOPERM"), "may not"),
+        (exceptions.ResponseError("ACL failure in script: User svc has no permissions to run the 'set' command"), "may not"),
+        (exceptions.ResponseError("NOAUTH Authentication required."), "requires a password"),
+        (exceptions.TimeoutError("x"), "in time"),
+        (TimeoutError(), "in time"),
+        (exceptions.ConnectionError("Error 111 connecting to 10.1.2.3:6379."), "cannot be reached"),
+        (exceptions.ResponseError("NOREPLICAS Not enough replicas of 10.1.2.3"), "an unexpected error: NOREPLICAS"),
+        (exceptions.ResponseError("secret-thing of 10.1.2.3"), "an unexpected error: ResponseError"),
+    ],
+)
+def test_cause_is_told_in_words_without_an_address(error: Exception, words: str) -> None:
+    assert words in cause(error)
+    assert "10.1.2.3" not in cause(error)
+    assert "secret" not in cause(error)

@@ -1,0 +1,160 @@
+"""The reloader: what runs is run again when a file changes, and ends with it."""
+
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from nanoservice.testing.valkey import Valkey, free_port
+from nanoservice.testing.waiting import SLACK, eventually, wait_for
+from tests.support import ROOT
+
+SERVICE = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit({status}))
+print("runs {word}", os.environ["DRAIN_SECONDS"], flush=True)
+while True:
+    time.sleep(0.01)
+"""
+
+
+ASKED_ONCE = """
+import os, signal, time
+def end(*_):
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(3))
+    print("ends", flush=True)
+    time.sleep(0.5)
+    os._exit(0)
+signal.signal(signal.SIGTERM, end)
+signal.signal(signal.SIGINT, end)
+print("runs", flush=True)
+while True:
+    time.sleep(0.01)
+"""
+
+# Runs a command whose standard input is its terminal.
+ON_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+class Reloader:
+    """The reloader of a copy of the chassis, beside a package called `thing`."""
+
+    def __init__(self, folder: Path) -> None:
+        shutil.copytree(ROOT / "nanoservice", folder / "nanoservice", ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "thing").mkdir()
+        (folder / "thing" / "__init__.py").touch()
+        self.file = folder / "thing" / "__main__.py"
+        self.folder = folder
+        self.output = folder / "output"
+
+    def start(self, package: str = "thing", terminal: int | None = None, **environ: str) -> "subprocess.Popen[bytes]":
+        environ = {**os.environ, "DRAIN_SECONDS": "5", "PYTHONDONTWRITEBYTECODE": "1", **environ}
+        command = [sys.executable, "-m", "nanoservice.reload", "-m", package]
+        if terminal is not None:
+            command = [sys.executable, "-c", ON_TERMINAL, *command]
+        with self.output.open("wb") as output:
+            self.popen = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=environ,
+                stdin=terminal,
+                stdout=output,
+                stderr=output,
+                start_new_session=terminal is not None,
+            )
+        return self.popen
+
+    def says(self, text: str) -> None:
+        wait_for(lambda: text in self.output.read_text(), 5 * SLACK, text)
+
+
+@pytest.fixture
+def reloader(tmp_path: Path) -> Iterator[Reloader]:
+    it = Reloader(tmp_path)
+    yield it
+    it.popen.terminate()  # SIGKILL would leave what it runs
+    it.popen.wait(30)
+
+
+def test_change_runs_it_again_without_a_drain(reloader: Reloader) -> None:
+    reloader.file.write_text(SERVICE.format(word="one", status=0))
+    popen = reloader.start()
+    reloader.says("runs one 0")
+    reloader.file.write_text(SERVICE.format(word="two", status=0))
+    reloader.says("runs two 0")
+    (reloader.folder / "nanoservice" / "new.json").touch()
+    wait_for(lambda: reloader.output.read_text().count("runs two") >= 2, 5 * SLACK)
+    popen.send_signal(signal.SIGTERM)
+    assert popen.wait(5 * SLACK) == 0
+
+
+def test_mistake_waits_for_the_change_that_mends_it(reloader: Reloader) -> None:
+    reloader.file.write_text("print('one'\n")
+    popen = reloader.start()
+    reloader.says("SyntaxError")
+    reloader.file.write_text(SERVICE.format(word="two", status=3))
+    reloader.says("runs two")
+    popen.send_signal(signal.SIGINT)
+    assert popen.wait(5 * SLACK) == 3
+
+
+def test_bad_settings_end_it(reloader: Reloader) -> None:
+    reloader.file.write_text(f"raise SystemExit({os.EX_CONFIG})")
+    assert reloader.start().wait(5 * SLACK) == os.EX_CONFIG
+
+
+async def test_request_between_two_runs_waits_for_the_next(reloader: Reloader, valkey: Valkey) -> None:
+    shutil.copytree(ROOT / "hitcounter", reloader.folder / "hitcounter", ignore=shutil.ignore_patterns("__pycache__"))
+    port = free_port()
+    popen = reloader.start("hitcounter", None, **valkey.environ(BIND_PORT=str(port)))
+    reloader.says("listening")
+    url = f"http://127.0.0.1:{port}/livez"
+    runs, answered, refused = 1, 0, 0
+
+    async def asked_while_it_starts_again() -> bool:
+        nonlocal answered, refused
+        try:
+            async with aiohttp.request("GET", url, headers={"Connection": "close"}) as answer:
+                answered += answer.status == 200
+        except aiohttp.ClientConnectorError:
+            refused += 1
+        except aiohttp.ClientConnectionError:
+            pass  # it was taken by the one that ended, too late to be heard
+        return reloader.output.read_text().count("listening") > runs
+
+    for runs in range(1, 4):
+        (reloader.folder / "hitcounter" / f"new{runs}.py").touch()
+        await eventually(asked_while_it_starts_again, 10 * SLACK)
+    assert (refused, answered > 0) == (0, True)
+    popen.send_signal(signal.SIGTERM)
+    assert popen.wait(5 * SLACK) == 0
+    with pytest.raises(aiohttp.ClientConnectorError):  # nothing is left that listens
+        async with aiohttp.request("GET", url):
+            pass
+
+
+def test_ctrl_c_on_a_terminal_cuts_nothing_off(reloader: Reloader) -> None:
+    reloader.file.write_text(ASKED_ONCE)
+    terminal, stdin = pty.openpty()
+    with open(terminal, "wb", buffering=0) as keys, open(stdin, "rb"):
+        popen = reloader.start(terminal=stdin)
+        reloader.says("runs")
+        keys.write(b"\x03")
+        assert popen.wait(5 * SLACK) == 0
+
+
+def test_second_signal_is_for_what_runs(reloader: Reloader) -> None:
+    reloader.file.write_text(ASKED_ONCE.replace("sleep(0.5)", "sleep(60)"))
+    popen = reloader.start()
+    reloader.says("runs")
+    popen.send_signal(signal.SIGTERM)
+    reloader.says("ends")
+    popen.send_signal(signal.SIGTERM)
+    assert popen.wait(5 * SLACK) == 3

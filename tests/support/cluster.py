@@ -1,0 +1,172 @@
+"""A cluster with the service on it, as `make deploy` leaves it.
+
+`make e2e` says which cluster: the current context of kubectl. All lies in namespaces of this run, which it deletes;
+but for a pod in `monitoring`, a namespace that is made, and deleted again, where there is none.
+"""
+
+import atexit
+import functools
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from tests.support import ROOT
+
+KUBECTL = os.environ.get("KUBECTL", "kubectl")
+SERVICE = "app.kubernetes.io/name=hitcounter"
+
+
+def run(*command: str, input: str | None = None, env: dict[str, str] | None = None, seconds: float = 300) -> str:
+    """Return what `command` writes to standard output; fail with all that it says if it fails."""
+    done = subprocess.run(
+        command, input=input, capture_output=True, text=True, cwd=ROOT, env=os.environ | (env or {}), timeout=seconds
+    )
+    assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+class Namespace:
+    """A namespace of the cluster, and what is done in it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def kubectl(self, *arguments: str, **options: Any) -> str:
+        return run(KUBECTL, f"--namespace={self.name}", "--request-timeout=60s", *arguments, **options)
+
+    def make(self, *arguments: str, **options: Any) -> str:
+        """Run a target of the Makefile on this namespace."""
+        return run("make", "--no-print-directory", f"NAMESPACE={self.name}", *arguments, **options)
+
+    def get(self, *what: str) -> Any:
+        """Return an object, or the list of those that are selected."""
+        found = json.loads(self.kubectl("get", *what, "--output=json"))
+        return found["items"] if found["kind"] == "List" else found
+
+    def pods(self, selector: str = SERVICE) -> list[Any]:
+        """Return the pods that are selected and not about to end."""
+        pods = self.get("pods", f"--selector={selector}")
+        return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+    def ready(self, selector: str = SERVICE) -> list[str]:
+        """Return the names of the pods that are ready."""
+        return [
+            pod["metadata"]["name"]
+            for pod in self.pods(selector)
+            if any(one["type"] == "Ready" and one["status"] == "True" for one in pod["status"].get("conditions", []))
+        ]
+
+    def await_rollout(self, what: str, seconds: int = 180) -> None:
+        self.kubectl("rollout", "status", what, f"--timeout={seconds}s", seconds=seconds + 30)
+
+    def apply(self, text: str) -> None:
+        self.kubectl("apply", "--filename=-", input=text)
+
+    def python(self, pod: str, script: str, *arguments: str, **options: Any) -> str:
+        """Run a Python script in a pod that has the service's image, which has nothing else to run."""
+        return self.kubectl("exec", pod, "--", "/usr/bin/python3.13", "-c", script, *arguments, **options)
+
+    def counts(self) -> tuple[int, int]:
+        """Count a hit from within the service's pod, and return hits and posts."""
+        script = (
+            "import urllib.request as u; r = u.Request('http://localhost:8080/', headers={'Accept': 'application/json'});"
+            "print(u.urlopen(r, timeout=5).read().decode())"
+        )
+        content = json.loads(self.python(self.ready()[0], script))
+        return content["hits"], content["posts"]
+
+    def answered(self) -> tuple[int, int] | None:
+        """Return the counts as `counts` does; None for a 503, or if no pod is ready."""
+        with suppress(AssertionError, IndexError):
+            return self.counts()
+        return None
+
+    def create(self, level: str = "restricted") -> None:
+        """Make it, with Pod Security of this level."""
+        run(KUBECTL, "create", "namespace", self.name)
+        run(KUBECTL, "label", "namespace", self.name, f"pod-security.kubernetes.io/enforce={level}")
+
+    def delete(self) -> None:
+        run(KUBECTL, "delete", "namespace", self.name, "--ignore-not-found", "--wait=false")
+
+    def valkey(self, *command: str, user: str = "operator", password: str | None = None) -> str:
+        """Return what Valkey answers to a command, given in its pod: through the socket, as a user of its own."""
+        script = (
+            'export REDISCLI_AUTH="${2:-$(tail -n 1 "/run/secrets/redis/$1")}"; user=$1; shift 2;'
+            'exec valkey-cli -s /run/valkey/socket --user "$user" "$@"'
+        )
+        return self.kubectl("exec", "redis-0", "--", "sh", "-c", script, "sh", user, password or "", *command).strip()
+
+
+RUN = f"hitcounter-e2e-{secrets.token_hex(3)}"  # how the namespaces of this run begin
+
+
+@dataclass
+class Deployed:
+    """What `make deploy` left."""
+
+    namespace: Namespace
+    url: str
+    image: str  # as the cluster knows it
+    valkey: str
+    warnings: list[tuple[str, str]]  # the events that it brought: reason, message
+
+
+@functools.cache
+def deployed() -> Deployed:
+    """Return the service and its Redis as `make deploy` leaves them: once in a run, which ends with `make undeploy`."""
+    namespace = Namespace(RUN)
+    atexit.register(namespace.make, "undeploy")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: with all of it deleted
+    url = namespace.make("deploy", seconds=900).splitlines()[-1]
+    image, valkey = [
+        namespace.get(kind, name)["spec"]["template"]["spec"]["containers"][0]["image"]
+        for kind, name in (("deployment", "hitcounter"), ("statefulset", "redis"))
+    ]
+    warnings = namespace.get("events", "--field-selector=type=Warning")
+    return Deployed(namespace, url, image, valkey, [(event["reason"], event["message"]) for event in warnings])
+
+
+@contextmanager
+def namespace(name: str, level: str = "restricted") -> Iterator[Namespace]:
+    """Make a namespace of this run, and delete it at the end, when nobody waits for that any more."""
+    one = Namespace(f"{RUN}-{name}-{secrets.token_hex(2)}")
+    one.create(level)
+    try:
+        yield one
+    finally:
+        one.delete()
+
+
+def compose(deployed: Deployed, namespace: Namespace, *lines: str) -> str:
+    """Return what Kustomize makes of the lines, in `namespace` and with the images of this run."""
+    folder = ROOT / "manifests" / f".{namespace.name}"
+    folder.mkdir(exist_ok=True)
+    images = {"hitcounter": deployed.image, "docker.io/valkey/valkey": deployed.valkey}
+    try:
+        text = [f"namespace: {namespace.name}", *lines, "images:"]
+        for name, image in images.items():
+            if "@" not in image:  # else it is the one that stands in the manifests
+                new, tag = image.rsplit(":", 1)
+                text.append(f'  - {{name: {name}, newName: {new}, newTag: "{tag}"}}')
+        (folder / "kustomization.yaml").write_text("\n".join(text))
+        return run(KUBECTL, "kustomize", str(folder.relative_to(ROOT)))
+    finally:
+        shutil.rmtree(folder)
+
+
+def install(deployed: Deployed, namespace: Namespace, *lines: str) -> None:
+    """Have the service and its Redis run in `namespace`: not on a port of the node, which there is once. `lines` go on with the
+    kustomization, such as `components: [../components/redis-tls]`.
+    """
+    namespace.make("secret")
+    namespace.apply(compose(deployed, namespace, "resources: [../hitcounter, ../redis]", *lines))
+    for what in "statefulset/redis", "deployment/hitcounter":
+        namespace.await_rollout(what)

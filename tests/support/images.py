@@ -1,0 +1,153 @@
+"""What the tests of the image share: how to build it and read it, and how to run containers.
+
+`make test-image` says which engine and which options; the first engine there is builds and runs what a test asks for.
+"""
+
+import atexit
+import functools
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.support import ROOT
+
+PLATFORM = "linux/" + {"x86_64": "amd64", "arm64": "arm64", "aarch64": "arm64"}[platform.machine()]
+VALKEY = os.environ.get(
+    "VALKEY", "docker.io/valkey/valkey:9-alpine@sha256:48332870af354a799964c0012ae1194a0bf2bf894eb508f945810596dc2d8d11"
+)
+WHEELS = Path(os.environ.get("WHEELS", ROOT / "wheels"))
+
+
+class BuildError(Exception):
+    """A build failed; the text is all it said."""
+
+
+class Layout:
+    """An image as it lies in an OCI layout."""
+
+    def __init__(self, folder: Path) -> None:
+        self._blobs = folder / "blobs" / "sha256"
+        self.digest: str = json.loads((folder / "index.json").read_text())["manifests"][0]["digest"]
+
+    @functools.cached_property
+    def _manifest(self) -> Any:
+        return self._json(self.digest)
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """What tells how to run it, and how it was made."""
+        return dict(self._json(self.config_digest))
+
+    @property
+    def config_digest(self) -> str:
+        """The name by which some engines know an image."""
+        return str(self._manifest["config"]["digest"])
+
+    def manifests(self) -> dict[str, str]:
+        """Return the digest for each platform of an index."""
+        return {
+            f"{one['platform']['os']}/{one['platform']['architecture']}": one["digest"] for one in self._manifest["manifests"]
+        }
+
+    def _json(self, digest: str) -> Any:
+        return json.loads(self._blob(digest).read_text())
+
+    def _blob(self, digest: str) -> Path:
+        return self._blobs / digest.removeprefix("sha256:")
+
+    def layers(self, first: int = 0) -> Iterator[tarfile.TarFile]:
+        """Yield the layers from number `first` on, from below; negative numbers count from above."""
+        for layer in self._manifest["layers"][first:]:
+            with tarfile.open(self._blob(layer["digest"])) as tar:
+                yield tar
+
+
+def engines() -> list[str]:
+    return _script("engines", ROOT).split()
+
+
+def layout(context: Path, folder: Path, *, options: str = "", wheels: Path = WHEELS, **environ: str) -> Layout:
+    """Build from `context`, with further options of the engine's build, into `folder`."""
+    environ = {"PLATFORMS": PLATFORM, "ENGINE": engine(), "WHEELS": str(wheels), **environ}
+    environ["BUILD_OPTIONS"] = f"{os.environ.get('BUILD_OPTIONS', '')} {options}"
+    _script("layout", context, str(folder), **environ)
+    return Layout(folder)
+
+
+def loaded(name: str, context: Path = ROOT, *, options: str = "", **environ: str) -> str:
+    """Build from `context` and give the image to the engine as `name`."""
+    environ = {"ENGINE": engine(), "WHEELS": str(WHEELS), **environ}
+    environ["BUILD_OPTIONS"] = f"{os.environ.get('BUILD_OPTIONS', '')} {options}"
+    _script("load", context, name, **environ)
+    return name
+
+
+def _script(command: str, context: Path, *arguments: str, **environ: str) -> str:
+    environ = {"SERVICE": "hitcounter", **os.environ, **environ}
+    ended = subprocess.run(
+        [ROOT / "image" / "build.sh", command, *arguments], cwd=context, env=environ, text=True, capture_output=True, timeout=600
+    )
+    if ended.returncode:
+        raise BuildError(ended.stdout + ended.stderr)
+    return ended.stdout
+
+
+def sources(folder: Path) -> Path:
+    """Copy what a build gets into `folder`."""
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    for name in ("Containerfile", ".dockerignore", *allowed):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+@functools.cache
+def scratch() -> Path:
+    """Return a folder that lasts as long as the tests."""
+    folder = tempfile.mkdtemp(prefix="image-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@functools.cache
+def tree() -> Path:
+    """Return a copy of the sources, so that one who works on them does not disturb the tests."""
+    return sources(scratch() / "sources")
+
+
+@functools.cache
+def built() -> tuple[Layout, float]:
+    """Return the image, built from nothing, and how long that took in seconds."""
+    began = time.monotonic()
+    image = layout(tree(), scratch() / "image", options="--no-cache")
+    return image, time.monotonic() - began
+
+
+@functools.cache
+def image() -> str:
+    """Return the name by which the engine knows the image."""
+    built()
+    return loaded("hitcounter-test", tree())
+
+
+@functools.cache
+def engine() -> str:
+    return engines()[0]
+
+
+def run(*arguments: str, check: bool = True, **options: Any) -> str:
+    """Return what a command of the engine prints."""
+    ended = subprocess.run([engine(), *arguments], capture_output=True, timeout=120, **{"text": True, **options})
+    assert not check or ended.returncode == 0, ended.stderr
+    return str(ended.stdout.strip()) if check else f"{ended.returncode}\n{ended.stdout}{ended.stderr}"

@@ -1,0 +1,155 @@
+"""A constant load on an address, and an account of each request."""
+
+import asyncio
+import itertools
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from tests.support.load import Tally
+
+_ports = itertools.cycle(range(10_000, 30_000))
+
+
+def own_port(address: Any) -> socket.socket:
+    """Return a socket with a local port that no connection had for a long time.
+
+    This runs on the node, or beside it. A connection that is refused there, since the service has no pod at the moment, leaves an
+    entry in the kernel's table of connections for two minutes, and another one from the same port would be refused by that.
+    """
+    family, kind, protocol, *_ = address
+    while True:
+        one = socket.socket(family, kind, protocol)
+        one.setblocking(False)
+        try:
+            one.bind(("", next(_ports)))
+        except OSError:  # in use
+            one.close()
+        else:
+            return one
+
+
+@dataclass
+class Failure:
+    """A request that was not answered with 200: when it was sent, how long it took, and what came."""
+
+    at: float
+    seconds: float
+    what: str
+
+
+@dataclass
+class Traffic:
+    """Requests at a constant rate: nine GETs for a POST. Each is sent once; nothing hides a failure by a second try."""
+
+    url: str
+    rate: float
+    tally: Tally = field(default_factory=Tally)
+    failures: list[Failure] = field(default_factory=list)
+    slowest: float = 0.0
+    sent: int = 0
+    last_answered: float = 0.0  # when the last request was sent that was answered with 200
+
+    async def _ask(self, session: aiohttp.ClientSession, kind: str | None) -> None:
+        began = time.monotonic()
+        try:
+            async with session.request("GET" if kind is None else "POST", self.url) as answer:
+                status, body = answer.status, await answer.read()
+                what = str(status)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            status, body, what = 0, b"", type(error).__name__
+        seconds = time.monotonic() - began
+        self.slowest = max(self.slowest, seconds)
+        self.tally.add(kind, status, body)
+        if status == 200:
+            self.last_answered = max(self.last_answered, began)
+        else:
+            self.failures.append(Failure(began, seconds, what))
+
+    async def run(self, ended: asyncio.Event, least: int) -> None:
+        """Send until `ended` is set and `least` were sent."""
+        connector = aiohttp.TCPConnector(
+            limit=0, socket_factory=own_port
+        )  # else requests would wait here while Redis is away, not at the service
+        timeout = aiohttp.ClientTimeout(total=10, connect=5)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers={"Accept": "application/json"}) as session:
+            session._retry_connection = False
+            under_way: set[asyncio.Task[None]] = set()
+            loop = asyncio.get_running_loop()
+            due = loop.time()
+            while self.sent < least or not ended.is_set():
+                task = asyncio.create_task(self._ask(session, None if self.sent % 10 else ""))
+                under_way.add(task)
+                task.add_done_callback(under_way.discard)
+                self.sent += 1
+                due += 1 / self.rate
+                await asyncio.sleep(max(0.0, due - loop.time()))
+            if under_way:
+                await asyncio.wait(under_way, timeout=15)
+
+    def check(self, before: tuple[int, int], after: tuple[int, int]) -> None:
+        """Fail unless each number was given once, and the store counted all that was answered, and nothing that was not sent.
+
+        `before` and `after`: the counts, each with a hit of its own.
+        """
+        tally = self.tally
+        for kind, numbers, failed, first, last in (
+            ("hits", tally.hits, tally.failed_hits, before[0], after[0] - 1),
+            ("posts", tally.posts, tally.failed_posts, before[1], after[1]),
+        ):
+            assert len(set(numbers)) == len(numbers), f"{kind}: a number was answered twice"
+            assert max(numbers, default=first) <= last, f"{kind}: the store is behind what was answered"
+            assert len(numbers) <= last - first <= len(numbers) + failed, f"{kind}: {first} to {last}, {len(numbers)} answered"
+
+    def statuses(self) -> str:
+        """Return what came of the requests, in a line."""
+        counts: dict[str, int] = {}
+        for failure in self.failures:
+            counts[failure.what] = counts.get(failure.what, 0) + 1
+        return f"{self.sent} requests, slowest {self.slowest:.2f} s, failed: {counts or 0}"
+
+
+@asynccontextmanager
+async def traffic(url: str, rate: float, *, least: int = 0) -> AsyncIterator[Traffic]:
+    """Send requests to `url` while the block runs, and until `least` were sent."""
+    one = Traffic(url, rate)
+    ended = asyncio.Event()
+    task = asyncio.create_task(one.run(ended, least))
+    try:
+        yield one
+    finally:
+        ended.set()
+        await task
+
+
+async def step(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Do what blocks in a thread, while the load goes on."""
+    return await asyncio.to_thread(work, *arguments, **options)
+
+
+async def counts(url: str) -> tuple[int, int]:
+    """Count a hit, and return hits and posts."""
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=own_port)) as session,
+        session.get(url, headers={"Accept": "application/json"}) as answer,
+    ):
+        content = await answer.json()
+        assert answer.status == 200, content
+        return content["hits"], content["posts"]
+
+
+async def reachable(url: str) -> bool:
+    """Return whether a new connection is answered."""
+    try:
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=own_port)) as session,
+            session.get(f"{url}livez", timeout=aiohttp.ClientTimeout(total=5)) as answer,
+        ):
+            return answer.status == 200
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return False

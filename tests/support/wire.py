@@ -1,0 +1,95 @@
+"""A client that sends bytes as they are: what no HTTP library would send, too."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanoservice.testing.waiting import SLACK
+
+LIMIT = 5 * SLACK  # seconds that an answer may take
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Wire:
+    """A connection; `received` is all that came."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    received: bytes = b""
+    _parsed: int = field(default=0, repr=False)
+
+    async def send(self, *data: bytes) -> None:
+        self.writer.write(b"".join(data))
+        await asyncio.wait_for(self.writer.drain(), LIMIT)
+
+    async def more(self, seconds: float = LIMIT) -> bool:
+        """Wait for more to come; return whether it did before the server closed the connection."""
+        try:
+            data = await asyncio.wait_for(self.reader.read(1 << 16), seconds)
+        except ConnectionError:
+            return False
+        self.received += data
+        return bool(data)
+
+    async def reply(self, *, head: bool = False) -> Reply:
+        """Return the next answer; `head` if the request was for headers only."""
+        while b"\r\n\r\n" not in self.received[self._parsed :]:
+            assert await self.more(), f"closed after {self.received[self._parsed :]!r}"
+        text, _, _ = self.received[self._parsed :].partition(b"\r\n\r\n")
+        line, *lines = text.decode("latin-1").split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        assert len(headers) == len(lines), f"a header comes twice: {lines}"
+        status = int(line.split()[1])
+        begin = self._parsed + len(text) + 4
+        self._parsed = begin + (0 if head or status < 200 or status == 204 else int(headers["Content-Length"]))
+        while len(self.received) < self._parsed:
+            assert await self.more(), "closed within an answer"
+        return Reply(status, headers, self.received[begin : self._parsed])
+
+    async def closed(self, seconds: float = LIMIT) -> None:
+        """Return when the server has closed the connection; fail if it sends more, or does not within `seconds`."""
+        while await self.more(seconds):
+            pass
+        assert not self.received[self._parsed :]
+
+
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[Wire]:
+    """Connect to `port` of loopback."""
+    wire = Wire(*await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), LIMIT))
+    try:
+        yield wire
+    finally:
+        wire.writer.transport.abort()
+
+
+def request(method: str = "GET", path: str = "/", *headers: str, body: bytes = b"", version: str = "1.1") -> bytes:
+    """Return a request; `Content-Length` comes with a body."""
+    lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *headers]
+    if body and not any(header.lower().startswith("transfer-encoding") for header in headers):
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def chunked(body: bytes, size: int = 1 << 16) -> Iterator[bytes]:
+    """Yield the chunks of `body`, as sent with `Transfer-Encoding: chunked`."""
+    for begin in range(0, len(body), size):
+        chunk = body[begin : begin + size]
+        yield b"%x\r\n%s\r\n" % (len(chunk), chunk)
+    yield b"0\r\n\r\n"
