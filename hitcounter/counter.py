@@ -7,8 +7,10 @@ hundredths of a command per request, and a store that syncs each write to disk s
 A lost reply does not show whether its batch was counted. The lane sends the same batch again under the same name and sequence
 number, and the script counts it only if it has not done so before. `count.lua` contains the argument.
 
-Borrowed from hiredis: `pack_command`, which its documentation names but does not describe. The driver's own packing, in
-Python, will replace it. tests/hitcounter/test_borrowed.py fails if it is gone.
+Borrowed from hiredis. tests/hitcounter/test_borrowed.py fails if an upgrade takes it away.
+
+- `pack_command`: named but not described by hiredis. Without it nothing is counted. The driver's packing, in Python, will
+  replace it.
 """
 
 from __future__ import annotations

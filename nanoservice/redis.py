@@ -7,10 +7,11 @@ one that an upgrade takes away.
   server. Without them a failing Redis is a 500 instead of a 503. They will be replaced by an event or a hook around each
   command, once the driver has one for the asyncio client.
 - `Pipeline.command_stack`: an empty pipeline sends nothing, so it must not count as successful work.
-- `Pipeline.__init__` with `connection_pool, response_callbacks, transaction, shard_hint`: the way to make a watched pipeline.
+- `Pipeline.__init__`, `Redis.pipeline`, `Redis.response_callbacks`: the way to make a pipeline that is watched.
 - `AbstractConnection.on_connect_check_health`: the handshake. Without it the server's words about AUTH reach the log.
-- `AbstractConnection.connect`, `disconnect`, `send_command`, `send_packed_command`, `read_response`: one exchange over a
-  connection that belongs to one lane or one probe. Without them each lane needs a client with a pool of one connection.
+- `AbstractConnection.connect`, `AbstractConnection.disconnect`, `AbstractConnection.send_command`,
+  `AbstractConnection.send_packed_command`, `AbstractConnection.read_response`: an exchange over a connection that belongs to
+  one lane or one probe. Without them each lane needs a client with a pool of one connection, which will replace them.
 """
 
 import ssl
