@@ -95,7 +95,7 @@ def overrides() -> Iterator[tuple[type, type, str]]:
         (store._DiscreetConnection, AbstractConnection),
     ):
         for name, value in vars(own).items():
-            if inspect.isfunction(value) and hasattr(base, name) and name != "__init__":
+            if inspect.isfunction(value) and hasattr(base, name) and (name == "__call__" or not name.startswith("__")):
                 yield own, base, name
 
 
