@@ -48,7 +48,8 @@ $(VENV)/installed: $(VENV)/can-run
 	@sh scripts/install.sh $@
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^# --- / { gsub(/^# --- | ---$$/, ""); group = "\n" $$0 "\n" } \
+	@awk -F ':.*## ' \
+	    '/^# --- / { gsub(/^# --- | ---$$/, ""); group = "\n" $$0 "\n" } \
 	    /^[a-z0-9-]+:.*## / { printf "%s  make %-21s  %s\n", group, $$1, $$2; group = "" }' $(MAKEFILE_LIST)
 
 run: $(VENV)/can-run ## run the service on port 8080, with a Valkey of its own in .data/ unless REDIS_HOST is set
@@ -72,7 +73,8 @@ lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.renovate .github/renovate.json
 	@$(BIN)/zizmor --quiet --no-progress --offline --pedantic --strict-collection .github
 	@if [ "$$CI" ] || command -v go >/dev/null; then \
-	    actionlint=$$(go -C scripts/tools/actionlint tool -n actionlint) && "$$actionlint" -shellcheck=$(BIN)/shellcheck -pyflakes=; \
+	    actionlint=$$(go -C scripts/tools/actionlint tool -n actionlint) \
+	    && "$$actionlint" -shellcheck=$(BIN)/shellcheck -pyflakes=; \
 	else \
 	    echo "make: without Go, workflows are not checked by actionlint"; \
 	fi
@@ -84,7 +86,8 @@ types: $(VENV)/installed ## check types
 	@$(BIN)/mypy
 
 clean: ## remove what these commands made, except the counts in .data/ and the images in an engine
-	rm -rf $(VENV) $(VENV).lock .venv-* wheels wheels.new *.oci dist .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(VENV).lock .venv-* wheels wheels.new *.oci dist .tools
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- Dependencies ---
@@ -142,7 +145,8 @@ BUILDKIT ?= docker.io/moby/buildkit:v0.31.2@sha256:2f5adac4ecd194d9f8c10b7b5d7bc
 # The builder is in the machine's network, for a test whose package index listens on loopback.
 builder: ## make the builder of releases, a BuildKit of a fixed version, and use it from now on
 	@docker buildx rm --force hitcounter >/dev/null 2>&1 || true
-	@docker buildx create --name hitcounter --driver docker-container --driver-opt image=$(BUILDKIT),network=host --use --bootstrap
+	@docker buildx create --name hitcounter --use --bootstrap \
+	    --driver docker-container --driver-opt image=$(BUILDKIT),network=host
 
 HAS_WHEELS = [ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
 PYTEST_SLOW = $(BIN)/python -m pytest -o faulthandler_timeout=900 -rfEP
@@ -158,7 +162,8 @@ test-compose: $(VENV)/installed ## run the tests of compose.yaml, with Docker Co
 	@$(PYTEST_SLOW) -m compose tests/delivery
 
 test-publish: $(VENV)/installed ## run the tests of publishing, on the first engine that is found, into the registry REGISTRY
-	@[ "$$REGISTRY" ] || { echo "make: which registry may the tests write to? make test-publish REGISTRY=localhost:5000" >&2; exit 1; }
+	@[ "$$REGISTRY" ] \
+	|| { echo "make: which registry may the tests write to? make test-publish REGISTRY=localhost:5000" >&2; exit 1; }
 	@$(HAS_WHEELS)
 	@$(PYTEST_SLOW) -m registry tests/delivery
 

@@ -2,8 +2,8 @@
 # Write a snapshot of what Redis has now to FILE: backup.sh
 # Reads FILE, and what lib/cluster.sh reads.
 . "${0%/*}/lib/base.sh"
-. "${0%/*}/lib/cluster.sh"
 [ $# = 0 ] || usage
+. "${0%/*}/lib/cluster.sh"
 
 [ "$FILE" ] || fail "which file is to be written? make backup FILE=hitcounter.rdb"
 trap 'rm -f "$FILE.new"' EXIT

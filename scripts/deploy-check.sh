@@ -2,12 +2,13 @@
 # Fail unless the service can be deployed on the cluster, before anything is built or changed: deploy-check.sh
 # Reads REGISTRY, ENGINE, and what lib/cluster.sh reads.
 . "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"
 . "${0%/*}/lib/engine.sh"
-[ $# = 0 ] || usage
 
 check_version
-k get storageclass --output=jsonpath='{.items[*].metadata.annotations.storageclass\.kubernetes\.io/is-default-class}' | grep -q true \
+k get storageclass --output=jsonpath='{.items[*].metadata.annotations.storageclass\.kubernetes\.io/is-default-class}' \
+| grep -q true \
 || fail "the cluster has no default storage class, so Redis would get no volume; mark one:" \
   "kubectl annotate storageclass NAME storageclass.kubernetes.io/is-default-class=true"
 destination=$(destination)

@@ -2,8 +2,8 @@
 # Deploy the image IMAGE and its Redis on the cluster, wait until they are ready, and print the URL: deploy.sh
 # Reads VALKEY, another image of Valkey than the manifests', and what image-to-cluster.sh reads.
 . "${0%/*}/lib/base.sh"
-. "${0%/*}/lib/cluster.sh"
 [ $# = 0 ] || usage
+. "${0%/*}/lib/cluster.sh"
 
 wait_for() { # KIND/NAME: until its pods are ready
   k rollout status "$1" --timeout=180s >&2 || {

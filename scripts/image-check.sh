@@ -1,9 +1,9 @@
 #!/bin/sh
-# Build twice with each engine, from copies that differ in all that must not matter, and fail unless the images are equal: image-check.sh
+# Build twice with each engine, from copies that differ in all that must not matter, and compare the images: image-check.sh
 # Reads PLATFORMS, and what lib/engine.sh reads.
 . "${0%/*}/lib/base.sh"
-. "${0%/*}/lib/engine.sh"
 [ $# = 0 ] || usage
+. "${0%/*}/lib/engine.sh"
 
 copy() { # FOLDER TIME: put what a build gets into a new folder, with that time on every file
   mkdir -p "$1"

@@ -2,8 +2,8 @@
 # Write the image for all PLATFORMS into the folder LAYOUT, as an OCI layout: image-multiarch.sh
 # Reads LAYOUT, PLATFORMS, and what lib/engine.sh reads.
 . "${0%/*}/lib/base.sh"
-. "${0%/*}/lib/engine.sh"
 [ $# = 0 ] || usage
+. "${0%/*}/lib/engine.sh"
 
 choose_engine
 work=$(mktemp -d)

@@ -2,9 +2,9 @@
 # Give the image IMAGE to the cluster, and print its name there: image-to-cluster.sh
 # Reads IMAGE, REGISTRY, ENGINE, and what lib/cluster.sh reads.
 . "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"
 . "${0%/*}/lib/engine.sh"
-[ $# = 0 ] || usage
 
 destination=$(destination)
 choose_engine

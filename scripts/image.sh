@@ -2,8 +2,8 @@
 # Build the image of SERVICE and load it into the engine as IMAGE: image.sh
 # Reads IMAGE, and what lib/engine.sh reads.
 . "${0%/*}/lib/base.sh"
-. "${0%/*}/lib/engine.sh"
 [ $# = 0 ] || usage
+. "${0%/*}/lib/engine.sh"
 
 choose_engine
 if is_docker; then

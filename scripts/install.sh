@@ -1,5 +1,6 @@
 #!/bin/sh
-# Install packages at their locked versions into the virtual environment FOLDER: install.sh FOLDER/can-run | FOLDER/installed | FOLDER/peers
+# Install packages at their locked versions into the virtual environment FOLDER:
+# install.sh FOLDER/can-run | FOLDER/installed | FOLDER/peers
 #   can-run    the service's packages, and Valkey
 #   installed  these and the development packages, and nothing that is in no lock
 #   peers      what `can-run` has, and the packages of the benchmark's peers
@@ -43,7 +44,8 @@ case "$stamp" in
   *) usage ;;
 esac
 
-mkdir "$folder.lock" || fail "another make is installing into $folder: wait until it is done; if there is none, remove $folder.lock"
+mkdir "$folder.lock" \
+|| fail "another make is installing into $folder: wait until it is done; if there is none, remove $folder.lock"
 trap 'rmdir "$folder.lock"' EXIT
 trap 'exit 130' HUP INT TERM
 if [ -e "$folder" ] && [ ! -e "$folder/pyvenv.cfg" ]; then

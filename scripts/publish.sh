@@ -2,9 +2,9 @@
 # Publish the image in LAYOUT as its version in each of REPOSITORIES, attach the list of contents, and read both back: publish.sh
 # Reads LAYOUT, ORAS, and what lib/release.sh reads.
 . "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"
 . "${0%/*}/lib/release.sh"
-[ $# = 0 ] || usage
 
 resolve() { # REPOSITORY: print the digest of this version there; print nothing if the repository does not have it
   "$ORAS" resolve "$1:$version" 2>"$work/log" || {

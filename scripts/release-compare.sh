@@ -2,8 +2,8 @@
 # Fail unless the image in LAYOUT has the digest DIGEST: release-compare.sh
 # Reads DIGEST, LAYOUT and ORAS.
 . "${0%/*}/lib/base.sh"
-. "${0%/*}/lib/oras.sh"
 [ $# = 0 ] || usage
+. "${0%/*}/lib/oras.sh"
 
 [ "$DIGEST" ] || fail "which digest is expected? DIGEST=sha256:..."
 digest=$(image_digest)

@@ -2,8 +2,8 @@
 # Fail unless DIST/release/SHA256SUMS has the digest SUMS, and the files are those that it lists: release-files-compare.sh
 # Reads SUMS, and what lib/release.sh reads.
 . "${0%/*}/lib/base.sh"
-. "${0%/*}/lib/release.sh"
 [ $# = 0 ] || usage
+. "${0%/*}/lib/release.sh"
 
 [ "$SUMS" ] || fail "which checksums are expected? SUMS=..., from make release-sums"
 sums=$(checksum)

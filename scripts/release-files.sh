@@ -2,9 +2,9 @@
 # Write DIST/release, the files that a release has besides the image, and DIST/changes.md, its text: release-files.sh
 # Reads LAYOUT, ORAS, TAG, KUBECTL, and what lib/release.sh reads. The list of contents is DIST/sbom.spdx.json.
 . "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"
 . "${0%/*}/lib/release.sh"
-[ $# = 0 ] || usage
 
 sh "${0%/*}/release-check.sh"
 repositories=$(repositories)

@@ -2,8 +2,8 @@
 # Delete the namespace, with the service, Redis and the counts: undeploy.sh
 # Reads what lib/cluster.sh reads.
 . "${0%/*}/lib/base.sh"
-. "${0%/*}/lib/cluster.sh"
 [ $# = 0 ] || usage
+. "${0%/*}/lib/cluster.sh"
 
 check_version
 if namespace_exists; then

@@ -3,8 +3,8 @@
 # A tag does not say when it came out, so there is no week's wait as for packages: look at what is new before you commit it.
 # minikube in ci.yml is left alone, and so are Go modules: go get -tool TOOL@latest in the folders of scripts/tools/, go get -u in bench/peers/go.
 . "${0%/*}/lib/base.sh"
-. "${0%/*}/lib/replace.sh"
 [ $# = 0 ] || usage
+. "${0%/*}/lib/replace.sh"
 
 git grep -hoE 'uses: [^ .]+@[0-9a-f]{40}  # v[0-9.]+' .github/workflows | sort -u | while read -r _ action _ version; do
   name=${action%@*}

@@ -4,9 +4,9 @@
 # A registry does not say when an image came out, so there is no week's wait as for packages: look at what is new before you commit it.
 # The development container is left alone; its CLI is in .ci/devcontainer/package.json.
 . "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"
 . "${0%/*}/lib/replace.sh"
-[ $# = 0 ] || usage
 
 git grep -hoE '[a-z0-9][a-z0-9.:-]*(/[a-z0-9._-]+)+:[A-Za-z0-9._-]+@sha256:[0-9a-f]{64}' | sort -u | while read -r image; do
   digest=$("$ORAS" resolve "${image%@*}") || fail "${image%@*} cannot be read"

@@ -68,7 +68,7 @@ def test_stripping_changes_nothing_that_is_loaded() -> None:
 def test_what_is_no_library_is_named(tmp_path: Path) -> None:
     path = tmp_path / "text.so"
     path.write_text("no library")
-    with pytest.raises(ValueError, match=r"text\.so is no 64-bit"):
+    with pytest.raises(ValueError, match=r"text\.so is not a 64-bit"):
         finish.stripped(path)
 
 

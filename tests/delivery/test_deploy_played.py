@@ -30,7 +30,7 @@ def copied(folder: Path) -> Path:
 def ran(script: str | Path, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     environ = {**os.environ, "NAMESPACE": "n", "REGISTRY": "r.example", "IMAGE": "hitcounter", "VALKEY": "", **environ}
     path = ROOT / "scripts" / script
-    command = [path, *arguments]
+    command = [str(path), *arguments]
     return subprocess.run(command, cwd=path.parents[1], env=environ, capture_output=True, text=True, timeout=30)
 
 

@@ -164,7 +164,7 @@ def test_image_of_a_wheel_that_is_not_in_the_lock_gets_no_list_of_contents(tmp_p
     command = [sys.executable, str(ROOT / "scripts" / "sbom.py"), str(published().layout), str(lock), str(WHEELS), VERSION]
     ended = subprocess.run(command, text=True, capture_output=True)
     assert ended.returncode != 0
-    assert re.search(r"attrs-\S+\.whl, of which the image is made, is not in the lock", ended.stderr)
+    assert re.search(r"attrs-\S+\.whl, from which the image was made, is not in the lock", ended.stderr)
 
 
 # --- the files of a release ---
