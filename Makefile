@@ -62,11 +62,11 @@ test: $(VENV)/installed ## run all tests that need nothing but this machine
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
-# redis.sh and the files in lib/ have no line that names their shell; nor has .ci/steps.
+# The shell is named here, since redis.sh, the files in scripts/lib/ and .ci/steps have no line that names it.
 lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/shellcheck --shell=sh --external-sources --source-path=SCRIPTDIR scripts/*.sh manifests/*/*.sh compose/*.sh
+	@$(BIN)/shellcheck --shell=sh --external-sources --source-path=SCRIPTDIR scripts/*.sh scripts/lib/*.sh manifests/*/*.sh compose/*.sh
 	@$(BIN)/shellcheck --shell=bash .ci/run .ci/steps .ci/buildah .ci/devcontainer/check
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.compose-spec compose.yaml

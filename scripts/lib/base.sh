@@ -15,6 +15,7 @@ usage() { # print the comment at the head of the script, and exit with the statu
 }
 
 remove_work_at_exit() { # remove the folder `work`, however the script exits
+  # shellcheck disable=SC2154 # the script sets it
   trap 'rm -rf "$work"' EXIT
   # A shell that a signal kills runs no EXIT trap.
   trap 'exit 129' HUP

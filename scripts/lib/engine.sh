@@ -66,6 +66,7 @@ layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, with an 
   rm -rf "$folder"
   if is_docker; then
     # Through an archive: if BuildKit writes into a folder, two platforms may write a layer that they share at once, and one fails.
+    # shellcheck disable=SC2154 # the script sets `work`
     build "$context" --platform="$targets" --output="type=oci,dest=$work/archive" "$@" \
     && mkdir -p "$folder" && tar -C "$folder" -xf "$work/archive"
     return
