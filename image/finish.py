@@ -1,8 +1,9 @@
-"""What the stages of the Containerfile run: Python files made small, fast to import, and the same on every machine.
+"""Make Python files small, fast to import, and the same on every machine. The stages of the Containerfile run this.
 
-`finish.py packages ROOT METADATA` does so for what pip has unpacked under ROOT, `finish.py service ROOT LIBRARY STANDARD_LIBRARY`
-for the service in /app. Both run while an image is built; nothing of this is in it. ROOT, METADATA and LIBRARY each stand for `/`
-of the image, and become a layer of it.
+`finish.py packages ROOT METADATA` finishes the packages that pip has unpacked under ROOT.
+`finish.py service ROOT LIBRARY STANDARD_LIBRARY` finishes the service in /app.
+Both run while an image is built, and this file is not in the image. ROOT, METADATA and LIBRARY each stand for `/` of the image,
+and each becomes one of its layers.
 """
 
 import os
@@ -15,20 +16,19 @@ from pathlib import Path
 
 _STANDARD_LIBRARY = Path("/usr/lib/python3.13")
 _TIME = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
-
-# Not imported before a host name is looked up, which is before the first answer all the same.
-_LATER = "encodings.idna"
+_IMPORTED_AT_FIRST_DNS_LOOKUP = "encodings.idna"
 
 
 def packages(root: Path, metadata: Path) -> None:
-    """Finish the packages under `root`, and move what tells their names, versions and licences to `metadata`.
+    """Finish the packages under `root`, and move the files with their names, versions and licences to `metadata`.
 
-    In one layer, `aiohttp` and `aiohttp-3.dist-info` would come in the order of their names, or of all paths, by the engine.
+    These make a layer of their own. In one layer, engines would differ in the order of `aiohttp` and `aiohttp-3.dist-info`: some
+    sort the names in each folder, others all paths.
     """
     for unpacked in root.rglob("dist-packages"):
-        shutil.rmtree(unpacked / "bin", ignore_errors=True)  # commands, with the path of the builder's Python in them
+        shutil.rmtree(unpacked / "bin", ignore_errors=True)  # commands, which contain the path of the builder's Python
         for folder in unpacked.glob("*.dist-info"):
-            # What pip needs to remove a package again. There is no pip, and the hashes would be those of unstripped libraries.
+            # pip needs these to remove a package. The image has no pip, and the hashes would be those of unstripped libraries.
             for name in ("INSTALLER", "RECORD", "REQUESTED"):
                 (folder / name).unlink(missing_ok=True)
             shutil.copytree(folder, metadata / folder.relative_to(root))
@@ -42,23 +42,25 @@ def packages(root: Path, metadata: Path) -> None:
 
 
 def service(name: str, root: Path, library: Path, standard_library: Path) -> None:
-    """Put the service `name` under `root`, and byte code of what it loads of `standard_library` under `library`.
+    """Put the service `name` under `root`, and the byte code of the standard library modules that it imports under `library`.
 
-    `standard_library` is the image's, maybe for another architecture; the service is run on this one's.
+    `standard_library` is the image's, which may be for another architecture. The service is run on this machine's to see what it
+    imports.
     """
     app = Path("/app")
-    # The one thing in the image that tells one service from another: so an entry point without a shell can start any.
+    # With this link, an entry point without a shell can start any service: nothing else in the image depends on the name.
     (app / "__main__.py").symlink_to(f"{name}/__main__.py")
-    # Python notes what it loads by writing byte code of it. The base has none, and what is frozen into Python needs none.
-    for command in ([str(app), "--help"], ["-c", f"import {_LATER}"]):
+    # Python writes byte code of each module that it imports, which shows which ones those are: the base ships no byte code.
+    # Modules frozen into Python need none. The first DNS look-up comes before the first answer, so its import counts too.
+    for command in ([str(app), "--help"], ["-c", f"import {_IMPORTED_AT_FIRST_DNS_LOOKUP}"]):
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
-    for noted in sorted(_STANDARD_LIBRARY.rglob("__pycache__/*.pyc")):
-        module = noted.parent.parent.relative_to(_STANDARD_LIBRARY) / (noted.name.partition(".")[0] + ".py")
+    for imported in sorted(_STANDARD_LIBRARY.rglob("__pycache__/*.pyc")):
+        module = imported.parent.parent.relative_to(_STANDARD_LIBRARY) / (imported.name.partition(".")[0] + ".py")
         compile_source(standard_library / module, library, _STANDARD_LIBRARY / module)
     for folder in list(app.rglob("__pycache__")):
         shutil.rmtree(folder)
     shutil.copytree(app, root / "app", symlinks=True)
-    (root / "app" / "nanoservice" / "reload.py").unlink()  # for development alone
+    (root / "app" / "nanoservice" / "reload.py").unlink()  # for development only
     for source in sorted(root.rglob("*.py")):
         compile_source(source, root, "/" / source.relative_to(root))
     normalise(library)
@@ -66,9 +68,10 @@ def service(name: str, root: Path, library: Path, standard_library: Path) -> Non
 
 
 def compile_source(source: Path, root: Path, path: Path) -> None:
-    """Write under `root` the byte code of `source`, which is `path` in the image.
+    """Write the byte code of `source`, which is `path` in the image, under `root`.
 
-    Unchecked: nothing in the image changes, so no start needs to compare a source's time, which is fixed, or its hash.
+    Python does not check it against its source: nothing in the image changes, so a start need not compare times, which are fixed,
+    or hashes.
     """
     code = root / path.relative_to("/").parent / "__pycache__" / f"{path.stem}.cpython-313.pyc"
     py_compile.compile(
@@ -77,14 +80,14 @@ def compile_source(source: Path, root: Path, path: Path) -> None:
 
 
 def stripped(path: Path) -> bytes:
-    """Return the shared library (64-bit little-endian ELF) without what no process loads of it: debug data, symbol table.
+    """Return the shared library (64-bit little-endian ELF) without the parts that no process loads: debug data and symbol table.
 
-    As `strip` does, for any architecture: neither image has one. Wheels come with it, and it is two thirds of them.
-    Raises ValueError for what is no such library.
+    Those are two thirds of the wheels. This does what `strip` does, for any architecture: neither image has a `strip`.
+    Raises ValueError if the file is not such a library.
     """
     library = path.read_bytes()
     if library[:6] != b"\x7fELF\x02\x01":
-        raise ValueError(f"{path} is no 64-bit little-endian ELF file")
+        raise ValueError(f"{path} is not a 64-bit little-endian ELF file")
     headers, size, count = *struct.unpack_from("<Q", library, 32), *struct.unpack_from("<HH", library, 54)
     end = headers + size * count
     for header in range(headers, end, size):
@@ -93,13 +96,13 @@ def stripped(path: Path) -> bytes:
         if kind == 1:  # PT_LOAD
             end = max(end, offset + file_size)
     loaded = bytearray(library[:end])
-    struct.pack_into("<Q", loaded, 40, 0)  # where the table of sections was
+    struct.pack_into("<Q", loaded, 40, 0)  # the offset of the section table, which is cut off
     struct.pack_into("<HHH", loaded, 58, 0, 0, 0)
     return bytes(loaded)
 
 
 def normalise(root: Path) -> None:
-    """Take from all under `root` the checkout's and the wheels' modes and times."""
+    """Replace the modes and times that come from the checkout and the wheels by fixed ones, for everything under `root`."""
     for path in (root, *root.rglob("*")):
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() else 0o644)

@@ -26,7 +26,7 @@ def test_hadolint_finds_nothing(name: str) -> None:
 def test_no_engine_is_told_in_one_line(tmp_path: Path) -> None:
     for name in ("sh", "mktemp", "rm"):
         (tmp_path / name).symlink_to(f"/bin/{name}" if Path(f"/bin/{name}").exists() else f"/usr/bin/{name}")
-    for target, engine in (("load", ""), ("engines", ""), ("check", ""), ("digests", "no-such-engine")):
+    for name, engine in (("image", ""), ("engines", ""), ("image-check", ""), ("image-digest", "no-such-engine")):
         environ = {
             "PATH": str(tmp_path),
             "ENGINE": engine,
@@ -34,7 +34,7 @@ def test_no_engine_is_told_in_one_line(tmp_path: Path) -> None:
             "PLATFORMS": "linux/amd64",
             "WHEELS": "wheels",
         }
-        ended = subprocess.run([ROOT / "image" / "build.sh", target, "name"], env=environ, text=True, capture_output=True)
+        ended = subprocess.run([ROOT / "scripts" / f"{name}.sh"], env=environ, text=True, capture_output=True)
         assert ended.returncode == 1
         assert ended.stderr.startswith("make: ")
         assert ended.stderr.count("\n") == 1
@@ -48,7 +48,7 @@ def test_folder_that_is_no_layout_is_left_alone(tmp_path: Path) -> None:
     engine.chmod(0o755)
     command = ["make", "image-multiarch", f"LAYOUT={tmp_path}", f"ENGINE={engine}"]
     ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert f"make: {tmp_path} is no OCI layout" in ended.stderr
+    assert f"make: {tmp_path} is not an OCI layout" in ended.stderr
     assert letter.exists()
 
 
@@ -69,7 +69,7 @@ def test_stripping_changes_nothing_that_is_loaded() -> None:
 def test_what_is_no_library_is_named(tmp_path: Path) -> None:
     path = tmp_path / "text.so"
     path.write_text("no library")
-    with pytest.raises(ValueError, match=r"text\.so is no 64-bit"):
+    with pytest.raises(ValueError, match=r"text\.so is not a 64-bit"):
         finish.stripped(path)
 
 

@@ -24,14 +24,16 @@ def played(folder: Path, name: str, script: str) -> str:
 
 
 def copied(folder: Path) -> Path:
-    """Return a copy of the folder of scripts, for what writes into it."""
-    shutil.copytree(ROOT / "image", folder / "image")
-    return Path(shutil.copytree(ROOT / "manifests", folder / "manifests"))
+    """Return the folder of scripts in a copy of what they read and write."""
+    shutil.copytree(ROOT / "manifests", folder / "manifests")
+    return Path(shutil.copytree(ROOT / "scripts", folder / "scripts"))
 
 
 def ran(script: str | Path, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     environ = {**os.environ, "NAMESPACE": "n", "REGISTRY": "r.example", "IMAGE": "hitcounter", "VALKEY": "", **environ}
-    return subprocess.run([ROOT / "manifests" / script, *arguments], env=environ, capture_output=True, text=True, timeout=30)
+    path = ROOT / "scripts" / script
+    command = [str(path), *arguments]
+    return subprocess.run(command, cwd=path.parents[1], env=environ, capture_output=True, text=True, timeout=30)
 
 
 def cluster(*, minor: int | None = 30, default: str = "true", nodes: str = "", label: str | None = None) -> str:
@@ -50,9 +52,9 @@ esac"""
 
 
 def check(folder: Path, registry: str = "r.example", **options: int | str | None) -> tuple[int, str]:
-    """Return the exit status and the words of `deploy.sh check` on such a cluster."""
+    """Return the exit status and the words of `make deploy`'s check on such a cluster."""
     kubectl, engine = played(folder, "kubectl", cluster(**options)), played(folder, "docker", "")  # type: ignore[arg-type]
-    done = ran("deploy.sh", "check", KUBECTL=kubectl, ENGINE=engine, REGISTRY=registry)
+    done = ran("deploy-check.sh", KUBECTL=kubectl, ENGINE=engine, REGISTRY=registry)
     return done.returncode, done.stderr
 
 
@@ -79,7 +81,7 @@ def test_cluster_that_will_not_do_is_refused_in_one_line(tmp_path: Path, options
 
 
 def test_kubectl_that_is_missing_is_named() -> None:
-    done = ran("deploy.sh", "check", KUBECTL="no-such-kubectl")
+    done = ran("deploy-check.sh", KUBECTL="no-such-kubectl")
     assert (done.returncode, done.stderr.startswith("make: kubectl is needed")) == (1, True)
 
 
@@ -87,16 +89,16 @@ def test_engine_whose_images_minikube_does_not_take_is_refused(tmp_path: Path) -
     kubectl = played(tmp_path, "kubectl", cluster(nodes="node/minikube"))
     for name, status in (("docker", 0), ("podman", 1), ("buildah", 1)):
         engine = played(tmp_path, name, "")
-        ended = ran("deploy.sh", "check", KUBECTL=kubectl, ENGINE=engine, REGISTRY="")
+        ended = ran("deploy-check.sh", KUBECTL=kubectl, ENGINE=engine, REGISTRY="")
         assert (ended.returncode, f"minikube takes images from Docker, not from {name}" in ended.stderr) == (status, bool(status))
-        assert ran("deploy.sh", "check", KUBECTL=kubectl, ENGINE=engine).returncode == 0
+        assert ran("deploy-check.sh", KUBECTL=kubectl, ENGINE=engine).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["check", "deploy", "undeploy"])
+@pytest.mark.parametrize("command", ["deploy-check", "deploy", "undeploy"])
 @pytest.mark.parametrize(("label", "taken"), [("hitcounter", True), ("", False), ("another", False)])
 def test_namespace_of_somebody_else_is_left_alone(tmp_path: Path, command: str, label: str, taken: bool) -> None:
     kubectl = played(tmp_path, "kubectl", cluster(label=label))
-    ended = ran(copied(tmp_path) / "deploy.sh", command, KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""))
+    ended = ran(copied(tmp_path) / f"{command}.sh", KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""))
     told = (tmp_path / "kubectl.told").read_text()
     assert ended.returncode == (0 if taken else 1), ended.stderr
     assert ("the namespace n is not this service's" in ended.stderr) != taken
@@ -109,9 +111,7 @@ def test_names_that_look_like_numbers_are_taken_for_names(tmp_path: Path) -> Non
     keeps = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
     kubectl = played(tmp_path, "kubectl", keeps)
     engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
-    ended = ran(
-        copied(tmp_path) / "deploy.sh", "deploy", KUBECTL=kubectl, ENGINE=engine, NAMESPACE="2024", VALKEY="r.example/valkey:9"
-    )
+    ended = ran(copied(tmp_path) / "deploy.sh", KUBECTL=kubectl, ENGINE=engine, NAMESPACE="2024", VALKEY="r.example/valkey:9")
     assert ended.returncode == 0, ended.stderr
     written = yaml.safe_load((tmp_path / "kubectl.yaml").read_text())
     assert written["namespace"] == "2024"
@@ -125,7 +125,7 @@ def test_deploy_that_is_only_to_be_shown_does_nothing(tmp_path: Path) -> None:
     kubectl, engine = played(tmp_path, "kubectl", ""), played(tmp_path, "docker", "")
     command = ["make", "--dry-run", "deploy", f"KUBECTL={kubectl}", f"ENGINE={engine}", "REGISTRY=r.example"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=30).stdout
-    assert "manifests/deploy.sh deploy" in shown
+    assert "scripts/deploy.sh" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["docker", "kubectl"]  # neither was told anything
 
 
@@ -151,7 +151,7 @@ class Cluster:
 
     def __init__(self, folder: Path, users: str, has: dict[str, str]) -> None:
         self.scripts = copied(folder)
-        (self.scripts / "redis" / "users.acl").write_text(users)
+        (folder / "manifests" / "redis" / "users.acl").write_text(users)
         self.kubectl = played(folder, "kubectl", self._KUBECTL)
         (folder / "kubectl.has").mkdir()
         for name, content in has.items():
@@ -160,7 +160,7 @@ class Cluster:
         self.told = folder / "kubectl.told"
 
     def run(self, command: str) -> "subprocess.CompletedProcess[str]":
-        return ran(self.scripts / "secret.sh", command, KUBECTL=self.kubectl)
+        return ran(self.scripts / f"{command}.sh", KUBECTL=self.kubectl)
 
     def written(self) -> dict[str, dict[str, str]]:
         """Return the keys of each secret that was written, with what it has."""
@@ -170,7 +170,7 @@ class Cluster:
 @pytest.mark.parametrize(("status", "written"), [(0, True), (1, False)], ids=["there is none", "it cannot be read"])
 def test_passwords_are_made_only_where_there_are_none(tmp_path: Path, status: int, written: bool) -> None:
     kubectl = played(tmp_path, "kubectl", f"case $* in *'get secret'*) exit {status} ;; esac")
-    assert ran("secret.sh", "make", KUBECTL=kubectl).returncode == status
+    assert ran("secret.sh", KUBECTL=kubectl).returncode == status
     assert ("create secret" in (tmp_path / "kubectl.told").read_text()) == written
 
 
@@ -178,7 +178,7 @@ def test_password_that_a_service_has_already_stays(tmp_path: Path) -> None:
     """It is that of a Redis elsewhere, or the secret of the users alone was deleted."""
     users = "user default off\nuser hitcounter +get\nuser probe +ping\n"
     one = Cluster(tmp_path, users, {"hitcounter-redis.password": "theirs"})
-    assert one.run("make").returncode == 0
+    assert one.run("secret").returncode == 0
     written = one.written()
     assert written.keys() == {"redis-users"}
     assert written["redis-users"]["hitcounter"] == "theirs\n"
@@ -189,7 +189,7 @@ def test_each_service_gets_its_own_password_whatever_its_name(tmp_path: Path) ->
     names = ["users", "new", "read", "services", "wanted", "last"]
     # A comment, and a last line without an end.
     one = Cluster(tmp_path, "# of all\nuser default off\n" + "\n".join(f"user {name} +get" for name in names), {})
-    assert one.run("make").returncode == 0
+    assert one.run("secret").returncode == 0
     written = one.written()
     passwords = written.pop("redis-users")
     assert passwords.keys() == set(names)
@@ -200,9 +200,9 @@ def test_each_service_gets_its_own_password_whatever_its_name(tmp_path: Path) ->
 def test_rotation_does_not_wait_for_a_service_that_is_not_deployed(tmp_path: Path) -> None:
     has = {f"redis-users.{name}": f"{name}\n" for name in ("hitcounter", "second")}
     one = Cluster(tmp_path, "user hitcounter +get\nuser second +get\n", has)
-    ended = one.run("rotate")
+    ended = one.run("secret-rotate")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.endswith("Redis takes the new ones alone\n")
+    assert ended.stdout.endswith("Redis accepts the new passwords only\n")
     assert re.findall("rollout restart (.+)", one.told.read_text()) == ["deployment/hitcounter"]
 
 
@@ -211,9 +211,9 @@ def test_passwords_go_with_the_terminal(tmp_path: Path) -> None:
     temporary.mkdir()
     kubectl = played(tmp_path, "kubectl", 'case $* in *"get secret"*) echo >"$0.waits"; sleep 60 ;; esac')
     environ = {**os.environ, "NAMESPACE": "n", "KUBECTL": kubectl, "TMPDIR": str(temporary)}
-    command = [str(ROOT / "manifests" / "secret.sh"), "make"]
+    command = str(ROOT / "scripts" / "secret.sh")
     heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # whatever these tests are run by
-    with subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=heeded) as popen:
+    with subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, preexec_fn=heeded) as popen:
         wait_for((tmp_path / "kubectl.waits").exists, 10 * SLACK)
         assert list(temporary.iterdir())
         os.killpg(popen.pid, signal.SIGHUP)
@@ -237,8 +237,8 @@ def test_backup_that_is_cut_off_replaces_none(tmp_path: Path, end: str, whole: b
 
 
 def test_manifests_stay_where_new_ones_cannot_be_made(tmp_path: Path) -> None:
-    scripts = copied(tmp_path)
-    before = {path.name: path.read_text() for path in (scripts / "rendered").iterdir()}
+    script, rendered = copied(tmp_path) / "manifests.sh", tmp_path / "manifests" / "rendered"
+    before = {path.name: path.read_text() for path in rendered.iterdir()}
     for kubectl in (played(tmp_path, "kubectl", "exit 1"), "no-such-kubectl"):
-        assert ran(scripts / "render.sh", str(scripts / "rendered"), KUBECTL=kubectl).returncode != 0
-        assert {path.name: path.read_text() for path in (scripts / "rendered").iterdir()} == before
+        assert ran(script, str(rendered), KUBECTL=kubectl).returncode != 0
+        assert {path.name: path.read_text() for path in rendered.iterdir()} == before

@@ -141,7 +141,7 @@ def test_rotation_may_be_cut_short_at_any_step_and_redis_restart(cluster: Deploy
         assert wait_for(namespace.answered, 30) == (hits, posts)
         seen |= set(namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").split())
     assert len(seen) == 2  # a rotation that is taken up again goes on with its password
-    assert namespace.make("secret-rotate").endswith("Redis takes the new ones alone\n")
+    assert namespace.make("secret-rotate").endswith("Redis accepts the new passwords only\n")
     assert wait_for(namespace.answered, 30) == (hits + 1, posts)
     for password in seen:
         assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=password))

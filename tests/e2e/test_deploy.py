@@ -89,7 +89,7 @@ def test_cluster_that_does_not_answer_is_told() -> None:
 
 
 def test_rendered_manifests_are_those_of_the_sources(tmp_path: Path) -> None:
-    run(str(ROOT / "manifests" / "render.sh"), str(tmp_path), env={"KUBECTL": KUBECTL})
+    run(str(ROOT / "scripts" / "manifests.sh"), str(tmp_path), env={"KUBECTL": KUBECTL})
     committed = ROOT / "manifests" / "rendered"
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in committed.iterdir()}
     for file in tmp_path.iterdir():

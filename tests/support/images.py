@@ -20,10 +20,11 @@ from typing import Any
 from tests.support import ROOT
 
 PLATFORM = "linux/" + {"x86_64": "amd64", "arm64": "arm64", "aarch64": "arm64"}[platform.machine()]
-VALKEY = os.environ.get(
-    "VALKEY", "docker.io/valkey/valkey:9-alpine@sha256:48332870af354a799964c0012ae1194a0bf2bf894eb508f945810596dc2d8d11"
+VALKEY = (
+    os.environ.get("VALKEY")
+    or "docker.io/valkey/valkey:9-alpine@sha256:48332870af354a799964c0012ae1194a0bf2bf894eb508f945810596dc2d8d11"
 )
-WHEELS = Path(os.environ.get("WHEELS", ROOT / "wheels"))
+WHEELS = Path(os.environ.get("WHEELS", ROOT / "wheels")).absolute()
 
 
 class BuildError(Exception):
@@ -78,7 +79,7 @@ def layout(context: Path, folder: Path, *, options: str = "", wheels: Path = WHE
     """Build from `context`, with further options of the engine's build, into `folder`."""
     environ = {"PLATFORMS": PLATFORM, "ENGINE": engine(), "WHEELS": str(wheels), **environ}
     environ["BUILD_OPTIONS"] = f"{os.environ.get('BUILD_OPTIONS', '')} {options}"
-    _script("layout", context, str(folder), **environ)
+    _script("image-multiarch", context, LAYOUT=str(folder), **environ)
     return Layout(folder)
 
 
@@ -86,15 +87,14 @@ def loaded(name: str, context: Path = ROOT, *, options: str = "", **environ: str
     """Build from `context` and give the image to the engine as `name`."""
     environ = {"ENGINE": engine(), "WHEELS": str(WHEELS), **environ}
     environ["BUILD_OPTIONS"] = f"{os.environ.get('BUILD_OPTIONS', '')} {options}"
-    _script("load", context, name, **environ)
+    _script("image", context, IMAGE=name, **environ)
     return name
 
 
-def _script(command: str, context: Path, *arguments: str, **environ: str) -> str:
+def _script(name: str, context: Path, **environ: str) -> str:
     environ = {"SERVICE": "hitcounter", **os.environ, **environ}
-    ended = subprocess.run(
-        [ROOT / "image" / "build.sh", command, *arguments], cwd=context, env=environ, text=True, capture_output=True, timeout=600
-    )
+    script = ROOT / "scripts" / f"{name}.sh"
+    ended = subprocess.run([script], cwd=context, env=environ, text=True, capture_output=True, timeout=600)
     if ended.returncode:
         raise BuildError(ended.stdout + ended.stderr)
     return ended.stdout

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Render each variant into one plain file, for who does not use Kustomize or wants to read what is applied: render.sh FOLDER
-# RELEASE, if set, is the service's image that they name, as NAME@DIGEST.
-set -eu
-here=$(CDPATH='' cd "$(dirname "$0")" && pwd)
+# Render each variant of the manifests into one plain file, to read or to apply without Kustomize: manifests.sh FOLDER
+# Reads KUBECTL; and RELEASE, the service's image as NAME@DIGEST that the files of a release name.
+. "${0%/*}/lib/base.sh"
+[ $# = 1 ] || usage
 folder=$1
-made_by=${RELEASE:+release-files}
+if [ "${RELEASE:-}" ]; then made_by=release-files; else made_by=manifests; fi
 
 render() { # NAME VARIANT [COMPONENT]
   {
@@ -16,20 +16,20 @@ render() { # NAME VARIANT [COMPONENT]
       done
     fi
   } >"$work/kustomization.yaml"
-  { echo "# Made by \`make ${made_by:-manifests}\`."; "$KUBECTL" kustomize "$work"; } >"$work/$1.yaml"
+  { echo "# Made by \`make $made_by\`."; "$KUBECTL" kustomize "$work"; } >"$work/$1.yaml"
 }
 
-work=$(mktemp -d "$here/.render.XXXXXX")
-trap 'rm -rf "$work"' EXIT
+work=$(mktemp -d manifests/.render.XXXXXX)
+remove_work_at_exit
 for variant in minikube production; do
   render "$variant" "$variant"
 done
 [ "${RELEASE:-}" ] || render dev dev # a release has no image for developers
-for component in "$here"/components/*/; do
+for component in manifests/components/*/; do
   component=$(basename "$component")
   render "production-$component" production "$component"
 done
 rm "$work/kustomization.yaml"
 mkdir -p "$folder"
-rm -f "$folder"/*.yaml   # those of variants that there are no more
+rm -f "$folder"/*.yaml # some may be of variants that are gone
 mv "$work"/*.yaml "$folder"

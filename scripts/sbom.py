@@ -1,8 +1,8 @@
-"""Write what is in the image: an SPDX 2.3 document (ISO/IEC 5962) about an OCI layout, the same bytes each time.
+"""List what is in an image: an SPDX 2.3 document (ISO/IEC 5962) about an OCI layout, the same bytes each time.
 
-`sbom.py LAYOUT LOCK WHEELS VERSION` writes it to standard output. It tells what the image itself records: Debian's packages by
-/var/lib/dpkg, Python's by their metadata; and of the latter by which wheel of WHEELS they came, and by whose wish, which the
-LOCK knows. What is in no package, which is the service, is part of the image's own entry.
+`sbom.py LAYOUT LOCK WHEELS VERSION` writes it to standard output. It lists what the image itself records: Debian's packages, from
+/var/lib/dpkg, and Python's, from their metadata. For Python packages it also lists the wheel in WHEELS they were unpacked from
+and, from LOCK, which package requires them. The service, which is in no package, is part of the image's own entry.
 """
 
 import gzip
@@ -30,7 +30,7 @@ _PACKAGES = "usr/local/lib/python3.13/dist-packages/"
 _INTERESTING = re.compile(
     rf"{_STATUS}[^/]+|usr/share/doc/[^/]+(/copyright)?|(etc|usr/lib)/os-release|{_PACKAGES}[^/]+\.dist-info/(METADATA|WHEEL)"
 )
-# How those write their licence who do not yet use an SPDX expression.
+# How packages name their licence if they do not use an SPDX expression yet.
 _LICENCES = {name: name for name in ("Apache-2.0", "MIT", "PSF-2.0")} | {
     "Apache 2": "Apache-2.0",
     "Apache 2.0": "Apache-2.0",
@@ -39,7 +39,7 @@ _LICENCES = {name: name for name in ("Apache-2.0", "MIT", "PSF-2.0")} | {
 
 
 class Image:
-    """The files of one platform's image that tell what is in it."""
+    """The files of one platform's image that describe its packages."""
 
     def __init__(self, blobs: Path, manifest: Any) -> None:
         self._files: dict[str, bytes] = {}
@@ -56,7 +56,7 @@ class Image:
                         self._links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file, through a link that it or its folder may be; None if there is no such file."""
+        """Return the content of a file, or None if there is no such file. The file or its folder may be a symbolic link."""
         folder = posixpath.dirname(name)
         name = posixpath.join(self._links.get(folder, folder), posixpath.basename(name))
         return self._files.get(self._links.get(name, name))
@@ -69,15 +69,15 @@ class Image:
 
 
 def blob(blobs: Path, digest: str) -> bytes:
-    """Return the content of that digest; raises ValueError if it has another."""
+    """Return the blob of that digest. Raises ValueError if the content has another digest."""
     content = (blobs / digest.replace(":", "/")).read_bytes()
     if f"sha256:{hashlib.sha256(content).hexdigest()}" != digest:
-        raise ValueError(f"{blobs} has something else for {digest}")
+        raise ValueError(f"the content of {digest} in {blobs} has another digest")
     return content
 
 
 def unpacked(layer: bytes) -> bytes:
-    """Return the archive that a layer is, compressed or not."""
+    """Return the tar archive of a layer, which may be compressed or not."""
     return gzip.decompress(layer) if layer.startswith(b"\x1f\x8b") else layer
 
 
@@ -111,13 +111,13 @@ def debian_packages(image: Image, platform: str) -> Iterator[tuple[Element, Elem
 
 
 def python_packages(image: Image, platform: str, lock: dict[str, Any], wheels: Path) -> Iterator[Element]:
-    """Yield the packages that the lock names; raises ValueError if one is not in the lock as it is in the image."""
+    """Yield the image's Python packages. Raises ValueError if the lock does not have one of them in that version and wheel."""
     for name, fields in image.match(rf"{_PACKAGES}[^/]+/METADATA"):
         project, version = normal(fields["Name"]), fields["Version"]
         wheel = unpacked_from(wheels, image, posixpath.dirname(name))
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if lock.get(project, {}).get("version") != version or digest not in lock[project]["hashes"]:
-            raise ValueError(f"{wheel.name}, of which the image is made, is not in the lock")
+            raise ValueError(f"{wheel.name}, from which the image was made, is not in the lock")
         yield package(
             f"Python-{project}-{platform}",
             fields["Name"],
@@ -130,28 +130,28 @@ def python_packages(image: Image, platform: str, lock: dict[str, Any], wheels: P
 
 
 def unpacked_from(wheels: Path, image: Image, folder: str) -> Path:
-    """Return the wheel that has the same metadata."""
+    """Return the wheel whose metadata equals that in the image's folder. Raises ValueError if there is none."""
     info = posixpath.basename(folder)
     for wheel in sorted(wheels.glob(f"{info.removesuffix('.dist-info')}-*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             if all(archive.read(f"{info}/{name}") == image.read(f"{folder}/{name}") for name in ("METADATA", "WHEEL")):
                 return wheel
-    raise ValueError(f"{wheels} has no wheel of which {info} can be; run: make wheels")
+    raise ValueError(f"{wheels} has no wheel with the metadata of {info}; run: make wheels")
 
 
 def python_licence(fields: Message) -> str:
-    """Return what a package says of its licence, as far as that is unambiguous."""
+    """Return the licence that a package declares, or NOASSERTION if that is ambiguous."""
     if expression := fields["License-Expression"]:
         return str(expression)
     return _LICENCES.get(fields.get("License", ""), "NOASSERTION")
 
 
 def read_lock(text: str) -> dict[str, Any]:
-    """Return of each package in a lock its version, its hashes, and what it is there for."""
+    """Return the version, the hashes and the requirers (`via`) of each package in a lock."""
     found: dict[str, Any] = {}
     for name, version, rest in re.findall(r"^([\w.-]+)==(\S+)((?:.*\n(?=\s))*.*)", text, re.MULTILINE):
-        wishes = [line.strip(" #") for line in rest.partition("# via")[2].splitlines() if line.strip(" #")]
-        found[normal(name)] = {"version": version, "hashes": set(re.findall(r"sha256:(\w+)", rest)), "via": wishes}
+        requirers = [line.strip(" #") for line in rest.partition("# via")[2].splitlines() if line.strip(" #")]
+        found[normal(name)] = {"version": version, "hashes": set(re.findall(r"sha256:(\w+)", rest)), "via": requirers}
     return found
 
 
@@ -161,12 +161,12 @@ def normal(name: str) -> str:
 
 
 def identifier(text: str) -> str:
-    """Return the text with what SPDX takes in an identifier."""
+    """Return the text with a hyphen for each character that SPDX does not allow in an identifier."""
     return re.sub(r"[^a-zA-Z0-9.-]", "-", text)
 
 
 def package(spdx: str, name: str, version: str, purl: str, licence: str, **more: Any) -> Element:
-    """Return an entry with what each has; what is not known is said to be so."""
+    """Return an entry with the fields that every package has. What is not known is NOASSERTION."""
     return {
         "SPDXID": f"SPDXRef-{identifier(spdx)}",
         "name": name,
@@ -182,7 +182,7 @@ def package(spdx: str, name: str, version: str, purl: str, licence: str, **more:
 
 
 def container(name: str, digest: str, version: str, platform: str = "") -> Element:
-    """Return the image of one platform, or of all."""
+    """Return the entry of one platform's image, or, without a platform, of the index of all."""
     return package(
         f"Image-{platform or 'index'}",
         name,
@@ -222,10 +222,10 @@ def document(layout: Path, lock: dict[str, Any], wheels: Path, version: str, cre
         for project, one in here.items():
             packages.append(one)
             relate(root["SPDXID"], "CONTAINS", one["SPDXID"])
-            for wish in lock[project]["via"]:
-                wisher = root if wish.startswith("-r ") else here.get(normal(wish))
-                if wisher:
-                    relate(wisher["SPDXID"], "DEPENDS_ON", one["SPDXID"])
+            for name_in_lock in lock[project]["via"]:
+                requirer = root if name_in_lock.startswith("-r ") else here.get(normal(name_in_lock))
+                if requirer:
+                    relate(requirer["SPDXID"], "DEPENDS_ON", one["SPDXID"])
     content = {
         "packages": [container(name, top, version), *packages],
         "hasExtractedLicensingInfos": [licences[one] for one in sorted(licences)],
@@ -244,7 +244,7 @@ def document(layout: Path, lock: dict[str, Any], wheels: Path, version: str, cre
         "dataLicense": "CC0-1.0",
         "SPDXID": "SPDXRef-DOCUMENT",
         "name": f"{name} {version}",
-        # Has to be another for another document; nothing is there to be fetched.
+        # Each document needs a namespace of its own. Nothing can be fetched from it.
         "documentNamespace": f"https://spdx.org/spdxdocs/{name}-{hashed}",
         "creationInfo": {
             "created": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -255,6 +255,9 @@ def document(layout: Path, lock: dict[str, Any], wheels: Path, version: str, cre
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        print(__doc__, file=sys.stderr)
+        sys.exit(64)
     layout, lock, wheels, version = sys.argv[1:]
     try:
         made = document(
@@ -265,6 +268,6 @@ if __name__ == "__main__":
             int(os.environ.get("SOURCE_DATE_EPOCH", "0")),
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"make: no list of what is in the image: {error}")
+        sys.exit(f"make: the contents of the image cannot be listed: {error}")
     json.dump(made, sys.stdout, indent=1)
     print()

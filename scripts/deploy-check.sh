@@ -1,0 +1,23 @@
+#!/bin/sh
+# Fail unless the service can be deployed on the cluster, before anything is built or changed: deploy-check.sh
+# Reads REGISTRY, ENGINE, and what lib/cluster.sh reads.
+. "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
+. "${0%/*}/lib/cluster.sh"
+. "${0%/*}/lib/engine.sh"
+
+check_version
+k get storageclass --output=jsonpath='{.items[*].metadata.annotations.storageclass\.kubernetes\.io/is-default-class}' \
+| grep -q true \
+|| fail "the cluster has no default storage class, so Redis would get no volume; mark one:" \
+  "kubectl annotate storageclass NAME storageclass.kubernetes.io/is-default-class=true"
+destination=$(destination)
+choose_engine
+case "$destination:${engine##*/}" in
+  registry:* | *:docker*) ;;
+  *)
+    fail "$destination takes images from Docker, not from ${engine##*/}: start Docker," \
+      "or name a registry for the cluster to pull from: REGISTRY=..."
+    ;;
+esac
+namespace_exists || true

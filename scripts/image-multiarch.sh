@@ -1,0 +1,11 @@
+#!/bin/sh
+# Write the image for all PLATFORMS into the folder LAYOUT, as an OCI layout: image-multiarch.sh
+# Reads LAYOUT, PLATFORMS, and what lib/engine.sh reads.
+. "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
+. "${0%/*}/lib/engine.sh"
+
+choose_engine
+work=$(mktemp -d)
+remove_work_at_exit
+layout . "$LAYOUT" "$PLATFORMS"

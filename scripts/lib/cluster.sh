@@ -1,0 +1,50 @@
+# How the cluster is reached, and what is found out about it.
+# Reads KUBECTL and NAMESPACE; and SKAFFOLD_KUBE_CONTEXT, in which Skaffold names the cluster that it uses, if that is not the current one.
+
+kube() { # ARGUMENT...: run kubectl in the namespace
+  "$KUBECTL" ${SKAFFOLD_KUBE_CONTEXT:+--context="$SKAFFOLD_KUBE_CONTEXT"} --namespace="$NAMESPACE" "$@"
+}
+
+k() { # ARGUMENT...: run it with a time limit for each request
+  kube --request-timeout=30s "$@"
+}
+
+context() { # print the cluster's name in the configuration of kubectl
+  if [ "${SKAFFOLD_KUBE_CONTEXT:-}" ]; then echo "$SKAFFOLD_KUBE_CONTEXT"; else "$KUBECTL" config current-context; fi
+}
+
+check_version() { # fail unless a cluster answers and is new enough
+  command -v "$KUBECTL" >/dev/null || fail "kubectl is needed: https://kubernetes.io/docs/tasks/tools/"
+  version=$(k version --output=json 2>/dev/null | tr -d ' \n' | sed -n 's/.*"serverVersion":{[^}]*"minor":"\([0-9]*\).*/\1/p')
+  [ "$version" ] || fail "no cluster answers; start one (minikube start), or choose one (kubectl config use-context NAME)"
+  [ "$version" -ge 30 ] || fail "the cluster is Kubernetes 1.$version; 1.30 is the oldest that this is checked for"
+}
+
+namespace_exists() { # succeed if the namespace is there; exit if it does not belong to this service
+  # The output has the first word if the namespace is there, and the second only if it has the label.
+  found=$(k get namespace "$NAMESPACE" --ignore-not-found --output=jsonpath='there {.metadata.labels.app\.kubernetes\.io/part-of}') || exit
+  case "$found" in
+    "") return 1 ;;
+    "there hitcounter") ;;
+    *)
+      fail "the namespace $NAMESPACE is not this service's; choose another (NAMESPACE=...)," \
+        "or label it: kubectl label namespace $NAMESPACE app.kubernetes.io/part-of=hitcounter"
+      ;;
+  esac
+}
+
+destination() { # print where the cluster gets an image from: registry, minikube or kind
+  if [ "$REGISTRY" ]; then
+    echo registry
+  elif [ "$(k get nodes --selector=minikube.k8s.io/name --output=name)" ]; then
+    echo minikube
+  else
+    case $(context) in
+      kind-*) echo kind ;;
+      *)
+        fail "this cluster is neither minikube nor kind, so it gets the image from a registry; name yours:" \
+          "REGISTRY=registry.example.com/team"
+        ;;
+    esac
+  fi
+}

@@ -1,0 +1,45 @@
+# How the passwords of Redis's users are kept in the cluster. A script sources this after lib/cluster.sh.
+#
+# Redis has all of them: the secret redis-users has a key for each user. Each line of a key is a valid password; the newest comes first.
+# A service has its own: the secret SERVICE-redis has it as `password`.
+# Passwords pass through files that only this user can read; on a command line, `ps` would show them.
+
+umask 077
+work=$(mktemp -d)
+remove_work_at_exit
+users=$(awk '$1 == "user" && $2 != "default" { print $2 }' manifests/redis/users.acl)
+services=$(echo "$users" | grep -vx -e probe -e operator)
+
+new_password() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; echo; }
+
+read_secret() { # NAME KEY: print the passwords in that key of a secret, whoever made it, a line each; print nothing if there are none
+  # Through a file, since a secret that cannot be read must not pass for one that is missing.
+  k get secret "$1" --ignore-not-found \
+    --output=go-template="{{with .data}}{{with index . \"$2\"}}{{base64decode .}}{{end}}{{end}}" >"$work/secret" || return
+  grep . "$work/secret" || [ $? = 1 ]
+}
+
+write_secret() { # NAME FOLDER: make the secret hold the folder's files
+  # Server-side, since a client-side apply would copy the passwords into an annotation.
+  k create secret generic "$1" --from-file="$2" --dry-run=client --output=yaml \
+  | k apply --server-side --force-conflicts --field-manager=hitcounter --filename=- >/dev/null
+}
+
+read_passwords() { # write each user's passwords in redis-users into the file work/users/NAME
+  mkdir -p "$work/users"
+  for name in $users; do
+    read_secret redis-users "$name" >"$work/users/$name"
+  done
+}
+
+write_services() { # give each service the newest password of its user, unless it has that already
+  for name in $services; do
+    folder=$work/services/$name
+    mkdir -p "$folder"
+    head -n 1 "$work/users/$name" >"$folder/password"
+    read_secret "$name-redis" password >"$work/read"
+    if cmp -s "$work/read" "$folder/password"; then continue; fi
+    write_secret "$name-redis" "$folder"
+    echo "wrote the secret $name-redis"
+  done
+}

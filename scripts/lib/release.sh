@@ -1,0 +1,19 @@
+# What a release is called, where it goes, and what its files are.
+# Reads SERVICE, REPOSITORIES and DIST.
+
+version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$SERVICE/__init__.py")
+folder=$DIST/release
+
+changes() { # print the section of this version in the changelog
+  awk -v version="$version" '/^## / { wanted = ($2 == version); next } wanted' CHANGELOG.md | sed '/./,$!d'
+}
+
+repositories() { # print the repositories, a line each
+  [ "$REPOSITORIES" ] || fail "which repositories? REPOSITORIES=\"ghcr.io/NAME/$SERVICE docker.io/NAME/$SERVICE\""
+  echo "$REPOSITORIES" | tr '[:upper:]' '[:lower:]' | xargs -n 1
+}
+
+checksum() { # print the digest of SHA256SUMS, which stands for all files of the release
+  [ -f "$folder/SHA256SUMS" ] || fail "there are no files of a release in $folder/; run: make release-files"
+  sha256sum "$folder/SHA256SUMS" | cut -d ' ' -f 1
+}

@@ -1,0 +1,19 @@
+#!/bin/sh
+# Fail if a lock does not follow from its requirements.in: lock-check.sh
+# Reads VENV, as lock.sh does.
+. "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
+
+scripts=$(cd "${0%/*}" && pwd)
+VENV=$(cd "$VENV" && pwd)
+export VENV
+work=$(mktemp -d)
+remove_work_at_exit
+mkdir "$work/bench"
+for file in requirements*.in requirements*.txt bench/requirements.in bench/requirements.txt; do
+  cp "$file" "$work/$file"
+done
+(cd "$work" && sh "$scripts/lock.sh") || exit
+for file in requirements*.txt bench/requirements.txt; do
+  cmp -s "$file" "$work/$file" || fail "$file is stale; run: make lock"
+done

@@ -1,0 +1,42 @@
+#!/bin/sh
+# Publish the image in LAYOUT as its version in each of REPOSITORIES, attach the list of contents, and read both back: publish.sh
+# Reads LAYOUT, ORAS, and what lib/release.sh reads.
+. "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
+. "${0%/*}/lib/oras.sh"
+. "${0%/*}/lib/release.sh"
+
+resolve() { # REPOSITORY: print the digest of this version there; print nothing if the repository does not have it
+  "$ORAS" resolve "$1:$version" 2>"$work/log" || {
+    # Any other failure may hide a version that would be overwritten.
+    grep -qF "$1:$version: not found" "$work/log" || {
+      cat "$work/log" >&2
+      fail "$1 does not say whether it has $version already (see above), so nothing is published;" \
+        "if there is no such repository yet, make it first"
+    }
+  }
+}
+
+attach() { # IMAGE FILE TYPE: make the file refer to the image, once, and read it back
+  # Without the time, so that the referrer is the same when it is attached again.
+  (cd "$folder" && quietly "$ORAS" attach --no-tty --artifact-type "$3" \
+    --annotation org.opencontainers.image.created=1970-01-01T00:00:00Z "$1" "$2:$3") || exit
+  referrer=$("$ORAS" discover --artifact-type "$3" --format go-template='{{range .referrers}}{{.digest}}{{"\n"}}{{end}}' "$1" | head -n 1)
+  quietly "$ORAS" pull --no-tty --output "$work" "${1%@*}@$referrer"
+  cmp "$work/$2" "$folder/$2" || fail "$1 has another $2 already: it was published by somebody else, or from other sources"
+}
+
+repositories=$(repositories)
+digest=$(image_digest)
+work=$(mktemp -d)
+remove_work_at_exit
+for repository in $repositories; do
+  published=$(resolve "$repository")
+  [ "${published:-$digest}" = "$digest" ] \
+  || fail "$repository:$version is $published already, and not $digest: a version never changes; publish another"
+  quietly "$ORAS" copy --no-tty --from-oci-layout "$LAYOUT@$digest" "$repository:$version"
+  published=$(resolve "$repository")
+  [ "$published" = "$digest" ] || fail "$repository:$version is $published, and not $digest"
+  attach "$repository@$digest" sbom.spdx.json application/spdx+json
+  echo "$repository@$digest"
+done

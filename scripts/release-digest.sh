@@ -1,0 +1,9 @@
+#!/bin/sh
+# Print the digest of the image in LAYOUT, as digest=sha256:...: release-digest.sh
+# Reads LAYOUT and ORAS.
+. "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
+. "${0%/*}/lib/oras.sh"
+
+digest=$(image_digest)
+echo "digest=$digest"

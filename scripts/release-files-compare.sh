@@ -1,0 +1,14 @@
+#!/bin/sh
+# Fail unless DIST/release/SHA256SUMS has the digest SUMS, and the files are those that it lists: release-files-compare.sh
+# Reads SUMS, and what lib/release.sh reads.
+. "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
+. "${0%/*}/lib/release.sh"
+
+[ "$SUMS" ] || fail "which checksums are expected? SUMS=..., from make release-sums"
+sums=$(checksum)
+[ "$sums" = "$SUMS" ] || fail "the files differ: the digest $SUMS of their checksums was expected, and it is $sums. None may be uploaded."
+work=$(mktemp -d)
+remove_work_at_exit
+(cd "$folder" && quietly sha256sum --check --strict SHA256SUMS) || exit
+echo "$sums, as expected"

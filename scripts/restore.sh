@@ -1,0 +1,11 @@
+#!/bin/sh
+# Restart Redis with the snapshot FILE; what it has now stays in its volume until the next restore, as before-restore: restore.sh
+# Reads FILE, and what lib/cluster.sh reads.
+. "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
+. "${0%/*}/lib/cluster.sh"
+
+[ -f "$FILE" ] || fail "which file is to be restored? make restore FILE=hitcounter.rdb"
+kube exec redis-0 --container=redis --stdin -- sh /etc/redis/redis.sh restore <"$FILE"
+kube delete pod redis-0
+kube rollout status statefulset/redis --timeout=180s

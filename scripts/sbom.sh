@@ -1,0 +1,10 @@
+#!/bin/sh
+# Write DIST/sbom.spdx.json, the list of what is in the image in LAYOUT, the same bytes each time: sbom.sh
+# Reads VENV, LAYOUT, WHEELS, and what lib/release.sh reads.
+. "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
+. "${0%/*}/lib/release.sh"
+
+mkdir -p "$DIST"
+"$VENV/bin/python" "${0%/*}/sbom.py" "$LAYOUT" requirements.txt "$WHEELS" "$version" >"$DIST/sbom.new"
+mv "$DIST/sbom.new" "$DIST/sbom.spdx.json"

@@ -1,0 +1,9 @@
+#!/bin/sh
+# Write the locks with the newest versions that have been out for a week: update-packages.sh
+# Reads VENV.
+. "${0%/*}/lib/base.sh"
+[ $# = 0 ] || usage
+
+PIP_UPLOADED_PRIOR_TO=$("$VENV/bin/python" -c 'import datetime as d; print(d.date.today() - d.timedelta(7))')
+export PIP_UPLOADED_PRIOR_TO
+UPGRADE=--upgrade sh "${0%/*}/lock.sh"

@@ -1,0 +1,53 @@
+"""What holds for each script that make runs, and what no other test of them shows."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "scripts").glob("*.[ps][yh]"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.name))
+def test_wrong_arguments_are_answered_with_the_usage(script: Path, tmp_path: Path) -> None:
+    """By a checkout without execute bits too: make calls each script with sh."""
+    ended = subprocess.run(
+        [sys.executable if script.suffix == ".py" else "sh", script, "no", "such"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]},
+        text=True,
+        capture_output=True,
+    )
+    assert (ended.returncode, ended.stdout) == (64, "")
+    assert script.name in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_script_is_in_the_list() -> None:
+    listed = re.findall(r"^\| `([\w.-]+)`", (ROOT / "scripts" / "README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == [path.name for path in SCRIPTS]
+
+
+@pytest.mark.parametrize(
+    "says",
+    ["exit 3", "echo 'Driver: docker'", "printf 'Driver: docker\\nBuildKit version: v1\\n'; exit 3"],
+    ids=["nothing", "no version", "an error"],
+)
+@pytest.mark.parametrize("name", ["image-digest", "image-check"])
+def test_builder_that_is_not_described_is_an_error(tmp_path: Path, name: str, says: str) -> None:
+    """A digest without its builder cannot be compared with another."""
+    engine = tmp_path / "docker"
+    layout = "for word; do case $word in *dest=*) tar -cf ${word#*dest=} -C $0.layout . ;; esac; done"
+    engine.write_text(f'#!/bin/sh\ncase "$*" in *inspect*) {says} ;; *) {layout} ;; esac\n')
+    engine.chmod(0o755)
+    (tmp_path / "docker.layout").mkdir()
+    (tmp_path / "docker.layout" / "index.json").write_text(f'{{"digest": "sha256:{"0" * 64}"}}')
+    environ = {**os.environ, "ENGINE": str(engine), "SERVICE": "hitcounter", "PLATFORMS": "linux/amd64", "WHEELS": "none"}
+    ended = subprocess.run([ROOT / "scripts" / f"{name}.sh"], cwd=ROOT, env=environ, text=True, capture_output=True)
+    assert ended.returncode == 1
+    assert "sha256:" not in ended.stdout
+    assert re.search("(does not describe its builder|does not print the builder's version and driver)", ended.stderr)
