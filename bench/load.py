@@ -1,6 +1,7 @@
-"""The load: GETs over keep-alive connections, in a closed loop for throughput, in an open one for latency.
+"""The load: GETs over keep-alive connections, in a closed loop for throughput, in an open loop for latency.
 
-It runs on one core with Redis, and must cost less than what it measures: a bare protocol that parses what it must.
+The load shares one core with Redis and must cost less than the server that it measures. So it is a bare asyncio protocol that
+parses only what it needs.
 """
 
 import asyncio
@@ -15,45 +16,45 @@ _REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\nAccept: *
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 _NUMBER = re.compile(rb"\d+")
-_MOST = 2_000_000  # requests of one load
-_PATIENCE = 10.0  # seconds that the last answers are waited for
-_AT_ONCE = 50  # connections that are opened at a time: not every server has a long backlog
+_MAX_REQUESTS = 2_000_000  # of one load
+_SETTLE_SECONDS = 10.0  # the longest wait for the last answers
+_OPENED_AT_ONCE = 50  # connections: not every server has a long backlog
 
 
 class Load:
-    """Requests to `port` of loopback over `connections` connections, and an account of what became of them."""
+    """Requests to `port` of loopback over `connections` connections, and a count of their outcomes."""
 
     def __init__(self, port: int, connections: int) -> None:
         self._port = port
         self._connections = connections
         self._closed_loop = False
         self._sent = 0
-        self._due: deque[float] = deque()  # when each request of an open loop should have been sent
+        self._due: deque[float] = deque()  # when each waiting request of an open loop was due
         self._opening: set[asyncio.Task[None]] = set()
         self._ended = False
         self.clients: set[_Client] = set()
-        self.idle: deque[_Client] = deque()  # the one that has waited longest is the next: none is idle long enough to be closed
+        self.idle: deque[_Client] = deque()  # the longest idle client sends next, so that no server closes it as idle
         self.errors: Counter[str] = Counter()
-        self.numbers: list[int] = []  # that were answered
+        self.numbers: list[int] = []  # the numbers in the answers
         self.latencies: list[float] = []  # seconds
-        self.answered = 0  # in time, that is until `seconds` were over
+        self.answered = 0  # requests answered within `seconds`
         self.seconds = 0.0
-        self.marks: list[Any] = []  # what `mark` returned at the beginning and at the end of that time
+        self.marks: list[Any] = []  # what `mark` returned at the beginning and at the end of `seconds`
 
     @property
     def failed(self) -> int:
-        """Return how many requests were not answered with 200."""
+        """Return the number of requests that were not answered with 200."""
         return sum(self.errors.values())
 
     @property
     def duplicates(self) -> int:
-        """Return how many answers held a number that another one held too."""
+        """Return the number of answers whose number an earlier answer had too."""
         return len(self.numbers) - len(set(self.numbers))
 
     async def closed(self, seconds: float, warm: float = 0.0, mark: Callable[[], Any] = lambda: None) -> None:
-        """Send the next request on each connection as soon as the last is answered.
+        """Send the next request on each connection as soon as the last one is answered.
 
-        What comes in the first `warm` seconds is forgotten.
+        The answers of the first `warm` seconds do not count.
         """
         self._closed_loop = True
         await self._open()
@@ -64,11 +65,11 @@ class Load:
         await self._measure(seconds, mark)
 
     async def open(self, seconds: float, rate: float) -> None:
-        """Send `rate` requests a second, whatever becomes of them.
+        """Send `rate` requests a second, whether or not earlier ones are answered.
 
-        Latency counts from when a request should have been sent: one that waits for a connection, or for us, waits.
+        Latency counts from the time when a request was due, so that waiting for a connection or for this process counts.
         """
-        # A connection begins with a request: gunicorn's threads each wait on one that is silent.
+        # Each connection begins with a request, because a silent connection would block one of gunicorn's threads.
         self._closed_loop = True
         await self._open()
         self._closed_loop = False
@@ -113,15 +114,15 @@ class Load:
         await asyncio.sleep(0.01)
 
     async def _settle(self) -> None:
-        """Wait for the answers to all that was sent, but not for ever."""
-        end = asyncio.get_running_loop().time() + _PATIENCE
+        """Wait for the answers to all requests, for at most `_SETTLE_SECONDS`."""
+        end = asyncio.get_running_loop().time() + _SETTLE_SECONDS
         while (self._due or any(client.busy for client in self.clients)) and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.01)
 
     async def _open(self) -> None:
         left = self._connections
         while left:
-            some = min(left, _AT_ONCE)
+            some = min(left, _OPENED_AT_ONCE)
             await asyncio.gather(*(self._connect() for _ in range(some)))
             left -= some
 
@@ -136,9 +137,9 @@ class Load:
                 return
 
     def ready(self, client: "_Client") -> None:
-        """Give the client its next request, or let it wait for one."""
+        """Give the client its next request, or keep it idle."""
         self._sent += 1
-        if self._closed_loop and self._sent < _MOST:
+        if self._closed_loop and self._sent < _MAX_REQUESTS:
             client.send(0.0)
         elif self._due:
             client.send(self._due.popleft())
@@ -146,7 +147,7 @@ class Load:
             self.idle.append(client)
 
     def lost(self, client: "_Client") -> None:
-        """Open another connection in place of one that has ended."""
+        """Replace a connection that was closed."""
         self.clients.discard(client)
         if client in self.idle:
             self.idle.remove(client)
@@ -160,7 +161,7 @@ class Load:
 
 
 class _Client(asyncio.Protocol):
-    """One connection, one request at a time."""
+    """One connection, which has one request at a time."""
 
     transport: asyncio.Transport
 
@@ -172,7 +173,7 @@ class _Client(asyncio.Protocol):
         self.busy = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's class is not a subclass
         self._load.clients.add(self)
         self._load.ready(self)
 
@@ -187,7 +188,7 @@ class _Client(asyncio.Protocol):
         head = data.find(b"\r\n\r\n")
         length = _LENGTH.search(data, 0, head) if head > 0 else None
         if length is None or len(data) < head + 4 + int(length[1]):
-            self._received = data  # one without a length never ends: it counts as no answer
+            self._received = data  # an answer without a length is never complete, and counts as no answer
             return
         self._received = b""
         self.busy = False
@@ -208,7 +209,7 @@ class _Client(asyncio.Protocol):
 
 
 class _Timer:
-    """A file that can be read each time `interval` seconds are over: the event loop's own timers count milliseconds."""
+    """A file that becomes readable every `interval` seconds; the event loop's own timers only count milliseconds."""
 
     def __init__(self, interval: float) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -219,5 +220,5 @@ class _Timer:
             raise OSError(ctypes.get_errno(), "timerfd")
 
     def read(self) -> None:
-        """Wait for the next time."""
+        """Reset the timer until the next interval is over."""
         os.read(self.descriptor, 8)

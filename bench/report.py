@@ -1,7 +1,8 @@
-"""What the benchmark writes: results.md and results.svg."""
+"""Write the results of the benchmark: results.md and results.svg."""
 
 import os
 import platform
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -37,29 +38,34 @@ _COLUMNS = (
 )
 
 _ABOUT = """\
-Medians of {rounds} interleaved rounds of {names} servers, each started anew in each round. The server alone runs on one core; the
-load and Redis (Valkey, `appendonly yes`, `appendfsync always` unless said otherwise) on another; all traffic on loopback. The
-targets' ratios are taken within each round; their median counts.
+The figures are medians of {rounds} interleaved rounds of {names} servers, each of which is started again in each round.
+The server runs alone on one core; the load and Redis run on another.
+Redis is Valkey with `appendonly yes`, and with `appendfsync always` unless the name says otherwise.
+All traffic is on loopback.
+The ratios of the targets are taken within each round, and their median counts.
 
-- requests/s, CPU, commands, duplicates: closed loop over 64 keep-alive connections, {seconds:g} s a round after a warm-up. CPU:
-  user and system time of the server's process tree, from `/proc`. Duplicates: answers with a number that was answered before.
-- Redis commands: calls from `INFO commandstats`. A script call counts as one: what `count.lua` itself calls is left out.
-- p50, p99: open loop at half the requests/s of the same round, timed from when each request was due: waiting for a connection
-  or for a slow predecessor counts.
-- errors: requests that were not answered with 200, of all that were sent in a closed loop over 256 and 1,000 connections.
-- Pss: the process tree's, from `/proc/PID/smaps_rollup`, after 64 and after 1,000 connections. What is shared with other
-  running processes counts by parts: alone, a server would have more.
-- start-up: from the process's start to its first 200 from `/`, Redis being there.
+- requests/s, CPU, commands, duplicates: a closed loop over 64 keep-alive connections, {seconds:g} s a round after a warm-up.
+- CPU: user and system time of the server's process tree, from `/proc`.
+- duplicates: answers whose number was already in an earlier answer.
+- Redis commands: calls from `INFO commandstats`.
+  A script call counts as one; the commands that `count.lua` itself calls are left out.
+- p50, p99: an open loop at half the requests/s of the same round.
+  Latency counts from when each request was due, so that waiting for a connection or for a slow predecessor counts.
+- errors: requests that were not answered with 200, of all requests in a closed loop over 256 and 1,000 connections.
+- Pss: of the process tree, from `/proc/PID/smaps_rollup`, after 64 and after 1,000 connections.
+  Memory shared with other running processes counts in part: alone, a server would have more.
+- start-up: from the process's start to its first 200 from `/`, while Redis runs.
 
-The peers (`bench/peers/`) are as their documentation has them, with no access log: gunicorn with one worker of 16 threads,
-uvicorn with uvloop and httptools, aiohttp on asyncio's own loop, redis-py and go-redis with their default pools. redis-py's
-raises when more than 100 connections are wanted, which is what most of its errors are.
+The peers (`bench/peers/`) follow their own documentation, without an access log.
+gunicorn has one worker with 16 threads, uvicorn has uvloop and httptools, and aiohttp runs on asyncio's own loop.
+redis-py and go-redis have their default pools.
+redis-py's pool raises an error when more than 100 connections are wanted, which explains most of its errors.
 """
 
 
 @dataclass
 class Target:
-    """A figure that was set before it was measured."""
+    """A limit for a figure, which was set before the figure was measured."""
 
     text: str
     value: float | None  # None: not measured
@@ -68,7 +74,7 @@ class Target:
 
     @property
     def met(self) -> bool | None:
-        """Return whether it was met; None if it was not measured."""
+        """Return whether the target was met; None if it was not measured."""
         if self.value is None:
             return None
         return self.value >= self.limit if self.at_least else self.value <= self.limit
@@ -80,7 +86,7 @@ class Target:
 
 
 def targets(rounds: Rounds) -> list[Target]:
-    """Return what was promised, with what was measured."""
+    """Return the targets, each with its measured figure."""
 
     def ratio(figure: str, over: str, under: str) -> float | None:
         if over not in rounds or under not in rounds:
@@ -92,10 +98,10 @@ def targets(rounds: Rounds) -> list[Target]:
 
     synced = ratio("rate", SERVICE, EVERYSEC)
     return [
-        Target("CPU per request of the starting code, times ours", ratio("cpu", FLASK, SERVICE), 12, at_least=True),
-        Target("CPU per request of FastAPI, times ours", ratio("cpu", FASTAPI, SERVICE), 7, at_least=True),
-        Target("our CPU per request, times that of the same service with a dict", ratio("cpu", SERVICE, DICT), 1.2),
-        Target("our CPU per request, times that of Go", ratio("cpu", SERVICE, GO), 1.1),
+        Target("CPU per request of the starting code, times the service's", ratio("cpu", FLASK, SERVICE), 12, at_least=True),
+        Target("CPU per request of FastAPI, times the service's", ratio("cpu", FASTAPI, SERVICE), 7, at_least=True),
+        Target("the service's CPU per request, times that of the same service with a dict", ratio("cpu", SERVICE, DICT), 1.2),
+        Target("the service's CPU per request, times that of Go", ratio("cpu", SERVICE, GO), 1.1),
         Target("Redis commands per request at 64 connections", median(own("commands")), 0.1),
         Target("errors at 1,000 connections, in all rounds", sum(own("failed_1000")), 0),
         Target("throughput with `appendfsync always`, times that with `everysec`", synced, 0.9, at_least=True),
@@ -118,22 +124,23 @@ def target_table(rounds: Rounds) -> str:
 
 
 def machine(versions: dict[str, str]) -> str:
-    """Return what this ran on, and with which versions."""
+    """Return the machine and the versions of everything that takes part in a run."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     packages = ("aiohttp", "redis", "hiredis", "uvloop", "flask", "gunicorn", "fastapi", "uvicorn", "httptools")
     versions = {"Python": platform.python_version(), **{name: metadata.version(name) for name in packages}, **versions}
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}. {named}."
+    hardware = f"Machine: {model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}."
+    return f"{hardware}\n" + textwrap.fill(f"Versions: {named}.", 130, break_on_hyphens=False)
 
 
 def markdown(rounds: Rounds, seconds: float, conditions: str, profile: str) -> str:
-    """Return results.md."""
+    """Return the text of results.md."""
     about = _ABOUT.format(rounds=len(rounds[SERVICE]), names=len(rounds), seconds=seconds)
     return f"""\
 # The last run of `make bench`
 
-<!-- Written by bench/run.py, not by hand. -->
+<!-- Written by bench/run.py; do not edit. -->
 
 ![CPU per request and requests per second of each server](results.svg)
 
@@ -150,14 +157,15 @@ def markdown(rounds: Rounds, seconds: float, conditions: str, profile: str) -> s
 
 ## Where the service's time goes
 
-Its functions by their own time, under cProfile (to which Python's functions look dearer than C's), 64 connections.
+The service's functions, ordered by their own time, under cProfile with 64 connections.
+To cProfile, functions in Python look more expensive than functions in C.
 
 {profile}
 """
 
 
 def svg(rounds: Rounds) -> str:
-    """Return the picture: a panel of bars for each of the main figures, readable on light and on dark."""
+    """Return the picture: a panel of bars for each main figure, readable on a light and on a dark background."""
     panels = (("CPU per request, µs (less is better)", "cpu"), ("requests per second (more is better)", "rate"))
     parts, top = [], 24
     for title, key in panels:
@@ -173,7 +181,7 @@ def svg(rounds: Rounds) -> str:
             parts.append(f'<text x="{246 + width:.1f}" y="{top + 4}">{value:,.0f}</text>')
         top += 44
     style = (
-        "text{font:13px system-ui,sans-serif;fill:#24292f}.title{font-weight:600}.own{fill:#0969da}.peer{fill:#8c959f}"
+        "text{font:13px system-ui,sans-serif;fill:#24292f}.title{font-weight:600}.own{fill:#0969da}.peer{fill:#8c959f}\n"
         "@media(prefers-color-scheme:dark){text{fill:#e6edf3}.own{fill:#58a6ff}.peer{fill:#6e7681}}"
     )
     size = f'viewBox="0 0 720 {top - 24}" role="img"'

@@ -1,6 +1,6 @@
-"""Measure the service against its peers: `make bench`, or `make bench-quick` to see that it runs.
+"""Measure the service against its peers: `make bench`, or `make bench-quick` to check that the benchmark runs.
 
-Two cores: the first has the server under test and nothing else, the second has this process (the load) and Redis.
+It takes two cores: the first runs only the server under test, the second runs this process (the load) and Redis.
 """
 
 import argparse
@@ -36,9 +36,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 PEERS = HERE / "peers"
 CONNECTIONS = 64
-# What the script calls is no command that a client sends; the service sends none of these itself.
+# The commands that the script calls inside Redis. No client sends them, and the service sends none of these itself.
 INSIDE_SCRIPT = {name.lower() for name in re.findall(r"redis\.call\('(\w+)'", SCRIPT)}
-# What a server under cProfile runs: imports and start are left out.
+# The service under cProfile, without the start of Python and the imports.
 PROFILED = """
 import cProfile, os, sys
 from hitcounter.app import SERVICE
@@ -49,14 +49,14 @@ cProfile.run("main(SERVICE, os.environ, [])", sys.argv[1])
 
 @dataclass(frozen=True)
 class Plan:
-    """How long everything takes, in seconds but for the rounds."""
+    """The length of each part of a run: in seconds, except `rounds`."""
 
     rounds: int  # at most
-    limit: float  # no round begins that would not end by then
+    limit: float  # a round that would end later does not begin
     warm: float
     closed: float
     open: float
-    crowd: float  # at 256 and at 1,000 connections
+    crowd: float  # each of the loads over 256 and over 1,000 connections
     profile: float
 
 
@@ -66,7 +66,7 @@ QUICK = Plan(rounds=1, limit=50, warm=0.1, closed=0.4, open=0.3, crowd=0.2, prof
 
 @dataclass(frozen=True)
 class Server:
-    """A server under test: `PORT` in its command stands for the port."""
+    """A server under test; `PORT` in its command is replaced by the port."""
 
     name: str
     command: list[str]
@@ -76,7 +76,7 @@ class Server:
 
 
 def servers(go: Path | None) -> Iterator[Server]:
-    """Yield the servers; those that are compared most closely next to each other."""
+    """Yield the servers, those that are compared most closely next to each other."""
     python = sys.executable
     gunicorn = [python, "-m", "gunicorn", "--worker-class", "gthread", "--threads", "16", "--bind", "127.0.0.1:PORT"]
     uvicorn = [python, "-m", "uvicorn", "--no-access-log", "--log-level", "warning", "--port", "PORT"]
@@ -91,17 +91,17 @@ def servers(go: Path | None) -> Iterator[Server]:
 
 
 def build_go(folder: Path) -> Path | None:
-    """Return the built Go peer, or None, having said why there is none."""
+    """Build the Go peer and return its path; or print why it cannot be built, and return None."""
     go = shutil.which("go")
     if not go:
-        print("Go is not here (no `go` in PATH): its peer is skipped")
+        print("the Go peer is skipped: there is no `go` in PATH")
         return None
     built = subprocess.run(
         [go, "build", "-buildvcs=false", "-o", str(folder / "go-peer"), "."],
         cwd=PEERS / "go", env={**os.environ, "GOTOOLCHAIN": "local"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if built.returncode:
-        print(f"the Go peer cannot be built, and is skipped: {built.stderr.strip()}")
+        print(f"the Go peer is skipped, because it cannot be built: {built.stderr.strip()}")
         return None
     return folder / "go-peer"
 
@@ -118,7 +118,7 @@ class Process:
             self._popen = subprocess.Popen(
                 [part.replace("PORT", str(self.port)) for part in command],
                 env=environ | ports, cwd=log.parent, stdout=output, stderr=output, start_new_session=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # noqa: PLW1509 - no thread runs here
+                preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # noqa: PLW1509 - this process has no other thread
             )  # fmt: skip
         while not self._answers():
             if self._popen.poll() is not None or time.monotonic() - began > 30:
@@ -134,7 +134,7 @@ class Process:
         return False
 
     def tree(self) -> list[Path]:
-        """Return the folders in /proc of its processes."""
+        """Return the folders in /proc of the server's processes."""
         found = [Path(f"/proc/{self._popen.pid}")]
         for folder in found:
             for children in folder.glob("task/*/children"):
@@ -142,16 +142,16 @@ class Process:
         return found
 
     def cpu(self) -> float:
-        """Return the seconds of user and system time that its processes have used, those that have ended too."""
+        """Return the seconds of user and system time that the server's processes have used, finished ones included."""
         return sum(cpu_of(folder) for folder in self.tree())
 
     def pss(self) -> float:
-        """Return its memory in MB."""
+        """Return the memory of the server's processes in MB."""
         texts = [(folder / "smaps_rollup").read_text() for folder in self.tree()]
         return sum(int(size) for text in texts for size in re.findall(r"^Pss: +(\d+) kB", text, re.MULTILINE)) * 1024 / 1e6
 
     def end(self) -> None:
-        """End it, by its id."""
+        """Stop the server; kill its processes if it does not exit within 10 s."""
         self._popen.send_signal(signal.SIGTERM)
         try:
             self._popen.wait(10)
@@ -166,9 +166,9 @@ def free_port() -> int:
 
 
 def load(process: Process, connections: int, how: Callable[[Load], Any]) -> Load:
-    """Put a load on the server, and return the account of it."""
+    """Put a load on the server, and return its outcome."""
     it = Load(process.port, connections)
-    gc.disable()  # the pauses would be taken for the server's
+    gc.disable()  # its pauses would count as the server's
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(how(it))
     gc.enable()
@@ -177,27 +177,27 @@ def load(process: Process, connections: int, how: Callable[[Load], Any]) -> Load
 
 
 def commands(store: "redis.Redis", server: Server) -> int:
-    """Return how many commands clients have sent, without those of ours."""
+    """Return the number of commands that the server has sent to Redis, without those of this process and of the script."""
     ours = {"info"} | (INSIDE_SCRIPT if server.counts_in_script else set())
     stats = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in store.info("commandstats").items()}
     return sum(calls for name, calls in stats.items() if name not in ours)
 
 
 def cpu_of(folder: Path) -> float:
-    """Return the seconds of user and system time of a process and of its children that have ended, by its folder in /proc."""
+    """Return the seconds of user and system time of a process (its folder in /proc) and of its finished children."""
     ticks = (folder / "stat").read_text().rpartition(")")[2].split()[11:15]
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def busy(core: int) -> float:
-    """Return the seconds of user and system time that all processes together have had on the core."""
+    """Return the seconds of user and system time that all processes together have used on the core."""
     found = re.search(rf"^cpu{core} (\d+) (\d+) (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
     assert found
     return sum(map(int, found.groups())) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(server: Server, plan: Plan, core: int, stores: dict[str, "redis.Redis"], folder: Path) -> report.Figures:
-    """Start the server, measure all there is, end it."""
+    """Start the server, take all its figures, and stop it."""
     store = stores[server.fsync]
     redis_folder = Path(f"/proc/{store.info('server')['process_id']}")
     (own_core,) = os.sched_getaffinity(0)
@@ -210,7 +210,7 @@ def measure(server: Server, plan: Plan, core: int, stores: dict[str, "redis.Redi
     try:
         full = load(process, CONNECTIONS, lambda it: it.closed(plan.closed, plan.warm, used))
         if not full.answered:
-            raise SystemExit(f"bench: {server.name} answers nothing: {full.errors}")
+            raise SystemExit(f"bench: {server.name} answers no request: {full.errors}")
         cpu, others, others_at_load, sent = (end - start for start, end in zip(*full.marks, strict=True))
         figures = {
             "start": process.start_seconds,
@@ -237,7 +237,7 @@ def measure(server: Server, plan: Plan, core: int, stores: dict[str, "redis.Redi
 
 
 def profile(plan: Plan, core: int, store: "redis.Redis", folder: Path) -> str:
-    """Return the service's functions by their own time, the dearest first, as a Markdown table."""
+    """Return the service's functions as a Markdown table, ordered by their own time, the longest first."""
     command = [sys.executable, "-c", PROFILED, str(folder / "profile")]
     process = Process(command, core, store.connection_pool.connection_kwargs["port"], folder / "server.log")
     try:
@@ -254,7 +254,7 @@ def profile(plan: Plan, core: int, store: "redis.Redis", folder: Path) -> str:
 
 
 def sync_ms(folder: Path) -> float:
-    """Return how long the disk takes to sync a small write, in milliseconds."""
+    """Return the median time that the disk takes to sync a small write, in milliseconds."""
     times = []
     with (folder / "sync").open("wb", buffering=0) as file:
         for _ in range(100):
@@ -267,17 +267,17 @@ def sync_ms(folder: Path) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="run one short round, to check that all of it runs; write nothing")
     quick = parser.parse_args().quick
     plan = QUICK if quick else FULL
     cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
     if len(cores) < 2:
-        print("bench: it needs Linux and two cores", file=sys.stderr)
+        print("bench: the benchmark needs Linux and two cores", file=sys.stderr)
         return 1
-    # For what we start, too: each of 1,000 connections takes a descriptor.
+    # For this process and the servers that it starts: each of 1,000 connections takes a descriptor.
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 1 << 16) if limit > 0 else 1 << 16, limit))
-    data = ROOT / ".data"  # a disk as the checkout's, not a memory file system: a sync should cost what it costs
+    data = ROOT / ".data"  # on the checkout's disk: in a memory file system, a sync would cost nothing
     data.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=data)))
@@ -295,12 +295,13 @@ def main() -> int:
         began = time.monotonic()
         for number in range(plan.rounds):
             if number and (time.monotonic() - began) * (number + 1) / number > plan.limit:
-                print(f"{number} rounds are all there is time for: this machine is busy")
+                print(f"there is time for only {number} rounds: this machine is busy")
                 break
             for server in servers(go):
                 figures = measure(server, plan, core, stores, folder)
                 rounds.setdefault(server.name, []).append(figures)
-                print(f"{number + 1}. {server.name}: {figures['rate']:,.0f} requests/s, {figures['cpu']:.1f} µs each", flush=True)
+                rate, cpu = figures["rate"], figures["cpu"]
+                print(f"{number + 1}. {server.name}: {rate:,.0f} requests/s, {cpu:.1f} µs each", flush=True)
         profiled = profile(plan, core, stores["always"], folder)
         versions = {"Valkey": stores["always"].info("server").get("valkey_version", "?")}
         if go:
@@ -310,13 +311,15 @@ def main() -> int:
             median(figures[key] for measured in rounds.values() for figures in measured) for key in ("others", "others_at_load")
         )
         conditions = (
-            f"{report.machine(versions)} A sync of a small write took {sync_ms(folder):.2f} ms (median). Other processes of this "
-            f"machine took {others:.0%} of the server's core meanwhile, and {others_at_load:.0%} of the load's and Redis's "
-            "(medians; quiet: 0 %): the more, the less the figures tell."
+            f"{report.machine(versions)}\n"
+            f"A sync of a small write took {sync_ms(folder):.2f} ms (median).\n"
+            f"Meanwhile, other processes took {others:.0%} of the server's core and {others_at_load:.0%} of the other core "
+            "(medians).\n"
+            "On a quiet machine that is 0%; the more it is, the less the figures say."
         )
     print(f"\n{report.table(rounds)}\n\n{report.target_table(rounds)}\n\n{conditions}\n\n{profiled}")
     if quick:
-        print("\nThis was a quick run: its figures mean little, and nothing was written.")
+        print("\nThis was a quick run: its figures mean little, and no file was written.")
     else:
         (HERE / "results.md").write_text(report.markdown(rounds, plan.closed, conditions, profiled))
         (HERE / "results.svg").write_text(report.svg(rounds))

@@ -1,26 +1,27 @@
 #!/bin/sh
-# Make the secrets of compose.yaml into its volume, /secrets, those that are not there yet:
-#   redis/NAME                         the password of each user of Valkey; Valkey reads it
-#   redis-tls/tls.crt, tls.key, ca.crt a certificate for the name `redis`; Valkey reads them
-#   hitcounter/password, ca.crt        its user's password, and whom to trust; the service reads them
-# This runs as root without any capability: root owns all, and the group of the one who reads it may read it.
+# Make the missing secrets of compose.yaml in its volume, /secrets:
+#   redis/NAME                         the password of each user of Valkey, for Valkey
+#   redis-tls/tls.crt, tls.key, ca.crt a certificate for the name `redis`, for Valkey
+#   hitcounter/password, ca.crt        the password of the service's user and the CA to trust, for the service
+# This runs as root without any capability. Root owns all files. Valkey and the service both mount the volume, and each reads
+# the files of its own group.
 set -eu
 umask 077
 cd /secrets
 
-give() { # GROUP PATH...: let the group read, and nobody else
+give() { # GROUP PATH...: let root and this group read the paths, and nobody else
   group=$1
   shift
   chgrp "$group" "$@"
   chmod u=rwX,g=rX,o= "$@"
 }
 
-put() { # GROUP FILE PATH: move new/FILE to PATH, which is whole at any time
+put() { # GROUP FILE PATH: move new/FILE to PATH, which is complete at any time
   give "$1" "new/$2"
   mv "new/$2" "$3"
 }
 
-valkey=999 service=65532
+valkey=65531 service=65532
 rm -rf new
 mkdir -p redis redis-tls hitcounter new
 give $valkey redis redis-tls
@@ -60,7 +61,7 @@ subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid
 END
   certificate authority ca
-  certificate redis tls -CA new/ca.crt -CAkey new/ca.key   # whose key signs this once, and is forgotten
+  certificate redis tls -CA new/ca.crt -CAkey new/ca.key   # the CA's key signs this once and is deleted
   cp new/ca.crt new/trusted.crt
   put $service trusted.crt hitcounter/ca.crt
   put $valkey ca.crt redis-tls/ca.crt

@@ -1,4 +1,4 @@
-"""One INCR for each request: FastAPI and redis-py as they come."""
+"""Send one INCR for each request, with FastAPI and redis-py at their defaults."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The starting code: INCR, then GET. Two clients at a time may be told the same number."""
+"""The starting code: INCR, then GET. Two clients at a time may get the same number."""
 
 import os
 

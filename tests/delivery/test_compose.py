@@ -172,7 +172,7 @@ WRITE = {
 }
 
 
-@pytest.mark.parametrize(("service", "user"), [("hitcounter", 65532), ("redis", 999)])
+@pytest.mark.parametrize(("service", "user"), [("hitcounter", 65532), ("redis", 65531)])
 def test_container_is_nobody_and_can_do_nothing_but_its_work(running: Project, service: str, user: int) -> None:
     identity = running.container(service)
     status = dict(
@@ -214,12 +214,12 @@ def test_each_secret_is_read_by_its_user_alone(running: Project) -> None:
     assert all(re.fullmatch("[0-9a-f]{64}", secrets[name]) for name in names)
     assert secrets["hitcounter/password"] == secrets["redis/hitcounter"]
     readers = {
-        path: {user for user in ("999:999", "65532:65532", "1000:1000") if "readable" in running.in_volume(user, script)}
+        path: {user for user in ("65531:65531", "65532:65532", "1000:1000") if "readable" in running.in_volume(user, script)}
         for path in secrets
         for script in [f"if cat {path} >/dev/null 2>&1; then echo readable; fi"]
     }
     service = "65532:65532"
-    assert readers == {path: {service if path.startswith("hitcounter/") else "999:999"} for path in secrets}
+    assert readers == {path: {service if path.startswith("hitcounter/") else "65531:65531"} for path in secrets}
 
 
 def test_secrets_are_made_once(running: Project) -> None:

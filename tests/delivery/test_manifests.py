@@ -32,9 +32,8 @@ SERVICES: dict[str, Service[Any]] = {SERVICE.name: SERVICE}
 KUBERNETES = [f"1.{minor}" for minor in range(30, 38)]
 
 LABEL = "app.kubernetes.io/"
-VALKEY_CONF = [
-    line.split(maxsplit=1) for line in (MANIFESTS / "redis" / "valkey.conf").read_text().splitlines() if line[:1] > "#"
-]
+STATEFULSET, CONF, COMPOSE = MANIFESTS / "redis" / "statefulset.yaml", MANIFESTS / "redis" / "valkey.conf", ROOT / "compose.yaml"
+VALKEY_CONF = [line.split(maxsplit=1) for line in CONF.read_text().splitlines() if line[:1] > "#"]
 USERS = {
     line.split()[1]: line.split()[2:]
     for line in (MANIFESTS / "redis" / "users.acl").read_text().splitlines()
@@ -229,7 +228,7 @@ def test_pod_is_hardened(workload: Workload) -> None:
     context = workload.pod["securityContext"]
     for name in ("runAsUser", "runAsGroup", "fsGroup"):
         assert type(context[name]) is int
-        assert context[name] > 0
+        assert context[name] > 10_000
     assert context["runAsNonRoot"] is True
     assert context["seccompProfile"] == {"type": "RuntimeDefault"}
     for container in workload.containers:
@@ -245,9 +244,27 @@ def test_pod_is_hardened(workload: Workload) -> None:
 def test_container_has_requests_and_limits(workload: Workload) -> None:
     for container in workload.containers:
         requests, limits = container["resources"]["requests"], container["resources"]["limits"]
-        assert requests.keys() == limits.keys() == {"cpu", "memory"}
+        assert requests.keys() == limits.keys() == {"cpu", "memory", "ephemeral-storage"}
         for name in requests:
             assert 0 < number(requests[name]) <= number(limits[name])
+
+
+@of_each_workload
+def test_storage_that_is_requested_holds_the_volumes_and_the_log(workload: Workload) -> None:
+    volumes = [volume["emptyDir"] for volume in workload.mounts.values() if "emptyDir" in volume]
+    on_disk = sum(number(volume["sizeLimit"]) for volume in volumes if volume.get("medium") != "Memory")
+    log = 5 * number("10Mi")  # the kubelet's defaults for containerLogMaxFiles and containerLogMaxSize
+    assert number(workload.container["resources"]["requests"]["ephemeral-storage"]) >= on_disk + log
+
+
+@of_each_workload
+def test_user_is_that_of_compose_and_redis_has_another_than_the_services(workload: Workload) -> None:
+    # In compose.yaml all mount one volume of secrets, in which the group of a file decides who reads it.
+    context, composed = workload.pod["securityContext"], yaml.safe_load(COMPOSE.read_text())["services"]
+    assert composed[workload.name]["user"] == f"{context['runAsUser']}:{context['runAsGroup']}"
+    assert context["runAsUser"] == context["runAsGroup"] == context["fsGroup"]
+    users = {it.name: it.pod["securityContext"]["runAsUser"] for it in workloads(workload.variant)}
+    assert users.pop("redis", None) not in users.values()
 
 
 @of_each_workload
@@ -508,11 +525,51 @@ def test_redis_keeps_what_it_acknowledged_and_forgets_nothing() -> None:
 
 
 @pytest.mark.parametrize("variant", WITH_REDIS)
+def test_claim_is_the_same_whichever_kustomize_renders_it(variant: str) -> None:
+    # Some versions have a variant's labels in the claim template too. Kubernetes refuses to change one later.
+    templates = redis(variant).object["spec"]["volumeClaimTemplates"]
+    assert templates == yaml.safe_load(STATEFULSET.read_text())["spec"]["volumeClaimTemplates"]
+    assert [claim["metadata"]["labels"] for claim in templates] == [{LABEL + "part-of": "hitcounter"}]
+
+
+def check_sizes(store: Workload, conf: str, compose: str) -> None:
+    """Fail unless Redis's memory and storage follow from its maxmemory, in compose.yaml too."""
+    (most,) = (number(line.split()[1]) for line in conf.splitlines() if line.startswith("maxmemory "))
+    resources, tmp = store.container["resources"], store.mounts["/tmp"]["emptyDir"]["sizeLimit"]
+    assert number(resources["limits"]["memory"]) == 3 * most + number("32Mi")  # a rewrite forks, which may copy every page
+    assert number(tmp) == 2 * most  # a snapshot
+    assert number(resources["limits"]["ephemeral-storage"]) == number(tmp) + number("64Mi")
+    for name in ("memory", "ephemeral-storage"):  # a node in need evicts first what uses more than it requests
+        assert resources["requests"][name] == resources["limits"][name]
+    assert number(store.mounts["/data"]["persistentVolumeClaim"]["resources"]["requests"]["storage"]) >= 8 * most
+    composed = yaml.safe_load(compose)["services"]["redis"]
+    assert composed["deploy"]["resources"]["limits"]["memory"] + "i" == resources["limits"]["memory"]  # Docker's M is Mi
+    assert f"/tmp:mode=1777,size={tmp.removesuffix('Mi')}m" in composed["tmpfs"]
+
+
+@pytest.mark.parametrize("variant", WITH_REDIS)
 def test_redis_has_room_for_a_rewrite_and_a_snapshot(variant: str) -> None:
-    most = number(setting("maxmemory"))
-    assert number(redis(variant).container["resources"]["limits"]["memory"]) >= 3 * most
-    assert number(redis(variant).mounts["/tmp"]["emptyDir"]["sizeLimit"]) >= most
-    assert number(redis(variant).mounts["/data"]["persistentVolumeClaim"]["resources"]["requests"]["storage"]) >= 8 * most
+    check_sizes(redis(variant), CONF.read_text(), COMPOSE.read_text())
+
+
+def test_recipe_for_more_memory_is_complete_and_each_of_its_changes_is_needed() -> None:
+    runbook = (ROOT / "docs" / "operations.md").read_text()
+    changes = re.findall(r"^\| `(manifests/redis/\S+|compose\.yaml)` \| `(.+?)` \| `(.+?)` \|", runbook, re.MULTILINE)
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (STATEFULSET, CONF, COMPOSE)}
+    assert {file for file, _, _ in changes} == sources.keys()
+
+    def check(changes: list[tuple[str, str, str]]) -> None:
+        texts = dict(sources)
+        for file, old, new in changes:
+            assert old in texts[file]
+            texts[file] = texts[file].replace(old, new)
+        statefulset, conf, compose = texts.values()
+        check_sizes(Workload("changed", yaml.safe_load(statefulset)), conf, compose)
+
+    check(changes)
+    for left_out in changes:
+        with pytest.raises(AssertionError):
+            check([change for change in changes if change is not left_out])
 
 
 @pytest.mark.parametrize("variant", WITH_REDIS)

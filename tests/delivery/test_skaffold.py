@@ -133,6 +133,7 @@ def test_smoke_test_is_one_that_the_namespace_admits_and_the_network_lets_throug
     assert case["container"]["name"] == container["name"]  # else Skaffold takes nothing of the job's container
     assert case["container"]["image"] == container["image"] == artifact(CONFIG)["image"]
     assert case["container"]["command"][0] in CONTAINERFILE
+    assert all(container["resources"][kind].keys() == {"cpu", "memory", "ephemeral-storage"} for kind in ("requests", "limits"))
     assert job["metadata"]["namespace"] == objects[0]["metadata"]["name"]
     # That the pod passes Pod Security and the network is shown on a cluster: tests/e2e/test_inner_loop.py.
     (policy,) = (it for it in objects if it["metadata"]["name"] == job["metadata"]["name"])

@@ -261,7 +261,7 @@ def test_what_is_no_snapshot_is_refused_and_nothing_changes(stopped: Shipped) ->
     for junk in (b"", b"junk", b"REDIS0011"):
         ended = stopped.script("restore", input=junk)
         assert ended.returncode == 1
-        assert b"redis.sh: this is no snapshot of Redis; nothing has changed\n" in ended.stderr
+        assert b"redis.sh: this is not a snapshot of Redis; nothing has changed\n" in ended.stderr
     stopped.start()
     assert stopped.ask("all", "DBSIZE") == 0
     assert not (stopped.data / "before-restore").exists()

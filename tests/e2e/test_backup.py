@@ -54,7 +54,7 @@ def test_restore_refuses_what_is_no_snapshot_and_changes_nothing(cluster: Deploy
     torn = tmp_path / "torn.rdb"
     torn.write_bytes(file.read_bytes()[:-20])
     before = cluster.namespace.counts()
-    with pytest.raises(AssertionError, match="no snapshot of Redis; nothing has changed"):
+    with pytest.raises(AssertionError, match="not a snapshot of Redis; nothing has changed"):
         cluster.namespace.make("restore", f"FILE={torn}")
     assert cluster.namespace.counts() == (before[0] + 1, before[1])
     assert not re.search("restored", cluster.namespace.kubectl("exec", "redis-0", "--", "ls", "/data"))

@@ -79,7 +79,7 @@ def test_redis_outside_is_used_and_nothing_else_let_out(cluster: Deployed, other
             "spec": {
                 "automountServiceAccountToken": False,
                 "terminationGracePeriodSeconds": 1,
-                "securityContext": {"runAsNonRoot": True, "runAsUser": 999, "seccompProfile": {"type": "RuntimeDefault"}},
+                "securityContext": {"runAsNonRoot": True, "runAsUser": 65531, "seccompProfile": {"type": "RuntimeDefault"}},
                 "containers": [
                     {
                         "name": "redis",

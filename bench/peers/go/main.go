@@ -1,4 +1,4 @@
-// One INCR for each request: Go's net/http and go-redis as they come.
+// One INCR for each request, with Go's net/http and go-redis at their defaults.
 package main
 
 import (
