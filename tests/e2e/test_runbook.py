@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,6 +309,22 @@ def test_enlarged_claim_is_deployed_without_a_restart(cluster: Deployed, install
     (after,) = installed.pods(REDIS)
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
     assert wait_for(installed.answered, 30) == (2, 0)
+
+
+def test_redis_moves_to_a_new_volume_with_its_counts(cluster: Deployed, installed: Namespace, tmp_path: Path) -> None:
+    def volume() -> Any:
+        return installed.get("persistentvolumeclaim", "data-redis-0")["spec"]["volumeName"]
+
+    file, old = tmp_path / "hitcounter.rdb", volume()
+    installed.make("backup", f"FILE={file}")
+    installed.kubectl("delete", "statefulset", "redis")
+    installed.kubectl("delete", "persistentvolumeclaim", "data-redis-0", "--timeout=60s")
+    larger = compose(cluster, installed, "resources: [../hitcounter, ../redis]").replace("storage: 1Gi", "storage: 2Gi")
+    installed.apply(larger)
+    installed.await_rollout("statefulset/redis")
+    assert volume() != old
+    installed.make("restore", f"FILE={file}")
+    assert wait_for(installed.answered, 60) == (2, 0)
 
 
 def forwarded(namespace: Namespace, port: str, path: str) -> str:
