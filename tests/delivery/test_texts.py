@@ -1,4 +1,4 @@
-"""What the texts name is there."""
+"""What the texts name exists, and each link leads somewhere."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ of_each_text = pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name
 
 @of_each_text
 def test_make_targets_exist(text: Path) -> None:
-    commands = re.findall(r"^(?:    )?make ([a-z][a-z0-9 -]*)|`make ([a-z][a-z0-9 -]*)", text.read_text(), re.MULTILINE)
+    commands = re.findall(r"^ *make ([a-z][a-z0-9 -]*)|`make ([a-z][a-z0-9 -]*)", text.read_text(), re.MULTILINE)
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {target for both in commands for target in "".join(both).split()} <= targets
 
@@ -32,8 +32,60 @@ def test_files_exist(text: Path) -> None:
     assert not missing
 
 
+def anchors(text: Path) -> set[str]:
+    """Return the anchors of a Markdown file's headings, as GitHub makes them."""
+    content = re.sub(r"^ *```.*?^ *```", "", text.read_text(), flags=re.MULTILINE | re.DOTALL)
+    names: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", content, re.MULTILINE):
+        name = re.sub(r"[^\w -]", "", re.sub(r"\]\([^)]*\)", "", heading).lower()).replace(" ", "-")
+        assert name not in names, f"{text.name} has the heading {heading!r} twice: its anchor would move with the order"
+        names.add(name)
+    return names
+
+
+@of_each_text
+def test_links_lead_somewhere(text: Path) -> None:
+    missing = []
+    for target in re.findall(r"\]\((?!https?://|mailto:)([^)\s]+)\)", text.read_text()):
+        name, _, anchor = target.partition("#")
+        file = text.parent / name if name else text
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            missing.append(target)
+    assert not missing
+
+
+@of_each_text
+def test_classes_stand_in_the_file_that_is_linked_with_them(text: Path) -> None:
+    """As in "[counter.py](../hitcounter/counter.py), `Lane`" and "`Lane` in [counter.py](../hitcounter/counter.py)"."""
+    content = text.read_text()
+    named = re.findall(r"\]\(([\w./]+\.py)\), `([A-Z]\w+)`", content)
+    named += [(file, name) for name, file in re.findall(r"`([A-Z]\w+)` in \[[^]]*\]\(([\w./]+\.py)\)", content)]
+    assert not [(file, name) for file, name in named if f"\nclass {name}" not in (text.parent / file).read_text()]
+
+
+def test_symptoms_of_the_runbook_are_its_headings_in_the_order_of_the_index() -> None:
+    content = (ROOT / "docs" / "operations.md").read_text()
+    index = re.findall(r"^\| \[(.+?)\]\(#", content, re.MULTILINE)
+    part = content.partition("## Which symptom do you see?")[2].partition("\n## ")[0]
+    assert index
+    assert re.findall(r"^### (.+)$", part, re.MULTILINE) == index
+
+
+def test_details_of_the_runbook_are_those_of_the_code() -> None:
+    """The table of causes quotes what a client gets as `detail`."""
+    table = (ROOT / "docs" / "operations.md").read_text().partition("\n| `detail` |")[2].partition("\n\n")[0]
+    details = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
+    code = "".join(path.read_text() for folder in ("nanoservice", "hitcounter") for path in (ROOT / folder).glob("*.py"))
+    assert details
+    for detail in details:
+        words = re.sub(r"^Redis:? |: \.\.\.$|: it may have been counted$", "", detail)
+        assert words in code, detail
+
+
 async def test_metrics_of_the_runbook_are_measured(served: Served) -> None:
-    named = re.findall(r"^\| `([a-z_]+)` \|", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    content = (ROOT / "docs" / "operations.md").read_text()
+    named = re.findall(r"^\| `([a-z]+_[a-z_]+)` \|", content, re.MULTILINE)
+    named += re.findall(r"\b((?:http|counter|process|redis)_[a-z_]+)[{[]", content)  # in queries
     async with served.client.get("/") as answer:
         assert answer.status == 200
     async with served.client.get(f"http://127.0.0.1:{served.admin_port}/metrics") as answer:

@@ -1,4 +1,4 @@
-"""What docs/operations.md says of faults: provoked, seen, mended."""
+"""What docs/operations.md says of faults: provoked, seen, fixed; and its recipes, followed."""
 
 import base64
 import json
@@ -8,7 +8,8 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,6 +251,53 @@ def test_redis_that_cannot_start_is_mended_by_the_next_deploy(installed: Namespa
     assert wait_for(installed.answered, 30) == (2, 0)
 
 
+def with_settings(cluster: Deployed, namespace: Namespace, *literals: str) -> str:
+    """Return the manifests with these lines in the service's ConfigMap."""
+    generator = f"configMapGenerator: [{{name: hitcounter, behavior: merge, literals: [{', '.join(literals)}]}}]"
+    return compose(cluster, namespace, "resources: [../hitcounter, ../redis]", generator)
+
+
+def test_setting_is_changed_and_rolled_back(cluster: Deployed, installed: Namespace) -> None:
+    def settings() -> str:
+        (pod,) = installed.ready()
+        script = "import os; print(os.environ.get('LANES'), os.environ['LOG_FORMAT'])"
+        return installed.python(pod, script).strip()
+
+    def one_is_left() -> bool:
+        return len(installed.pods()) == 1
+
+    assert settings() == "None json"
+    installed.apply(with_settings(cluster, installed, "LANES=8", "LOG_FORMAT=text"))
+    installed.await_rollout("deployment/hitcounter")
+    wait_for(one_is_left, 60)
+    assert settings() == "8 json"  # LOG_FORMAT stands in `env`, which overrides the ConfigMap
+    assert wait_for(installed.answered, 30) == (2, 0)
+    installed.kubectl("rollout", "undo", "deployment/hitcounter")
+    installed.await_rollout("deployment/hitcounter")
+    wait_for(one_is_left, 60)
+    assert settings() == "None json"
+    assert wait_for(installed.answered, 30) == (3, 0)
+
+
+def test_wrong_setting_keeps_the_new_pod_out_and_the_old_one_serving(cluster: Deployed, installed: Namespace) -> None:
+    (old,) = installed.ready()
+    installed.apply(with_settings(cluster, installed, "LANE=8"))
+    new = newcomer(installed, old)
+
+    def status() -> Any:
+        (container,) = installed.get("pod", new)["status"].get("containerStatuses", [{}])
+        return container
+
+    wait_for(lambda: status().get("state", {}).get("waiting", {}).get("reason") == "CrashLoopBackOff", 60)
+    assert status()["lastState"]["terminated"]["exitCode"] == 78
+    assert log(installed, new, "--previous") == "hitcounter: LANE is not a setting; the nearest is LANES\n"
+    assert installed.ready() == [old]
+    assert wait_for(installed.answered, 30) == (2, 0)
+    installed.kubectl("rollout", "undo", "deployment/hitcounter")
+    installed.await_rollout("deployment/hitcounter")
+    assert installed.ready() == [old]
+
+
 def test_enlarged_claim_is_deployed_without_a_restart(cluster: Deployed, installed: Namespace) -> None:
     larger = compose(cluster, installed, "resources: [../hitcounter, ../redis]").replace("storage: 1Gi", "storage: 2Gi")
     (before,) = installed.pods(REDIS)
@@ -261,6 +309,22 @@ def test_enlarged_claim_is_deployed_without_a_restart(cluster: Deployed, install
     (after,) = installed.pods(REDIS)
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
     assert wait_for(installed.answered, 30) == (2, 0)
+
+
+def test_redis_moves_to_a_new_volume_with_its_counts(cluster: Deployed, installed: Namespace, tmp_path: Path) -> None:
+    def volume() -> Any:
+        return installed.get("persistentvolumeclaim", "data-redis-0")["spec"]["volumeName"]
+
+    file, old = tmp_path / "hitcounter.rdb", volume()
+    installed.make("backup", f"FILE={file}")
+    installed.kubectl("delete", "statefulset", "redis")
+    installed.kubectl("delete", "persistentvolumeclaim", "data-redis-0", "--timeout=60s")
+    larger = compose(cluster, installed, "resources: [../hitcounter, ../redis]").replace("storage: 1Gi", "storage: 2Gi")
+    installed.apply(larger)
+    installed.await_rollout("statefulset/redis")
+    assert volume() != old
+    installed.make("restore", f"FILE={file}")
+    assert wait_for(installed.answered, 60) == (2, 0)
 
 
 def forwarded(namespace: Namespace, port: str, path: str) -> str:
@@ -289,28 +353,44 @@ def test_examples_in_the_texts_apply() -> None:
         kinds = set()
         for file, example in blocks():
             assert {"apiVersion", "kind"} <= example.keys(), file
-            if example["kind"] not in ("Certificate", "ExternalSecret", "HTTPRoute"):  # which a cluster need not know
+            if example["kind"] not in ("Certificate", "ExternalSecret", "Gateway", "HTTPRoute"):  # which a cluster need not know
                 one.kubectl("apply", "--dry-run=server", "--filename=-", input=json.dumps(example))
                 kinds.add(example["kind"])
-    assert "Secret" in kinds
+    assert kinds == {"Secret", "Ingress"}
+
+
+# What would change the cluster is only asked of its API.
+_DRY = ("apply", "delete", "patch", "scale", "taint", "undo")
 
 
 def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
     ours = cluster.namespace
     node = ours.kubectl("get", "nodes", "--output=name").split()[0].removeprefix("node/")
-    ran = []
-    for line in re.findall(r"^    kubectl (.*)", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE):
-        command = [node if word == "NODE" else word for word in shlex.split(line, comments=True)]
-        ran.append(command[0])
-        if command[0] == "port-forward":
+    ours.kubectl("rollout", "restart", "deployment/hitcounter")  # so that there is a revision to go back to
+    ours.await_rollout("deployment/hitcounter")
+    production = compose(cluster, ours, "resources: [../production]")
+    ran = set()
+    lines = re.findall(r"^ *kubectl (.*)", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    for line in dict.fromkeys(lines):
+        command = [{"NODE": node, "POD": "redis-0"}.get(word, word) for word in shlex.split(line, comments=True)]
+        verb = next(word for word in command if not word.startswith("--"))
+        action = command[1] if verb == "rollout" else verb
+        dry = ["--dry-run=server"] if action in _DRY else []
+        ran.add(action)
+        if verb == "port-forward":
             assert command[1:] == ["deployment/hitcounter", "9090", "8080"]
             assert forwarded(ours, ":9090", "/metrics").startswith("# HELP")
             assert "ready" in forwarded(ours, ":8080", "/readyz")
-        elif command[0] == "patch":
-            try:
-                ours.kubectl(*command, "--dry-run=server")
-            except AssertionError as refused:  # by a storage class that does not allow it
-                assert "must support resize" in str(refused)
+        elif command[-1] == "--kustomize=manifests/production":
+            command[-1] = "--filename=-"  # of a namespace and an image that there are
+            with suppress(AssertionError) if verb == "diff" else nullcontext():  # it fails if there is a difference
+                ours.kubectl(*command, *dry, input=production)
         else:
-            ours.kubectl(*command, *(["--dry-run=server"] if command[0] in ("taint", "delete") else []))
-    assert set(ran) == {"get", "logs", "port-forward", "taint", "patch", "delete", "exec"}
+            try:
+                ours.kubectl(*command, *dry)
+            except AssertionError as refused:  # by a storage class that cannot resize, or since nothing has restarted
+                assert re.search("must support resize|previous terminated container .* not found", str(refused)), command
+        if action == "restart":
+            ours.await_rollout(command[-1])
+    reads = {"get", "describe", "logs", "port-forward", "exec", "diff", "history", "status"}
+    assert ran == reads | {"restart"} | set(_DRY)
