@@ -266,7 +266,7 @@ def test_port_in_use_is_told_in_one_line(copy: Path) -> None:
         ended = make(*RUN[1:], cwd=copy, BIND_PORT=str(port), ADMIN_PORT="0")
         other.terminate()
         other.communicate()
-    assert f"hitcounter: port {port} is in use: end what uses it, or choose another with BIND_PORT=..." in ended.stderr
+    assert f"hitcounter: port {port} is in use: stop what uses it, or choose another port with BIND_PORT=..." in ended.stderr
 
 
 def _listens(port: int) -> bool:
