@@ -266,7 +266,7 @@ class Lane:
             sent, seen, began = False, self._health.successes, loop.time()
             try:
                 async with asyncio.timeout_at(min(began + self._redis_timeout, batch.deadline)):
-                    await self._connection.connect()  # type: ignore[no-untyped-call] # the driver is typed in part
+                    await self._connection.connect()
                     sent = True
                     reply: list[Any] = await self._call(hits, posts, digests)
             except REDIS_ERRORS as error:

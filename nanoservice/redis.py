@@ -78,8 +78,7 @@ class _WatchedClient(Redis):
     health: Health
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        work = super().execute_command(*args, **options)  # type: ignore[no-untyped-call] # typed in part
-        return await self.health.watch(work)
+        return await self.health.watch(super().execute_command(*args, **options))  # type: ignore[no-untyped-call] # typed in part
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "_WatchedPipeline":
         pipeline = _WatchedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
@@ -91,8 +90,7 @@ class _WatchedPipeline(Pipeline):
     health: Health
 
     async def immediate_execute_command(self, *args: Any, **options: Any) -> Any:
-        work = super().immediate_execute_command(*args, **options)  # type: ignore[no-untyped-call] # typed in part
-        return await self.health.watch(work)
+        return await self.health.watch(super().immediate_execute_command(*args, **options))  # type: ignore[no-untyped-call] # same
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
         done = super().execute(raise_on_error)
