@@ -90,7 +90,7 @@ class _WatchedPipeline(Pipeline):
     health: Health
 
     async def immediate_execute_command(self, *args: Any, **options: Any) -> Any:
-        return await self.health.watch(super().immediate_execute_command(*args, **options))  # type: ignore[no-untyped-call] # same
+        return await self.health.watch(super().immediate_execute_command(*args, **options))  # type: ignore[no-untyped-call] # too
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
         done = super().execute(raise_on_error)
