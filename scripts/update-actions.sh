@@ -11,7 +11,7 @@ git grep -hoE 'uses: [^ .]+@[0-9a-f]{40}  # v[0-9.]+' .github/workflows | sort -
   # A tag may be an object of its own; the line after it, with ^{}, then has the commit.
   newest=$(git ls-remote --tags "https://github.com/$(echo "$name" | cut -d / -f 1,2)" 'v*' \
     | awk '{ sub("refs/tags/", "", $2); sub("\\^[{][}]", "", $2); if ($2 ~ /^v[0-9]+\.[0-9]+\.[0-9]+$/) commit[$2] = $1 }
-           END { for (version in commit) print version, commit[version] }' | sort --version-sort | tail -n 1)
+           END { for (version in commit) print version, commit[version] }' | sort -V | tail -n 1)
   [ "$newest" ] || fail "$name has no versions"
   replace "$action  \# $version" "$name@${newest#* }  \# ${newest% *}" .github/workflows/*.yml
 done
