@@ -66,7 +66,8 @@ coverage: $(VENV)/installed ## run the tests, and show which lines they do not r
 lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/shellcheck --shell=sh --external-sources --source-path=SCRIPTDIR scripts/*.sh scripts/lib/*.sh manifests/*/*.sh compose/*.sh
+	@$(BIN)/shellcheck --shell=sh --external-sources --source-path=SCRIPTDIR \
+	    scripts/*.sh scripts/lib/*.sh manifests/*/*.sh compose/*.sh
 	@$(BIN)/shellcheck --shell=bash .ci/run .ci/steps .ci/buildah .ci/devcontainer/check
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.compose-spec compose.yaml

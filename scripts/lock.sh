@@ -10,8 +10,10 @@
 
 for name in requirements requirements-dev bench/requirements; do
   # Renovate runs the command that it reads in a lock's first lines, with the options that it knows.
-  command="pip-compile --allow-unsafe --generate-hashes --no-emit-index-url --output-file=${name##*/}.txt --strip-extras ${name##*/}.in"
+  command="pip-compile --allow-unsafe --generate-hashes --no-emit-index-url --output-file=${name##*/}.txt"
+  command="$command --strip-extras ${name##*/}.in"
   # shellcheck disable=SC2086 # no argument if it is empty
-  CUSTOM_COMPILE_COMMAND=$command "$VENV/bin/pip-compile" --quiet --generate-hashes --strip-extras --allow-unsafe --no-emit-options \
+  CUSTOM_COMPILE_COMMAND=$command \
+  "$VENV/bin/pip-compile" --quiet --generate-hashes --strip-extras --allow-unsafe --no-emit-options \
     ${UPGRADE:-} --output-file="$name.txt" "$name.in"
 done

@@ -21,7 +21,8 @@ attach() { # IMAGE FILE TYPE: make the file refer to the image, once, and read i
   # Without the time, so that the referrer is the same when it is attached again.
   (cd "$folder" && quietly "$ORAS" attach --no-tty --artifact-type "$3" \
     --annotation org.opencontainers.image.created=1970-01-01T00:00:00Z "$1" "$2:$3") || exit
-  referrer=$("$ORAS" discover --artifact-type "$3" --format go-template='{{range .referrers}}{{.digest}}{{"\n"}}{{end}}' "$1" | head -n 1)
+  digests='{{range .referrers}}{{.digest}}{{"\n"}}{{end}}'
+  referrer=$("$ORAS" discover --artifact-type "$3" --format go-template="$digests" "$1" | head -n 1)
   quietly "$ORAS" pull --no-tty --output "$work" "${1%@*}@$referrer"
   cmp "$work/$2" "$folder/$2" || fail "$1 has another $2 already: it was published by somebody else, or from other sources"
 }

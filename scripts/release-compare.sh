@@ -7,5 +7,6 @@
 
 [ "$DIGEST" ] || fail "which digest is expected? DIGEST=sha256:..."
 digest=$(image_digest)
-[ "$digest" = "$DIGEST" ] || fail "the image differs: $DIGEST was expected, and it is $digest. Nothing may be signed or published."
+[ "$digest" = "$DIGEST" ] \
+|| fail "the image differs: $DIGEST was expected, and it is $digest. Nothing may be signed or published."
 echo "$digest, as expected"

@@ -7,7 +7,8 @@
 
 [ "$SUMS" ] || fail "which checksums are expected? SUMS=..., from make release-sums"
 sums=$(checksum)
-[ "$sums" = "$SUMS" ] || fail "the files differ: the digest $SUMS of their checksums was expected, and it is $sums. None may be uploaded."
+[ "$sums" = "$SUMS" ] \
+|| fail "the files differ: the digest $SUMS of their checksums was expected, and it is $sums. None may be uploaded."
 work=$(mktemp -d)
 remove_work_at_exit
 (cd "$folder" && quietly sha256sum --check --strict SHA256SUMS) || exit

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Give each action in the workflows the commit of its newest version, as Renovate would: update-actions.sh
 # A tag does not say when it came out, so there is no week's wait as for packages: look at what is new before you commit it.
-# minikube in ci.yml is left alone, and so are Go modules: go get -tool TOOL@latest in the folders of scripts/tools/, go get -u in bench/peers/go.
+# minikube in ci.yml is left alone, and so are Go modules: go get -tool TOOL@latest in the folders of scripts/tools/, go get -u
+# in bench/peers/go.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/replace.sh"

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Give each NAME:TAG@DIGEST in the repository the digest that the tag has now, as Renovate would: update-images.sh
 # Reads ORAS. An image keeps its tag.
-# A registry does not say when an image came out, so there is no week's wait as for packages: look at what is new before you commit it.
+# A registry does not say when an image came out, so there is no week's wait as for packages: check what is new before you
+# commit it.
 # The development container is left alone; its CLI is in .ci/devcontainer/package.json.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage

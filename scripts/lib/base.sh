@@ -1,6 +1,7 @@
 # What every script shares. A script sources this first. It works in the current folder, which is the root of the repository.
 #
-# For macOS, whose sh is bash 3.2: there `set -e` does not see that a subshell or a pipeline fails, so these are followed by `|| exit`.
+# The sh of macOS is bash 3.2, whose `set -e` does not see that a subshell or a pipeline fails, so these are followed by
+# `|| exit`.
 set -eu
 unset CDPATH # with it, `cd` may go elsewhere
 

@@ -1,5 +1,6 @@
 # How the cluster is reached, and what is found out about it.
-# Reads KUBECTL and NAMESPACE; and SKAFFOLD_KUBE_CONTEXT, in which Skaffold names the cluster that it uses, if that is not the current one.
+# Reads KUBECTL and NAMESPACE; and SKAFFOLD_KUBE_CONTEXT, in which Skaffold names the cluster that it uses, if that is not the
+# current one.
 
 kube() { # ARGUMENT...: run kubectl in the namespace
   "$KUBECTL" ${SKAFFOLD_KUBE_CONTEXT:+--context="$SKAFFOLD_KUBE_CONTEXT"} --namespace="$NAMESPACE" "$@"
@@ -22,7 +23,8 @@ check_version() { # fail unless a cluster answers and is new enough
 
 namespace_exists() { # succeed if the namespace is there; exit if it does not belong to this service
   # The output has the first word if the namespace is there, and the second only if it has the label.
-  found=$(k get namespace "$NAMESPACE" --ignore-not-found --output=jsonpath='there {.metadata.labels.app\.kubernetes\.io/part-of}') || exit
+  found=$(k get namespace "$NAMESPACE" --ignore-not-found \
+    --output=jsonpath='there {.metadata.labels.app\.kubernetes\.io/part-of}') || exit
   case "$found" in
     "") return 1 ;;
     "there hitcounter") ;;

@@ -20,7 +20,8 @@ choose_engine() { # set `engine` to the first one
   engine=$(engines)
   engine=${engine%%
 *}
-  [ "$engine" ] || fail "an image needs an engine: start Docker (with buildx), or install podman or buildah, or name one: ENGINE=..."
+  [ "$engine" ] \
+  || fail "an image needs an engine: start Docker (with buildx), or install podman or buildah, or name one: ENGINE=..."
 }
 
 is_docker() { case "${engine##*/}" in docker*) ;; *) false ;; esac }
@@ -61,11 +62,12 @@ layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, with an 
   context=$1 folder=$2 targets=$3
   shift 3
   # A build that failed leaves a part of a layout, which may be removed; other files may not.
-  others=$(find "$folder" -mindepth 1 -maxdepth 1 ! -name blobs ! -name index.json ! -name ingest ! -name oci-layout 2>/dev/null) || true
+  others=$(find "$folder" -mindepth 1 -maxdepth 1 \
+    ! -name blobs ! -name index.json ! -name ingest ! -name oci-layout 2>/dev/null) || true
   [ -z "$others" ] || fail "$folder is not an OCI layout: name another folder with LAYOUT=..."
   rm -rf "$folder"
   if is_docker; then
-    # Through an archive: if BuildKit writes into a folder, two platforms may write a layer that they share at once, and one fails.
+    # Through an archive: if BuildKit writes into a folder, two platforms may write a shared layer at once, and one fails.
     # shellcheck disable=SC2154 # the script sets `work`
     build "$context" --platform="$targets" --output="type=oci,dest=$work/archive" "$@" \
     && mkdir -p "$folder" && tar -C "$folder" -xf "$work/archive"
@@ -80,7 +82,8 @@ layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, with an 
     *,*)
       list=localhost/image-$$
       # shellcheck disable=SC2086 # several images
-      "$engine" manifest create "$list" $ids >/dev/null && "$engine" manifest push --quiet --all "$list" "oci:$folder:latest" || return
+      "$engine" manifest create "$list" $ids >/dev/null || return
+      "$engine" manifest push --quiet --all "$list" "oci:$folder:latest" || return
       "$engine" rmi "$list" >/dev/null
       ;;
     *) "$engine" push --quiet "${ids# }" "oci:$folder:latest" ;;

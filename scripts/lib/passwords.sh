@@ -1,6 +1,7 @@
 # How the passwords of Redis's users are kept in the cluster. A script sources this after lib/cluster.sh.
 #
-# Redis has all of them: the secret redis-users has a key for each user. Each line of a key is a valid password; the newest comes first.
+# Redis has all of them: the secret redis-users has a key for each user. Each line of a key is a valid password; the newest
+# comes first.
 # A service has its own: the secret SERVICE-redis has it as `password`.
 # Passwords pass through files that only this user can read; on a command line, `ps` would show them.
 
@@ -12,7 +13,7 @@ services=$(echo "$users" | grep -vx -e probe -e operator)
 
 new_password() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; echo; }
 
-read_secret() { # NAME KEY: print the passwords in that key of a secret, whoever made it, a line each; print nothing if there are none
+read_secret() { # NAME KEY: print the passwords in that key of a secret, a line each; print nothing if there are none
   # Through a file, since a secret that cannot be read must not pass for one that is missing.
   k get secret "$1" --ignore-not-found \
     --output=go-template="{{with .data}}{{with index . \"$2\"}}{{base64decode .}}{{end}}{{end}}" >"$work/secret" || return
