@@ -37,7 +37,7 @@ export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE
 
 # --- Every day ---
 
-.PHONY: help run test coverage lint format types clean
+.PHONY: help run test test-newest coverage lint format types clean
 
 # What `make run` needs: the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -58,6 +58,10 @@ run: $(VENV)/can-run ## run the service on port 8080, with a Valkey of its own i
 # In two processes: most tests wait most of the time.
 test: $(VENV)/installed ## run all tests that need nothing but this machine
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-newest: ## run the contract tests with the newest aiohttp and redis-py, which may fail
+	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
+	@VENV=.venv-newest sh scripts/test-newest.sh
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
