@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,7 +18,7 @@ class Fate(Enum):
     SWALLOW_REPLY = auto()  # the store has done it, and the connection stays open and silent
     STALL = auto()  # it waits before the store, and the connection stays open and silent; `Proxy.release` lets it go on
     REPEAT = auto()  # it reaches the store a second time at once, over another connection
-    REPEAT_LATE = auto()  # and again, over another connection, when newer ones of its writer have been done
+    REPEAT_LATE = auto()  # the same, but only when a later request has been done: see `Proxy`
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,6 @@ class Request:
 
     data: bytes
     words: list[bytes]
-
-    @property
-    def is_batch(self) -> bool:
-        """Whether it calls a script."""
-        return self.words[0].upper() == b"EVALSHA"
-
-    @property
-    def writer(self) -> bytes:
-        """The name of the batch's writer."""
-        return self.words[5]
-
-    @property
-    def sequence(self) -> int:
-        """The number that the writer gave the batch."""
-        return int(self.words[8])
 
 
 class RequestParser:
@@ -84,17 +69,24 @@ def pass_on(request: Request) -> Fate:
 
 
 class Proxy:
-    """Listens on a port of loopback, and passes on to the store at `store` what `fate` says is to be passed on.
+    """Listens on a port of loopback, and passes requests on to the store at the port `store`, unless `fate` decides otherwise.
 
-    `fates` counts what was done; `repeated` counts the first word of the store's replies to what it was sent once more.
+    A request with the fate REPEAT_LATE is sent again when the store has done a request for which `is_later(kept, request)` holds.
+    `fates` counts what was done; `repeated` counts the first words of the store's replies to repeated requests.
     """
 
-    def __init__(self, store: int, fate: Callable[[Request], Fate] = pass_on) -> None:
+    def __init__(
+        self,
+        store: int,
+        fate: Callable[[Request], Fate] = pass_on,
+        is_later: Callable[[Request, Request], bool] = lambda kept, request: True,
+    ) -> None:
         self._store = store
         self.fate = fate
+        self._is_later = is_later
         self.fates: Counter[Fate] = Counter()
         self.repeated: Counter[str] = Counter()
-        self._kept: defaultdict[bytes, list[Request]] = defaultdict(list)  # to be repeated late, by writer
+        self._kept: list[Request] = []  # to be repeated late
         self._stalled: list[Request] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._released = asyncio.Event()
@@ -155,18 +147,12 @@ class Proxy:
                 writer.write(reply)
                 if fate is Fate.REPEAT:
                     await self._repeat(request)
-                if request.is_batch:
-                    await self._repeat_older(request)
+                due = [kept for kept in self._kept if self._is_later(kept, request)]
+                self._kept = [kept for kept in self._kept if kept not in due]
+                for kept in due:
+                    await self._repeat(kept)
                 if fate is Fate.REPEAT_LATE:
-                    self._kept[request.writer].append(request)
-
-    async def _repeat_older(self, request: Request) -> None:
-        """Send again what was kept of this writer: it is older than `request`, which has been done."""
-        for kept in self._kept.pop(request.writer, ()):
-            if kept.sequence < request.sequence:
-                await self._repeat(kept)
-            else:
-                self._kept[request.writer].append(kept)
+                    self._kept.append(request)
 
     async def _repeat(self, request: Request) -> None:
         """Send `request` over a connection of its own, and keep the reply from everyone."""

@@ -23,6 +23,13 @@ def test_hadolint_finds_nothing(name: str) -> None:
     assert (ended.returncode, ended.stdout) == (0, "")
 
 
+def test_no_build_sees_what_is_for_tests_alone() -> None:
+    patterns = (ROOT / ".dockerignore").read_text().splitlines()
+    later = patterns[patterns.index("nanoservice/testing") :]
+    assert not [pattern for pattern in later if pattern.startswith("!nanoservice")]  # the last pattern that matches decides
+    assert (ROOT / "nanoservice" / "testing").is_dir()
+
+
 def test_no_engine_is_told_in_one_line(tmp_path: Path) -> None:
     for name in ("sh", "mktemp", "rm"):
         (tmp_path / name).symlink_to(f"/bin/{name}" if Path(f"/bin/{name}").exists() else f"/usr/bin/{name}")

@@ -21,6 +21,7 @@ import pytest
 from nanoservice.testing.valkey import Valkey, free_port
 from nanoservice.testing.waiting import SLACK, wait_for
 from tests.support import ROOT
+from tests.support.loops import python_path
 
 # With the environment of these tests in place of the one that the first `make run` makes.
 RUN = ["make", "-o", ".venv/can-run", "run"]
@@ -225,6 +226,7 @@ def run(copy: Path, **environ: str) -> Iterator[str]:
     """Have `make run` serve, and yield what a GET is answered; end it as Ctrl-C does."""
     (copy / ".venv").symlink_to(sys.prefix)
     environ = {"PATH": os.environ["PATH"], "BIND_PORT": str(free_port()), "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1", **environ}
+    environ["PYTHONPATH"] = python_path()
     with subprocess.Popen(
         RUN, cwd=copy, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     ) as popen:

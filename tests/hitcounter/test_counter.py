@@ -20,6 +20,7 @@ from nanoservice.testing.proxy import Fate, Proxy, Request
 from nanoservice.testing.served import serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
+from tests.hitcounter.batches import is_batch, sequence, writer
 from tests.support.process import metric
 from tests.support.wire import connected, request
 
@@ -262,8 +263,8 @@ async def test_stuck_batch_holds_up_only_its_own_lane(valkey: Valkey) -> None:
     stuck: set[bytes] = set()
 
     def fate(request: Request) -> Fate:
-        if request.is_batch and (not stuck or request.writer in stuck):
-            stuck.add(request.writer)
+        if is_batch(request) and (not stuck or writer(request) in stuck):
+            stuck.add(writer(request))
             return Fate.STALL
         return Fate.PASS
 
@@ -325,7 +326,7 @@ async def test_key_counts_once_over_batches_and_over_two_counters(valkey: Valkey
 async def test_key_that_got_no_answer_counts_once_when_it_comes_again(valkey: Valkey) -> None:
     async with Proxy(valkey.port) as proxy, counting(valkey, proxy.port, timeout=1.5, redis_timeout=0.5) as it:
         await it.hit()
-        proxy.fate = lambda request: Fate.SWALLOW_REPLY if request.is_batch else Fate.PASS
+        proxy.fate = lambda request: Fate.SWALLOW_REPLY if is_batch(request) else Fate.PASS
         with pytest.raises(UnavailableError):
             await within(it.post("a"))
         proxy.fate = lambda _: Fate.PASS
@@ -337,7 +338,7 @@ async def test_try_that_the_deadline_cuts_short_is_no_news_of_redis(valkey: Valk
     tries = itertools.count()
 
     def fate(request: Request) -> Fate:
-        return Fate.SWALLOW_REPLY if request.is_batch and next(tries) else Fate.PASS
+        return Fate.SWALLOW_REPLY if is_batch(request) and next(tries) else Fate.PASS
 
     async with Proxy(valkey.port, fate) as proxy, counting(valkey, proxy.port, timeout=1.5, redis_timeout=3.0) as it:
         with pytest.raises(UnavailableError, match="NOPERM"):
@@ -452,8 +453,8 @@ async def test_lost_replies_and_lanes_out_of_step_are_no_rewinds(valkey: Valkey)
 
     def fate(request: Request) -> Fate:
         nonlocal number
-        number += request.is_batch
-        return Fate.LOSE_REPLY if request.is_batch and number % 3 == 0 else Fate.PASS
+        number += is_batch(request)
+        return Fate.LOSE_REPLY if is_batch(request) and number % 3 == 0 else Fate.PASS
 
     async with Proxy(valkey.port, fate) as proxy, counting(valkey, proxy.port, timeout=10.0) as it:
         waiting = []
@@ -485,7 +486,7 @@ async def test_batch_in_doubt_when_its_writer_is_forgotten_gets_503_and_counts_o
 
     def fate(request: Request) -> Fate:
         nonlocal sent
-        if not request.is_batch or request.sequence == 1:
+        if not is_batch(request) or sequence(request) == 1:
             return Fate.PASS
         sent += 1
         if sent == 1:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 import redis
@@ -12,14 +12,13 @@ import redis
 from nanoservice.testing.proxy import Fate, Proxy, Request
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
+from tests.hitcounter.batches import is_batch, is_newer
 from tests.support.load import Load, Tally
-from tests.support.process import Process
+from tests.support.process import Process, Spawn
 
 CONNECTIONS = 1000
 SECONDS = 10  # for which each load lasts
 LOST_REPLIES = 100  # at least, in the test of a bad network
-
-Spawn = Callable[..., Process]
 
 
 @pytest.fixture
@@ -110,7 +109,7 @@ async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_an
 
     def fate(request: Request) -> Fate:
         nonlocal began
-        if not request.is_batch:
+        if not is_batch(request):
             return Fate.PASS
         began = began or time.monotonic()
         spent = (time.monotonic() - began) / SECONDS
@@ -134,7 +133,7 @@ async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_an
         await eventually(enough, SECONDS * SLACK)
         load.stop()
 
-    async with Proxy(valkey.port, fate) as proxy:
+    async with Proxy(valkey.port, fate, is_newer) as proxy:
         services = [spawn(valkey.environ(REDIS_PORT=str(proxy.port), REDIS_TIMEOUT="0.15")) for _ in range(2)]
         load = Load([service.port for service in services], CONNECTIONS)
         tally = load.tally

@@ -1,40 +1,48 @@
 """Settings: every mistake is found in one run, named, and told without a value."""
 
-import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 
-from hitcounter.app import CounterConfig
-from nanoservice.config import Secret, table, variables
+from nanoservice import config
+from nanoservice.config import Secret, integer, seconds, setting, variables
 from nanoservice.errors import ConfigError
-from tests.support import ROOT
+from tests.support.variables import OTHERS
+
+
+@dataclass(frozen=True)
+class Config(config.Config):
+    """The settings of a service, after those of every service."""
+
+    lanes: int = setting(4, "a number", integer(1, 64))  # terminals set LINES, and everybody LANGUAGE
+    wait_seconds: float = setting(2.0, "a duration", seconds(0.1, 60))
 
 
 def problems(environ: dict[str, str]) -> list[str]:
     """Return what is wrong with `environ`."""
     with pytest.raises(ConfigError) as caught:
-        CounterConfig.read(environ)
+        Config.read(environ)
     return caught.value.problems
 
 
 def test_defaults_need_no_variable() -> None:
-    config = CounterConfig.read({})
-    assert (config.bind_port, config.admin_port, config.redis_port, config.lanes) == (8080, 9090, 6379, 4)
+    found = Config.read({})
+    assert (found.bind_port, found.admin_port, found.redis_port, found.lanes) == (8080, 9090, 6379, 4)
 
 
 def test_empty_variable_counts_as_not_set() -> None:
-    assert CounterConfig.read({"BIND_PORT": "", "REDIS_HOST": ""}) == CounterConfig.read({})
+    assert Config.read({"BIND_PORT": "", "REDIS_HOST": ""}) == Config.read({})
 
 
 def test_each_kind_of_value_is_read() -> None:
-    config = CounterConfig.read(
+    found = Config.read(
         {"BIND_PORT": "0", "DRAIN_SECONDS": "2.5", "LOG_LEVEL": "DEBUG", "REDIS_HOST": "::1", "REDIS_TLS": "on", "LANES": "2"}
     )
-    assert (config.bind_port, config.drain_seconds, config.log_level) == (0, 2.5, "debug")
-    assert (config.redis_host, config.redis_tls, config.lanes) == ("::1", True, 2)
+    assert (found.bind_port, found.drain_seconds, found.log_level) == (0, 2.5, "debug")
+    assert (found.redis_host, found.redis_tls, found.lanes) == ("::1", True, 2)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +61,10 @@ def test_each_kind_of_value_is_read() -> None:
         ("REDIS_TLS", "maybe", "one of true, on, 1, false, off, 0"),
         ("REDIS_TIMEOUT", "0", "a number of seconds from 0.01 to 60"),
         ("REDIS_TIMEOUT", "nan", "a number of seconds"),
-        ("REQUEST_TIMEOUT", "1e3", "a number of seconds from 0.1 to 60"),
+        ("WAIT_SECONDS", "1e3", "a number of seconds from 0.1 to 60"),
         ("LOG_LEVEL", "loud", "one of debug, info, warning, error"),
         ("LOG_FORMAT", "xml", "one of json, text"),
         ("LANES", "0", "a whole number from 1 to 64"),
-        ("MAX_PENDING", "0", "a whole number from 1"),
-        ("IDEMPOTENCY_KEYS", "0", "a whole number from 1"),
         ("REDIS_PASSWORD_FILE", "/nowhere", "the path of a file that can be read: No such file"),
         ("REDIS_CA_FILE", "/", "the path of a file that can be read: Is a directory"),
         ("REDIS_CA_FILE", __file__, "the path of a file of certificates (PEM)"),
@@ -81,7 +87,12 @@ def test_all_problems_are_told_in_one_run() -> None:
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("REDIS_PASSWRD", "REDIS_PASSWORD"), ("BIND_PROT", "BIND_PORT"), ("LOG_LEVLE", "LOG_LEVEL"), ("MAX_PENDNG", "MAX_PENDING")],
+    [
+        ("REDIS_PASSWRD", "REDIS_PASSWORD"),
+        ("BIND_PROT", "BIND_PORT"),
+        ("LOG_LEVLE", "LOG_LEVEL"),
+        ("WAIT_SECONS", "WAIT_SECONDS"),
+    ],
 )
 def test_misspelt_variable_is_told_with_the_nearest_one(name: str, nearest: str) -> None:
     assert problems({name: "s3cret"}) == [f"{name} is not a setting; the nearest is {nearest}"]
@@ -102,22 +113,9 @@ def test_variable_that_is_misspelt_at_its_beginning_is_told_too(name: str, neare
 
 
 def test_variables_of_others_are_none_of_our_business() -> None:
-    # Of shells, terminals, desktops, containers, languages, CI, databases, clouds, and of Kubernetes for other Services.
-    others = """
-        PATH HOME USER LOGNAME SHELL PWD OLDPWD SHLVL _ TERM COLORTERM LINES COLUMNS LANG LANGUAGE LC_ALL LC_CTYPE TZ TMPDIR
-        EDITOR PAGER MAIL DISPLAY SSH_AUTH_SOCK SSH_CLIENT XDG_RUNTIME_DIR DBUS_SESSION_BUS_ADDRESS HISTSIZE LS_COLORS PS1
-        UID INVOCATION_ID HOST HOSTNAME HOSTTYPE PORT PORTS DOMAIN USERNAME PASSWORD NAME NAMESPACE POD_NAME POD_IP NODE_NAME
-        container TIMEOUT PYTHONPATH PYTHONUNBUFFERED PYTHONHASHSEED VIRTUAL_ENV GPG_KEY PIP_INDEX_URL NODE_ENV JAVA_HOME
-        GOPATH MAKEFLAGS MAKELEVEL MFLAGS CI GITHUB_ACTIONS GITHUB_TOKEN GITLAB_CI RUNNER_OS BUILD_NUMBER DEBUG VERBOSE LEVEL
-        FORMAT KEYS POSTGRES_HOST POSTGRES_PASSWORD PGHOST PGPORT MYSQL_HOST MONGO_HOST DB_HOST DB_PORT CACHE_HOST
-        RABBITMQ_HOST DATABASE_URL AWS_REGION AWS_ACCESS_KEY_ID HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy
-        no_proxy SSL_CERT_FILE OTEL_SERVICE_NAME WEB_CONCURRENCY GUNICORN_CMD_ARGS SERVER_PORT LISTEN_FDS LISTEN_PID
-        NOTIFY_SOCKET MEMORY_LIMIT CPU_LIMIT SOURCE_DATE_EPOCH KUBERNETES_SERVICE_HOST KUBERNETES_PORT
-        KUBERNETES_PORT_443_TCP HITCOUNTER_SERVICE_PORT HITCOUNTER_SERVICE_PORT_HTTP
-    """
-    assert CounterConfig.read(dict.fromkeys(others.split(), "x")) == CounterConfig.read({})
+    assert Config.read(dict.fromkeys(OTHERS, "x")) == Config.read({})
     # A Service whose name is nearly one of ours.
-    assert CounterConfig.read({"REDIS2_PORT": "tcp://10.0.0.1:6379", "BINDS_SERVICE_HOST": "10.0.0.1"}) == CounterConfig.read({})
+    assert Config.read({"REDIS2_PORT": "tcp://10.0.0.1:6379", "BINDS_SERVICE_HOST": "10.0.0.1"}) == Config.read({})
 
 
 def test_what_kubernetes_sets_for_a_service_named_redis_is_passed_over() -> None:
@@ -133,7 +131,7 @@ def test_what_kubernetes_sets_for_a_service_named_redis_is_passed_over() -> None
         "REDIS_MASTER_SERVICE_HOST": "10.0.0.8",
         "REDIS_MASTER_PORT": link,
     }
-    assert CounterConfig.read(injected) == CounterConfig.read({})
+    assert Config.read(injected) == Config.read({})
     for name in ("REDIS_PORT", "ADMIN_PORT", "BIND_PORT"):
         [problem] = problems({**injected, name: link})
         assert problem.startswith(f"{name} must be a whole number")
@@ -179,8 +177,8 @@ def test_settings_that_contradict_each_other_are_told(files: dict[str, str], env
 
 def test_certificate_and_its_key_are_taken(files: dict[str, str]) -> None:
     environ = {"REDIS_CA_FILE": "certificate", "REDIS_CERT_FILE": "certificate", "REDIS_KEY_FILE": "key"}
-    config = CounterConfig.read({"REDIS_HOST": "h", "REDIS_TLS": "on"} | {name: files[value] for name, value in environ.items()})
-    assert config.redis_key_file == Path(files["key"])
+    found = Config.read({"REDIS_HOST": "h", "REDIS_TLS": "on"} | {name: files[value] for name, value in environ.items()})
+    assert found.redis_key_file == Path(files["key"])
 
 
 @pytest.mark.parametrize("name", ["REDIS_PASSWORD", "REDIS_TLS", "REDIS_PASSWORD_FILE"])
@@ -190,23 +188,11 @@ def test_settings_of_a_redis_without_its_host_are_told(name: str) -> None:
 
 
 def test_secret_shows_in_no_repr() -> None:
-    config = CounterConfig.read({"REDIS_HOST": "h", "REDIS_PASSWORD": "s3cret"})
-    assert config.redis_password is not None
-    assert config.redis_password.reveal() == "s3cret"
-    assert "s3cret" not in f"{config!r} {config} {config.redis_password!r} {config.redis_password} {[Secret('s3cret')]}"
-
-
-def test_table_of_the_readme_is_the_table_of_the_code() -> None:
-    assert table(CounterConfig) in (ROOT / "README.md").read_text()
+    found = Config.read({"REDIS_HOST": "h", "REDIS_PASSWORD": "s3cret"})
+    assert found.redis_password is not None
+    assert found.redis_password.reveal() == "s3cret"
+    assert "s3cret" not in f"{found!r} {found} {found.redis_password!r} {found.redis_password} {[Secret('s3cret')]}"
 
 
 def test_every_variable_is_explained() -> None:
-    assert all(spec.metadata["help"] for _, spec in variables(CounterConfig))
-
-
-def test_readme_names_no_variable_that_does_not_exist() -> None:
-    known = {name for name, _ in variables(CounterConfig)}
-    prefixes = {name.split("_")[0] for name in known if "_" in name}
-    for page in [ROOT / "README.md", *Path(ROOT / "docs").glob("*.md")]:
-        named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)[=`]", page.read_text())) - {"REDIS_SERVICE_HOST"}
-        assert {name for name in named if name.split("_")[0] in prefixes} <= known, page
+    assert all(spec.metadata["help"] for _, spec in variables(Config))

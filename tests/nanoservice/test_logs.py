@@ -5,14 +5,14 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import aiohttp
 import pytest
 
 from nanoservice import logs
 from nanoservice.testing.valkey import Valkey
-from tests.support.process import Process
+from tests.support.process import Spawn
 
 
 class Terminal(io.StringIO):
@@ -91,7 +91,7 @@ def test_warning_of_python_is_a_line() -> None:
 
 
 @pytest.mark.parametrize(("level", "lines"), [("debug", 2), ("info", 0)])
-async def test_request_is_a_line_at_debug_alone(valkey: Valkey, spawn: Callable[..., Process], level: str, lines: int) -> None:
+async def test_request_is_a_line_at_debug_alone(valkey: Valkey, spawn: Spawn, level: str, lines: int) -> None:
     process = spawn(valkey.environ(BIND_HOST="127.0.0.1", LOG_LEVEL=level))
     for path in ("/?s3cret", "/s3cret"):
         async with aiohttp.request("GET", f"{process.url.rstrip('/')}{path}") as answer:

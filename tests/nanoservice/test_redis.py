@@ -12,7 +12,6 @@ import trustme
 from prometheus_client import CollectorRegistry
 from redis import exceptions
 
-from hitcounter.app import SERVICE
 from nanoservice import health as module
 from nanoservice.config import Config
 from nanoservice.errors import UnavailableError
@@ -21,6 +20,7 @@ from nanoservice.redis import Store
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import eventually
+from tests.nanoservice.sample import SERVICE
 from tests.support.process import metric
 
 
@@ -57,7 +57,7 @@ async def test_password_without_a_user_is_the_default_users(valkey: Valkey) -> N
 
 
 async def test_wrong_password_is_503_until_it_is_right(secured: Valkey, caplog: pytest.LogCaptureFixture) -> None:
-    async with serving(SERVICE, secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="second", REQUEST_TIMEOUT="1")) as served:
+    async with serving(SERVICE, secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="second")) as served:
         for _ in range(3):
             async with served.client.get("/") as answer:
                 assert answer.status == 503
@@ -78,7 +78,7 @@ async def test_password_that_redis_quotes_is_not_logged(tmp_path: Path, caplog: 
     valkey = Valkey(tmp_path, "--rename-command", "AUTH", "")
     valkey.start()
     try:
-        async with serving(SERVICE, valkey.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="s3cret", REQUEST_TIMEOUT="1")) as served:
+        async with serving(SERVICE, valkey.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="s3cret")) as served:
             for path in ("/", "/readyz"):
                 async with served.client.get(path) as answer:
                     assert answer.status == 503
@@ -90,7 +90,7 @@ async def test_password_that_redis_quotes_is_not_logged(tmp_path: Path, caplog: 
 
 
 async def test_probe_over_an_open_connection_does_not_deny_that_the_password_is_wrong(secured: Valkey) -> None:
-    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="first", REQUEST_TIMEOUT="0.3")
+    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="first")
     async with serving(SERVICE, environ) as served:
         async with served.client.get("/readyz") as answer:  # opens the connection of the probe
             assert answer.status == 200
@@ -125,7 +125,7 @@ async def test_password_file_is_read_again_at_each_connection(secured: Valkey, t
 async def test_password_file_that_went_away_is_503_until_it_is_back(secured: Valkey, tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("first")
-    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file), REQUEST_TIMEOUT="0.3")
+    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file))
     async with serving(SERVICE, environ) as served:
         file.unlink()
         assert await status(served) == 503
@@ -138,7 +138,7 @@ async def test_password_file_that_is_no_text_is_503_and_not_quoted(
 ) -> None:
     file = tmp_path / "password"
     file.write_bytes(b"s3cret\xff")
-    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file), REQUEST_TIMEOUT="1")
+    environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file))
     async with serving(SERVICE, environ) as served:
         assert await status(served) == 503
         assert [record for record in caplog.records if vars(record).get("error") == "REDIS_PASSWORD_FILE is not UTF-8"]

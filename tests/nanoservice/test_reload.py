@@ -15,6 +15,7 @@ import pytest
 from nanoservice.testing.valkey import Valkey, free_port
 from nanoservice.testing.waiting import SLACK, eventually, wait_for
 from tests.support import ROOT
+from tests.support.loops import python_path
 
 SERVICE = """
 import os, signal, sys, time
@@ -39,6 +40,14 @@ while True:
     time.sleep(0.01)
 """
 
+LISTENS = """
+import os, sys
+from nanoservice.config import Config
+from nanoservice.server import main
+from nanoservice.service import Service
+sys.exit(main(Service("thing", "1", Config, lambda app, config: None), os.environ, []))
+"""
+
 # Runs a command whose standard input is its terminal.
 ON_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -54,9 +63,9 @@ class Reloader:
         self.folder = folder
         self.output = folder / "output"
 
-    def start(self, package: str = "thing", terminal: int | None = None, **environ: str) -> "subprocess.Popen[bytes]":
-        environ = {**os.environ, "DRAIN_SECONDS": "5", "PYTHONDONTWRITEBYTECODE": "1", **environ}
-        command = [sys.executable, "-m", "nanoservice.reload", "-m", package]
+    def start(self, terminal: int | None = None, **environ: str) -> "subprocess.Popen[bytes]":
+        environ = {**os.environ, "PYTHONPATH": python_path(), "DRAIN_SECONDS": "5", "PYTHONDONTWRITEBYTECODE": "1", **environ}
+        command = [sys.executable, "-m", "nanoservice.reload", "-m", "thing"]
         if terminal is not None:
             command = [sys.executable, "-c", ON_TERMINAL, *command]
         with self.output.open("wb") as output:
@@ -111,9 +120,9 @@ def test_bad_settings_end_it(reloader: Reloader) -> None:
 
 
 async def test_request_between_two_runs_waits_for_the_next(reloader: Reloader, valkey: Valkey) -> None:
-    shutil.copytree(ROOT / "hitcounter", reloader.folder / "hitcounter", ignore=shutil.ignore_patterns("__pycache__"))
+    reloader.file.write_text(LISTENS)
     port = free_port()
-    popen = reloader.start("hitcounter", None, **valkey.environ(BIND_PORT=str(port)))
+    popen = reloader.start(None, **valkey.environ(BIND_PORT=str(port)))
     reloader.says("listening")
     url = f"http://127.0.0.1:{port}/livez"
     runs, answered, refused = 1, 0, 0
@@ -130,7 +139,7 @@ async def test_request_between_two_runs_waits_for_the_next(reloader: Reloader, v
         return reloader.output.read_text().count("listening") > runs
 
     for runs in range(1, 4):
-        (reloader.folder / "hitcounter" / f"new{runs}.py").touch()
+        (reloader.folder / "thing" / f"new{runs}.py").touch()
         await eventually(asked_while_it_starts_again, 10 * SLACK)
     assert (refused, answered > 0) == (0, True)
     popen.send_signal(signal.SIGTERM)

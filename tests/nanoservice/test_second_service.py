@@ -5,7 +5,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -22,7 +22,7 @@ from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.nanoservice import second_service
 from tests.support import ROOT
-from tests.support.process import Process, metric
+from tests.support.process import Spawn, environment, metric
 
 # It as a process: all that its own `__main__` needs.
 MAIN = """
@@ -32,7 +32,6 @@ from tests.nanoservice.second_service import SERVICE
 sys.exit(main(SERVICE, os.environ, []))
 """
 COMMAND = sys.executable, "-c", MAIN
-PYTHONPATH = str(ROOT)
 
 
 @pytest.fixture
@@ -148,8 +147,8 @@ def test_its_setting_is_checked_with_the_others() -> None:
     ]
 
 
-async def test_it_runs_logs_json_drains_and_ends_with_status_0(spawn: Callable[..., Process], valkey: Valkey) -> None:
-    process = spawn(valkey.environ(BIND_HOST="127.0.0.1", PYTHONPATH=PYTHONPATH), command=COMMAND)
+async def test_it_runs_logs_json_drains_and_ends_with_status_0(spawn: Spawn, valkey: Valkey) -> None:
+    process = spawn(valkey.environ(BIND_HOST="127.0.0.1"), command=COMMAND)
     for number in (1, 2):
         async with aiohttp.request("GET", f"{process.url}greet/ada") as answer:
             assert await answer.text() == f"Hello ada, number {number}\n"
@@ -160,8 +159,8 @@ async def test_it_runs_logs_json_drains_and_ends_with_status_0(spawn: Callable[.
 
 
 def test_bad_settings_end_it_with_status_78_and_all_of_them_told() -> None:
-    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHONPATH, "GREET_WTH": "s3cret", "BIND_PORT": "s3cret"}
-    ended = subprocess.run(COMMAND, env=environ, text=True, capture_output=True, timeout=60)
+    environ = {"GREET_WTH": "s3cret", "BIND_PORT": "s3cret"}
+    ended = subprocess.run(COMMAND, env=environment(environ), text=True, capture_output=True, timeout=60)
     assert ended.returncode == os.EX_CONFIG == 78
     assert "GREET_WTH is not a setting" in ended.stderr
     assert "BIND_PORT must be" in ended.stderr

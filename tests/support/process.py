@@ -1,25 +1,40 @@
 """A service as users run it: a process, known by its signals, its exit status and its log."""
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 
 from nanoservice.testing.served import Served
+from nanoservice.testing.waiting import SLACK, wait_for
+from tests.support import ROOT
+from tests.support.loops import EVENT_LOOP, python_path
 
-COMMAND = sys.executable, "-m", "hitcounter"
-WITHOUT = "import sys, runpy; sys.modules[%r] = None; runpy.run_module('hitcounter', run_name='__main__')"  # a package
+
+def environment(settings: dict[str, str], loop: str = EVENT_LOOP) -> dict[str, str]:
+    """Return the whole environment of a service with these settings: it finds the code, the event loop, and coverage."""
+    coverage = {name: value for name, value in os.environ.items() if name.startswith(("COVERAGE", "COV_"))}
+    return {"PATH": os.environ["PATH"], "PYTHONPATH": python_path(ROOT, loop=loop), **coverage, **settings}
+
+
+def without(package: str, module: str) -> tuple[str, ...]:
+    """Return a command that runs `module` as if `package` were not installed."""
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_module({module!r}, run_name='__main__')"
+    return sys.executable, "-c", code
 
 
 @dataclass
 class Process:
-    """A hitcounter that runs as users run it: a process, known by its signals, its exit status and its log."""
+    """A service that runs in a process of its own."""
 
     popen: subprocess.Popen[str]
     port: int = 0
@@ -39,13 +54,85 @@ class Process:
         for line in self.popen.stdout:
             self.log.append(json.loads(line))
 
+    def logged(self, message: str) -> bool:
+        """Return whether a line of the log has this message."""
+        return any(line["message"] == message for line in self.log)
+
+    def wait_until_it_listens(self) -> None:
+        """Wait for the line of the log that names the ports."""
+
+        def listening() -> dict[str, Any] | None:
+            assert self.popen.poll() is None, f"it stopped with status {self.popen.returncode}"
+            return next((line for line in self.log if "port" in line), None)
+
+        line = wait_for(listening, 20 * SLACK, "it listens")
+        self.port, self.admin_port = line["port"], line["admin_port"]
+
     def end(self, how: int = signal.SIGTERM, seconds: float = 30) -> int:
-        """Send the signal `how` (0: it was asked to end already), and return the exit status."""
+        """Send the signal `how` (0: it was told to stop already), and return the exit status."""
         if self.popen.poll() is None:
             self.popen.send_signal(how)
         status = self.popen.wait(seconds)
         self._reader.join(5)
         return status
+
+
+class Spawn(Protocol):
+    """Starts a service with the settings `environ`, and returns when it listens."""
+
+    def __call__(
+        self, environ: dict[str, str], cwd: Path = ROOT, command: Sequence[str] = (), loop: str = EVENT_LOOP
+    ) -> Process: ...
+
+
+@contextlib.contextmanager
+def spawning(module: str) -> Iterator[Spawn]:
+    """Start services by `python -m module`, or by the command that a test gives; stop those that still run at the end."""
+    processes: list[Process] = []
+
+    def spawn(environ: dict[str, str], cwd: Path = ROOT, command: Sequence[str] = (), loop: str = EVENT_LOOP) -> Process:
+        popen = subprocess.Popen(
+            command or (sys.executable, "-m", module),
+            env=environment({"LOG_FORMAT": "json", **environ}, loop),
+            cwd=cwd,
+            text=True,
+            bufsize=1,
+            stdout=subprocess.PIPE,
+        )
+        process = Process(popen)
+        processes.append(process)
+        process.wait_until_it_listens()
+        return process
+
+    yield spawn
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.end(seconds=20)
+        process.popen.kill()
+        process.popen.wait()
+        assert process.popen.stdout
+        process.popen.stdout.close()
+
+
+def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Return the exit status of a process that was sent a signal, and what it printed."""
+    try:
+        output, errors = process.communicate(timeout=10 * SLACK)
+    finally:
+        process.kill()  # else leaving its context would wait for a process that goes on
+    return process.returncode, output + errors
+
+
+def interrupted_at(imported: str, module: str, how: int, settings: dict[str, str], cwd: Path) -> tuple[int, str]:
+    """Run `module`, and send it the signal `how` when it has imported `imported`; return its exit status and what it printed."""
+    command = [sys.executable, "-X", "importtime", "-m", module]  # which reports each import on standard error
+    with subprocess.Popen(
+        command, env=environment(settings), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        next(line for line in process.stderr if line.rstrip().endswith(f" {imported}"))
+        process.send_signal(how)
+        return interrupted(process)
 
 
 def resident(process: Process) -> int:

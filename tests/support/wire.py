@@ -93,3 +93,22 @@ def chunked(body: bytes, size: int = 1 << 16) -> Iterator[bytes]:
         chunk = body[begin : begin + size]
         yield b"%x\r\n%s\r\n" % (len(chunk), chunk)
     yield b"0\r\n\r\n"
+
+
+async def ask(port: int, *data: bytes, head: bool = False) -> Reply:
+    """Return the first answer to `data` on a connection of its own."""
+    async with connected(port) as wire:
+        await wire.send(*data)
+        return await wire.reply(head=head)
+
+
+def is_problem(reply: Reply, status: int) -> bool:
+    """Check that `reply` is a problem with this status that reveals nothing about the server."""
+    assert reply.status == status
+    assert reply.headers["Content-Type"] == "application/problem+json"
+    assert reply.headers["Cache-Control"] == "no-store"
+    ours = {"Date", "Content-Type", "Cache-Control", "Content-Length", "Connection"}
+    assert set(reply.headers) <= ours | {"Allow", "Retry-After", "WWW-Authenticate"}
+    assert reply.json.keys() - {"detail"} == {"type", "title", "status"}
+    assert (reply.json["type"], reply.json["status"]) == ("about:blank", status)
+    return True

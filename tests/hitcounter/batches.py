@@ -1,0 +1,23 @@
+"""The counter's batches as the proxy sees them on their way to Redis."""
+
+from nanoservice.testing.proxy import Request
+
+
+def is_batch(request: Request) -> bool:
+    """Return whether it calls the script."""
+    return request.words[0].upper() == b"EVALSHA"
+
+
+def writer(batch: Request) -> bytes:
+    """Return the key of the lane that sent the batch."""
+    return batch.words[5]
+
+
+def sequence(batch: Request) -> int:
+    """Return the number that the lane gave the batch."""
+    return int(batch.words[8])
+
+
+def is_newer(kept: Request, request: Request) -> bool:
+    """Return whether `request` is a batch of the lane that sent the batch `kept`, and a newer one."""
+    return is_batch(request) and writer(request) == writer(kept) and sequence(request) > sequence(kept)

@@ -1,0 +1,13 @@
+"""Hostile requests to the counter: they reach what it does with bodies, `Accept` and `Idempotency-Key`."""
+
+from pathlib import Path
+
+from nanoservice.testing.valkey import Valkey
+from tests.support.attack import PATIENT, survive, telling
+from tests.support.process import Spawn
+
+
+async def test_two_thousand_hostile_requests_leave_nothing_behind(spawn: Spawn, valkey: Valkey, tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    environ = valkey.environ(REQUEST_TIMEOUT="30", **PATIENT)
+    await survive(spawn(environ, command=telling("hitcounter", errors)), errors, 2_000)

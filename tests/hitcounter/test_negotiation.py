@@ -1,0 +1,46 @@
+"""The media type of an answer on `/` follows `Accept`."""
+
+import pytest
+
+from nanoservice.testing.served import Served
+from tests.support.accept import CHOICES, JSON, TEXT
+from tests.support.wire import connected, request
+
+
+async def test_service_answers_in_the_form_or_406_which_counts_nothing(served: Served) -> None:
+    hits = posts = 0
+    async with connected(served.port) as wire:
+        for accept, form in [choice for choice in CHOICES if choice[0].isascii()]:
+            for method in ("GET", "POST", "HEAD"):
+                await wire.send(request(method, "/", f"Accept: {accept}"))
+                reply = await wire.reply(head=method == "HEAD")
+                assert reply.status == (200 if form else 406), accept
+                assert reply.headers["Content-Type"].partition(";")[0] == (form or "application/problem+json"), accept
+            await wire.send(request("GET", "/", "Accept: application/json"))
+            hits, posts = hits + 1 + bool(form), posts + bool(form)
+            assert (await wire.reply()).json == {"hits": hits, "posts": posts}, accept
+
+
+@pytest.mark.parametrize(
+    ("headers", "form"),
+    [
+        ((), TEXT),
+        (("application/json",), JSON),
+        (("text/html", "application/json"), JSON),
+        (("text/plain;q=0.1", "application/json;q=0.2"), JSON),
+        (("application/json", "text/plain"), JSON),
+        (("*/*", "text/plain;q=0"), JSON),
+    ],
+)
+async def test_several_accept_headers_are_one_list(served: Served, headers: tuple[str, ...], form: str) -> None:
+    async with connected(served.port) as wire:
+        await wire.send(request("GET", "/", *(f"Accept: {header}" for header in headers)))
+        assert (await wire.reply()).headers["Content-Type"].startswith(form)
+
+
+async def test_accept_of_a_megabyte_is_431(served: Served) -> None:
+    async with connected(served.port) as wire:
+        await wire.send(request("GET", "/", *["Accept: " + "a/b," * 2000] * 100))
+        reply = await wire.reply()
+        assert (reply.status, reply.headers["Content-Type"]) == (431, "application/problem+json")
+        assert reply.json["detail"] == "Accept is longer than 1000 characters"

@@ -1,0 +1,141 @@
+"""The counter while Redis is down, hung, full, read-only or emptied: 503s in time, one log line, and it goes on by itself."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from typing import Any
+
+import pytest
+
+from hitcounter.app import SERVICE
+from nanoservice.connection import max_connections
+from nanoservice.testing.served import Served, serving
+from nanoservice.testing.valkey import Valkey
+from nanoservice.testing.waiting import SLACK, eventually
+from tests.support.process import Process, Spawn, metric, resident
+from tests.support.refusals import Act, refusals
+from tests.support.wire import request
+
+
+async def get(served: Served, path: str = "/") -> tuple[int, dict[str, Any], float]:
+    """Return status, problem (if any) and seconds of a GET."""
+    began = time.monotonic()
+    async with served.client.get(path) as answer:
+        body = await answer.json() if answer.content_type.endswith("json") else {}
+        assert (answer.status == 503) == ("detail" in body)
+        if answer.status == 503:
+            assert answer.headers["Retry-After"] == "1"
+        return answer.status, body, time.monotonic() - began
+
+
+@pytest.mark.parametrize("hung", [False, True], ids=["down", "hung"])
+async def test_requests_get_503_in_time(served: Served, valkey: Valkey, hung: bool) -> None:
+    assert (await get(served))[0] == 200
+    (valkey.freeze if hung else valkey.kill)()
+    answers = await asyncio.gather(*(get(served) for _ in range(50)))
+    assert {status for status, _, _ in answers} == {503}
+    assert max(seconds for *_, seconds in answers) < 2.3 * SLACK
+    assert {body["detail"] for _, body, _ in answers} <= {"Redis: it does not answer in time", "Redis: it cannot be reached"}
+    (valkey.thaw if hung else valkey.start)()
+
+    async def works() -> bool:
+        return (await get(served))[0] == 200
+
+    await eventually(works, 2 * SLACK)
+
+
+async def test_short_restart_is_waited_out_without_a_503(
+    served: Served, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (await get(served))[0] == 200
+    valkey.kill()
+    waiting = asyncio.create_task(get(served))
+    await eventually(lambda: "Redis fails: it cannot be reached" in caplog.messages, 2 * SLACK)
+    valkey.start()
+    assert (await waiting)[0] == 200
+    assert caplog.messages == ["Redis fails: it cannot be reached", "Redis works again"]
+
+
+@pytest.mark.parametrize(("breaks", "mends", "cause"), refusals(command="evalsha", key="{hitcounter}:posts"))
+async def test_redis_that_refuses_is_named_once_and_recovered_from(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture, breaks: Act, mends: Act, cause: str
+) -> None:
+    # One lane: its second batch is told that its writer is not known, which is an answer, but not work that was done.
+    async with serving(SERVICE, valkey.environ(REQUEST_TIMEOUT="1", LANES="1")) as served:
+        breaks(valkey)
+        answers = await asyncio.gather(*(get(served) for _ in range(30)))
+        answers += await asyncio.gather(*(get(served) for _ in range(30)))
+        assert {status for status, _, _ in answers} == {503}
+        assert all(cause in body["detail"] for _, body, _ in answers)
+        assert len([line for line in caplog.messages if cause in line]) == 1
+        mends(valkey)
+
+        async def works() -> bool:
+            return (await get(served))[0] == 200
+
+        await eventually(works, 4 * SLACK)
+        assert len([line for line in caplog.messages if line == "Redis works again"]) == 1
+
+
+async def test_scripts_flushed_from_the_server_are_not_noticed(served: Served, valkey: Valkey) -> None:
+    for number in range(1, 6):
+        valkey.run("SCRIPT", "FLUSH")
+        async with served.client.get("/", headers={"Accept": "application/json"}) as answer:
+            assert (await answer.json())["hits"] == number
+
+
+async def test_store_that_lost_counts_is_told_once_and_counting_goes_on(
+    served: Served, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    await asyncio.gather(*(get(served) for _ in range(50)))
+    valkey.run("FLUSHALL")
+    statuses = [(await get(served))[0] for _ in range(20)]
+    assert statuses == [200] * 20
+    assert valkey.run("GET", "{hitcounter}:hits") == "20"
+    assert len([line for line in caplog.messages if "lost counts" in line]) == 1
+    assert await metric(served, "counter_rewinds_total") == 1
+
+
+async def test_ten_thousand_requests_wait_one_more_gets_503_at_once_and_memory_stays_flat(valkey: Valkey, spawn: Spawn) -> None:
+    most = min(10_000, max_connections() - 100)  # fewer only where fewer files may be open
+    process = spawn(valkey.environ(BIND_HOST="127.0.0.1", MAX_PENDING=str(most), REQUEST_TIMEOUT="60", REDIS_TIMEOUT="60"))
+    hit = request("GET", "/", "Accept: application/json")
+    used = []
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection(("127.0.0.1", process.port), 60))
+
+        def answer(client: socket.socket) -> dict[str, Any]:
+            content: dict[str, Any] = json.loads(client.recv(4096).partition(b"\r\n\r\n")[2])  # which is one write
+            return content
+
+        one_more = connect()
+        one_more.sendall(hit)
+        assert answer(one_more)["hits"] == 1
+        waiting: list[socket.socket] = []
+        for number in range(3):
+            valkey.freeze()
+            for index in range(most):
+                if not number:
+                    waiting.append(connect())
+                waiting[index].sendall(hit)
+            await eventually(lambda: _pending(process, most), 20 * SLACK)
+            used.append(resident(process) >> 20)
+            began = time.monotonic()
+            one_more.sendall(hit)
+            problem = answer(one_more)
+            seconds = time.monotonic() - began
+            assert (problem["status"], problem["detail"]) == (503, "too many requests wait already")
+            assert seconds < 0.3 * SLACK
+            valkey.thaw()
+            assert sorted(answer(client)["hits"] for client in waiting) == list(range(number * most + 2, (number + 1) * most + 2))
+    print(f"{most} wait, one more is told after {seconds:.3f} s; MiB used: {used}")
+    assert max(used) - used[0] < 16
+    assert {line["message"].partition(";")[0] for line in process.log} <= {"listening", "slow request"}
+
+
+async def _pending(process: Process, number: int) -> bool:
+    return await metric(process, "counter_pending") == number

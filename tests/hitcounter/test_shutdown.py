@@ -1,0 +1,47 @@
+"""The shutdown of the counter: requests that wait for their number get it, or a 503 in time."""
+
+import asyncio
+import signal
+import time
+
+import aiohttp
+
+from nanoservice.testing.valkey import Valkey
+from nanoservice.testing.waiting import SLACK, eventually, wait_for
+from tests.support.process import Process, Spawn, metric
+
+
+async def pending(process: Process, number: int) -> bool:
+    return await metric(process, "counter_pending") == number
+
+
+async def test_what_is_in_flight_is_answered(valkey: Valkey, spawn: Spawn) -> None:
+    process = spawn(valkey.environ(REQUEST_TIMEOUT="10", REDIS_TIMEOUT="10"))
+    async with aiohttp.ClientSession() as client:
+        async with client.get(process.url) as answer:
+            assert answer.status == 200
+        valkey.freeze()
+        waiting = asyncio.create_task(client.get(process.url))
+        await eventually(lambda: pending(process, 1), 5)
+        process.popen.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(wait_for, lambda: process.logged("draining"), 5)
+        valkey.thaw()
+        async with await waiting as answer:
+            assert answer.status == 200
+    assert process.end(0) == 0
+
+
+async def test_hung_redis_does_not_hold_up_the_end(valkey: Valkey, spawn: Spawn) -> None:
+    process = spawn(valkey.environ(REQUEST_TIMEOUT=str(SLACK)))
+    async with aiohttp.ClientSession() as client:
+        async with client.get(process.url) as answer:
+            assert answer.status == 200
+        valkey.freeze()
+        waiting = [asyncio.create_task(client.get(process.url)) for _ in range(50)]
+        await eventually(lambda: pending(process, 50), 5)
+        began = time.monotonic()
+        status = await asyncio.to_thread(process.end, signal.SIGTERM, 30)
+        assert status == 0
+        print(f"ended after {time.monotonic() - began:.2f} s")
+        assert time.monotonic() - began < 4 * SLACK
+        assert {answer.status for answer in await asyncio.gather(*waiting)} == {503}

@@ -1,0 +1,58 @@
+"""The modules of the chassis import downwards only: there is no import cycle, and no module depends on one above it."""
+
+from pathlib import Path
+
+from tests.support import ROOT
+from tests.support.imports import imported, modules, violations
+
+# From the bottom up. A module may import modules of the layers before its own, and none of its own layer.
+LAYERS = [
+    "errors",
+    "config logs answer listen negotiation embedded",
+    "health",
+    "redis",
+    "probes metrics",
+    "connection",
+    "service",
+    "server reload",
+    # For tests alone, so nothing below imports it.
+    "testing testing.waiting testing.proxy",
+    "testing.valkey testing.served",
+]
+
+
+def test_each_module_imports_only_modules_of_lower_layers() -> None:
+    assert violations(ROOT / "nanoservice", LAYERS, "tests/nanoservice/test_imports.py") == []
+
+
+def test_chassis_imports_no_service_and_no_test() -> None:
+    others = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"nanoservice"}
+    wrong = {
+        f"{name} imports {other}"
+        for name, path in modules(ROOT / "nanoservice").items()
+        for other in imported(name, path)
+        if other.partition(".")[0] in others
+    }
+    assert not wrong
+
+
+def test_upward_imports_cycles_and_unknown_modules_are_found(tmp_path: Path) -> None:
+    package = tmp_path / "thing"
+    package.mkdir()
+    texts = {
+        "__init__": "",
+        "low": "def f():\n    from thing import high",
+        "mid": "import thing.beside",
+        "beside": "from . import mid",
+        "high": "from thing.low import f\nfrom thing.mid import g",
+        "new": "",
+    }
+    for name, text in texts.items():
+        (package / f"{name}.py").write_text(text)
+    assert violations(package, ["low", "mid beside", "high gone"], "here") == [
+        "thing.beside imports thing.mid, which is not in a layer below it (LAYERS in here)",
+        "thing.gone does not exist: take it out of LAYERS in here",
+        "thing.low imports thing.high, which is not in a layer below it (LAYERS in here)",
+        "thing.mid imports thing.beside, which is not in a layer below it (LAYERS in here)",
+        "thing.new is in no layer: add it to LAYERS in here",
+    ]

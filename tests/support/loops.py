@@ -1,0 +1,22 @@
+"""The event loop that the tests run on: uvloop, as in production, or asyncio's own with `EVENT_LOOP=asyncio`."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import uvloop
+
+FACTORIES: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "uvloop": uvloop.new_event_loop,
+    "asyncio": asyncio.SelectorEventLoop,
+}
+EVENT_LOOP = os.environ.get("EVENT_LOOP", "uvloop")
+assert EVENT_LOOP in FACTORIES, f"EVENT_LOOP must be one of {', '.join(FACTORIES)}"
+
+_HIDES_UVLOOP = Path(__file__).parent / "asyncio_loop"
+
+
+def python_path(*folders: Path, loop: str = EVENT_LOOP) -> str:
+    """Return the PYTHONPATH of a process that finds what is in `folders` and runs on the event loop `loop`."""
+    return os.pathsep.join(str(folder) for folder in ((_HIDES_UVLOOP, *folders) if loop == "asyncio" else folders))

@@ -1,0 +1,62 @@
+"""The ways in which a Redis that answers refuses to work."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nanoservice.testing.valkey import Valkey
+from nanoservice.testing.waiting import wait_for
+
+Act = Callable[[Valkey], object]
+
+
+def refusals(command: str, key: str) -> list[Any]:
+    """Return parameters for a test: what makes Redis refuse `command` on the counter at `key`, what ends that, and the cause."""
+    return [
+        pytest.param(
+            lambda valkey: valkey.run("REPLICAOF", "127.0.0.1", "1"),
+            lambda valkey: valkey.run("REPLICAOF", "NO", "ONE"),
+            "read-only replica",
+            id="read-only",
+        ),
+        pytest.param(
+            lambda valkey: valkey.run("CONFIG", "SET", "maxmemory", "1"),
+            lambda valkey: valkey.run("CONFIG", "SET", "maxmemory", "0"),
+            "out of memory",
+            id="out of memory",
+        ),
+        pytest.param(lambda valkey: _fail_to_save(valkey), lambda valkey: _save(valkey), "refuses writes", id="MISCONF"),
+        pytest.param(
+            lambda valkey: valkey.run("ACL", "SETUSER", "default", f"-{command}"),
+            lambda valkey: valkey.run("ACL", "SETUSER", "default", f"+{command}"),
+            "NOPERM",
+            id="no permission",
+        ),
+        pytest.param(
+            lambda valkey: valkey.run("RPUSH", key, "x"),
+            lambda valkey: valkey.run("DEL", key),
+            "unexpected error",
+            id="a key of another type",
+        ),
+    ]
+
+
+def _fail_to_save(valkey: Valkey) -> None:
+    """Have Valkey refuse writes as it does when a snapshot fails: here because a folder is where it would write one."""
+    (valkey.data / "dump.rdb" / "x").mkdir(parents=True)
+    valkey.run("CONFIG", "SET", "save", "1 1000000", "stop-writes-on-bgsave-error", "yes")
+    valkey.run("BGSAVE")
+    wait_for(lambda: _last_save(valkey) == "err", 10)
+
+
+def _save(valkey: Valkey) -> None:
+    (valkey.data / "dump.rdb" / "x").rmdir()
+    (valkey.data / "dump.rdb").rmdir()
+    valkey.run("BGSAVE")
+    wait_for(lambda: _last_save(valkey) == "ok", 10)
+
+
+def _last_save(valkey: Valkey) -> str:
+    with valkey.client() as client:
+        return str(client.info("persistence")["rdb_last_bgsave_status"])
