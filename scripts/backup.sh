@@ -9,5 +9,5 @@
 trap 'rm -f "$FILE.new"' EXIT
 trap 'exit 130' HUP INT TERM
 # For kubectl, a stream that ends early is not a failure. For gunzip it is; so FILE is replaced by a whole snapshot or not at all.
-kube exec redis-0 --container=redis -- sh /etc/redis/redis.sh backup | gunzip >"$FILE.new" || exit
+kube --namespace="$NAMESPACE" exec redis-0 --container=redis -- sh /etc/redis/redis.sh backup | gunzip >"$FILE.new" || exit
 mv "$FILE.new" "$FILE"

@@ -6,6 +6,6 @@
 . "${0%/*}/lib/cluster.sh"
 
 [ -f "$FILE" ] || fail "which file is to be restored? make restore FILE=hitcounter.rdb"
-kube exec redis-0 --container=redis --stdin -- sh /etc/redis/redis.sh restore <"$FILE"
-kube delete pod redis-0
-kube rollout status statefulset/redis --timeout=180s
+kube --namespace="$NAMESPACE" exec redis-0 --container=redis --stdin -- sh /etc/redis/redis.sh restore <"$FILE"
+kube --namespace="$NAMESPACE" delete pod redis-0
+kube --namespace="$NAMESPACE" rollout status statefulset/redis --timeout=180s

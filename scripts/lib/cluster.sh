@@ -2,12 +2,12 @@
 # Reads KUBECTL and NAMESPACE; and SKAFFOLD_KUBE_CONTEXT, in which Skaffold names the cluster that it uses, if that is not the
 # current one.
 
-kube() { # ARGUMENT...: run kubectl in the namespace
-  "$KUBECTL" ${SKAFFOLD_KUBE_CONTEXT:+--context="$SKAFFOLD_KUBE_CONTEXT"} --namespace="$NAMESPACE" "$@"
+kube() { # ARGUMENT...: run kubectl on the cluster
+  "$KUBECTL" ${SKAFFOLD_KUBE_CONTEXT:+--context="$SKAFFOLD_KUBE_CONTEXT"} "$@"
 }
 
-k() { # ARGUMENT...: run it with a time limit for each request
-  kube --request-timeout=30s "$@"
+k() { # ARGUMENT...: run it in the namespace, with a time limit for each request
+  kube --namespace="$NAMESPACE" --request-timeout=30s "$@"
 }
 
 context() { # print the cluster's name in the configuration of kubectl
