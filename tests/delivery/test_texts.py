@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hitcounter.app import SERVICE
-from nanoservice.testing.served import serving
-from nanoservice.testing.valkey import Valkey
+from nanoservice.testing.served import Served
 from tests.support import ROOT
 
 TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,12 +32,11 @@ def test_files_exist(text: Path) -> None:
     assert not missing
 
 
-async def test_metrics_of_the_runbook_are_measured(valkey: Valkey) -> None:
+async def test_metrics_of_the_runbook_are_measured(served: Served) -> None:
     named = re.findall(r"^\| `([a-z_]+)` \|", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
-    async with serving(SERVICE, valkey.environ()) as served:
-        async with served.client.get("/") as answer:
-            assert answer.status == 200
-        async with served.client.get(f"http://127.0.0.1:{served.admin_port}/metrics") as answer:
-            page = await answer.text()
+    async with served.client.get("/") as answer:
+        assert answer.status == 200
+    async with served.client.get(f"http://127.0.0.1:{served.admin_port}/metrics") as answer:
+        page = await answer.text()
     assert named
     assert not [name for name in named if not re.search(rf"^{name}(_count)?\b[^_]", page, re.MULTILINE)]
