@@ -1,4 +1,4 @@
-"""A proxy between the service and its store that loses, delays, repeats and cuts."""
+"""A proxy between a service and Redis that loses, delays and repeats requests, and cuts connections."""
 
 import asyncio
 import contextlib
@@ -10,33 +10,33 @@ from typing import Self
 
 
 class Fate(Enum):
-    """What becomes of a request."""
+    """What the proxy does with a request."""
 
     PASS = auto()
-    LOSE_REQUEST = auto()  # it never reaches the store; the connection is cut
-    LOSE_REPLY = auto()  # the store has done it, and the connection is cut
-    SWALLOW_REPLY = auto()  # the store has done it, and the connection stays open and silent
-    STALL = auto()  # it waits before the store, and the connection stays open and silent; `Proxy.release` lets it go on
-    REPEAT = auto()  # it reaches the store a second time at once, over another connection
-    REPEAT_LATE = auto()  # the same, but only when a later request has been done: see `Proxy`
+    LOSE_REQUEST = auto()  # cut the connection; Redis never gets the request
+    LOSE_REPLY = auto()  # have Redis execute the request, then cut the connection
+    SWALLOW_REPLY = auto()  # have Redis execute the request, and leave the connection open and silent
+    STALL = auto()  # keep the request until `Proxy.release`, and leave the connection open and silent
+    REPEAT = auto()  # send the request a second time at once, over another connection
+    REPEAT_LATE = auto()  # send it a second time after a later request: see `Proxy`
 
 
 @dataclass(frozen=True)
 class Request:
-    """A command on its way to the store."""
+    """A command on its way to Redis: its bytes, and the words that they encode."""
 
     data: bytes
     words: list[bytes]
 
 
 class RequestParser:
-    """Finds where each request begins and ends in what a client sends."""
+    """Splits the bytes that a client sends into requests."""
 
     def __init__(self) -> None:
         self._data = b""
 
     def feed(self, data: bytes) -> list[Request]:
-        """Take in `data`; return the requests that are now complete."""
+        """Append `data`, and return the requests that are now complete."""
         self._data += data
         requests = []
         while (request := self._first()) is not None:
@@ -45,7 +45,7 @@ class RequestParser:
         return requests
 
     def _first(self) -> Request | None:
-        """Return the first request, if all of it is here: `*<words>`, then each word as `$<bytes>` and its bytes."""
+        """Return the first request if it is complete: `*<words>`, then each word as `$<bytes>` and its bytes."""
         line = self._data.find(b"\r\n")
         if line < 0:
             return None
@@ -64,15 +64,16 @@ class RequestParser:
 
 
 def pass_on(request: Request) -> Fate:
-    """Return the fate of a request on a good day."""
+    """Return PASS for every request."""
     return Fate.PASS
 
 
 class Proxy:
-    """Listens on a port of loopback, and passes requests on to the store at the port `store`, unless `fate` decides otherwise.
+    """A proxy on a port of loopback, to be used as a context: it does with each request what `fate` returns for it.
 
-    A request with the fate REPEAT_LATE is sent again when the store has done a request for which `is_later(kept, request)` holds.
-    `fates` counts what was done; `repeated` counts the first words of the store's replies to repeated requests.
+    `store` is the port of Redis. A request with the fate REPEAT_LATE is sent again after Redis has executed a request for which
+    `is_later(kept, request)` is true. `fates` counts the fates; `repeated` counts the first words of the replies to repeated
+    requests.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Proxy:
         await self._server.wait_closed()
 
     async def release(self) -> None:
-        """Let what is stalled reach the store, late, and wait for its replies; they are for nobody."""
+        """Send the stalled requests to Redis, late; wait for their replies, and discard them."""
         stalled, self._stalled = self._stalled, []
         for request in stalled:
             await self._repeat(request)
@@ -135,7 +136,7 @@ class Proxy:
                     return
                 if fate is Fate.STALL:
                     self._stalled.append(request)
-                    await reader.read()  # until the client has enough of it
+                    await reader.read()  # until the client gives up
                     return
                 store_writer.write(request.data)
                 reply = await read_reply(store_reader)
@@ -155,7 +156,7 @@ class Proxy:
                     self._kept.append(request)
 
     async def _repeat(self, request: Request) -> None:
-        """Send `request` over a connection of its own, and keep the reply from everyone."""
+        """Send `request` over a connection of its own, and discard the reply."""
         async with _connection(self._store) as (reader, writer):
             writer.write(request.data)
             reply = await read_reply(reader)
@@ -173,7 +174,7 @@ async def _connection(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, as
 
 
 async def read_reply(reader: asyncio.StreamReader) -> bytes:
-    """Return one reply of the store, whole."""
+    """Return the bytes of one whole reply of Redis."""
     line = await reader.readuntil(b"\r\n")
     if line[:1] == b"$" and line != b"$-1\r\n":
         return line + await reader.readexactly(int(line[1:]) + 2)

@@ -14,7 +14,7 @@ from nanoservice.service import Service
 
 @dataclass
 class Served:
-    """A service that runs in this process, and a client of it."""
+    """A service that runs in this process, its ports, and a client with its URL."""
 
     running: Running
     port: int
@@ -24,7 +24,7 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def serving(service: Service[Any], environ: dict[str, str]) -> AsyncIterator[Served]:
-    """Serve `service` with the settings `environ` on free ports of loopback."""
+    """Serve `service` on free ports of loopback, with the settings that `environ` has; close it when the context ends."""
     public, admin = bind("127.0.0.1", 0, "BIND_PORT"), bind("127.0.0.1", 0, "ADMIN_PORT")
     running = await Running.start(service, service.config.read(environ), public, admin)
     port, admin_port = public.getsockname()[1], admin.getsockname()[1]

@@ -16,20 +16,23 @@ from nanoservice.testing.waiting import SLACK, wait_for
 
 
 def free_port() -> int:
-    """Return a port for whoever is told of it. On Linux, a socket that does not listen keeps it from being given to others."""
+    """Return a free port. On Linux, a bound socket that does not listen keeps the kernel from giving the port to others."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", 0))
     port = int(sock.getsockname()[1])
     if sys.platform == "linux":
-        atexit.register(sock.close)  # until then it keeps the port
+        atexit.register(sock.close)  # which keeps the port until then
     else:
         sock.close()
     return port
 
 
 class Valkey:
-    """A real Valkey on a TCP port of loopback. A kill costs it nothing; it does not wait for the disk."""
+    """A real Valkey on a TCP port of loopback, with its data in the folder `data`.
+
+    It writes each command to the kernel before it answers, so a kill loses nothing; it does not wait for the disk.
+    """
 
     def __init__(self, data: Path, *options: str) -> None:
         self.data = data
@@ -38,14 +41,14 @@ class Valkey:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *options: str) -> None:
-        """Start it on its data, and wait until it serves."""
+        """Start the server on its data, with further command-line `options`, and wait until it answers."""
         command = [executable(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.data), "--save", ""]
         command += ["--appendonly", "yes", "--appendfsync", "no", "--maxmemory-policy", "noeviction", "--loglevel", "warning"]
         self.process = subprocess.Popen([*command, *self.options, *options], stdout=subprocess.DEVNULL)
         wait_for(self.answers, 10 * SLACK, "Valkey answers")
 
     def answers(self) -> bool:
-        """Return whether it answers a PING."""
+        """Return whether the server answers a PING."""
         assert self.process
         assert self.process.poll() is None
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as client:
@@ -54,7 +57,7 @@ class Valkey:
         return False
 
     def end(self, how: int = signal.SIGTERM) -> None:
-        """End it with the signal `how`, and wait for that."""
+        """Send the server the signal `how`, and wait until it has stopped."""
         if self.process:
             self.process.send_signal(signal.SIGCONT)
             self.process.send_signal(how)
@@ -62,28 +65,28 @@ class Valkey:
             self.process = None
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Stop the server as a crash would."""
         self.end(signal.SIGKILL)
 
     def freeze(self) -> None:
-        """Stop it in its tracks: it keeps its connections and answers nothing."""
+        """Suspend the server: it keeps its connections and answers nothing."""
         assert self.process
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let a frozen server go on."""
+        """Resume a frozen server."""
         assert self.process
         self.process.send_signal(signal.SIGCONT)
 
     def client(self, **options: Any) -> "redis.Redis":
-        """Return a client of it, which the caller closes."""
+        """Return a client of the server. The caller closes it."""
         return redis.Redis(port=self.port, decode_responses=True, **options)
 
     def run(self, *command: Any) -> Any:
-        """Return the answer to one command."""
+        """Send one command, and return its reply."""
         with self.client() as client:
             return client.execute_command(*command)
 
     def environ(self, **more: str) -> dict[str, str]:
-        """Return the settings of a service that uses this server."""
+        """Return settings for a service that uses this server and listens on free ports, and those of `more`."""
         return {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(self.port), "BIND_PORT": "0", "ADMIN_PORT": "0", **more}

@@ -1,15 +1,15 @@
-"""Wait for a condition, never for a time."""
+"""Wait for a condition, with a limit. A test that sleeps instead is slow on a fast machine and fails on a slow one."""
 
 import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
 
-SLACK = 3  # the machines are shared: a limit that a test checks is allowed this many times as much
+SLACK = 3  # machines are shared, so a test allows this many times the duration that is promised
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, what: str = "") -> Any:
-    """Return what `condition` returns, as soon as that is true; fail after `seconds`."""
+    """Call `condition` until its result is true, and return that result; fail after `seconds`."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"not within {seconds} s: {what or condition}"
@@ -18,7 +18,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str = "") -> An
 
 
 async def eventually(condition: Callable[[], Any], seconds: float) -> None:
-    """Return as soon as `condition`, which may be a coroutine function, returns something true; fail after `seconds`."""
+    """Call or await `condition` until its result is true; fail after `seconds`."""
     async with asyncio.timeout(seconds):
         while not (await value if asyncio.iscoroutine(value := condition()) else value):
             await asyncio.sleep(0.01)

@@ -1,10 +1,13 @@
-"""A network for containers."""
+"""A network for containers, and the hitcounter served in the test's process."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from hitcounter.app import SERVICE
+from nanoservice.testing.served import Served, serving
+from nanoservice.testing.valkey import Valkey
 from tests.support.images import VALKEY, engine, run
 
 
@@ -19,3 +22,10 @@ def network() -> Iterator[str]:
     yield name
     run("rm", "--force", "--volumes", f"{name}-store")
     run("network", "rm", name)
+
+
+@pytest.fixture
+async def served(valkey: Valkey) -> AsyncIterator[Served]:
+    """The hitcounter in this process, on a Valkey of its own."""
+    async with serving(SERVICE, valkey.environ()) as it:
+        yield it

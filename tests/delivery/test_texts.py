@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hitcounter.app import SERVICE
-from nanoservice.testing.served import serving
-from nanoservice.testing.valkey import Valkey
+from nanoservice.testing.served import Served
 from tests.support import ROOT
 
 TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,14 +82,13 @@ def test_details_of_the_runbook_are_those_of_the_code() -> None:
         assert words in code, detail
 
 
-async def test_metrics_of_the_runbook_are_measured(valkey: Valkey) -> None:
+async def test_metrics_of_the_runbook_are_measured(served: Served) -> None:
     content = (ROOT / "docs" / "operations.md").read_text()
     named = re.findall(r"^\| `([a-z]+_[a-z_]+)` \|", content, re.MULTILINE)
     named += re.findall(r"\b((?:http|counter|process|redis)_[a-z_]+)[{[]", content)  # in queries
-    async with serving(SERVICE, valkey.environ()) as served:
-        async with served.client.get("/") as answer:
-            assert answer.status == 200
-        async with served.client.get(f"http://127.0.0.1:{served.admin_port}/metrics") as answer:
-            page = await answer.text()
+    async with served.client.get("/") as answer:
+        assert answer.status == 200
+    async with served.client.get(f"http://127.0.0.1:{served.admin_port}/metrics") as answer:
+        page = await answer.text()
     assert named
     assert not [name for name in named if not re.search(rf"^{name}(_count)?\b[^_]", page, re.MULTILINE)]

@@ -1,4 +1,4 @@
-"""Settings: every mistake is found in one run, named, and told without a value."""
+"""Settings: one run reports every mistake by the variable's name, without its value."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.support.variables import OTHERS
 class Config(config.Config):
     """The settings of a service, after those of every service."""
 
-    lanes: int = setting(4, "a number", integer(1, 64))  # terminals set LINES, and everybody LANGUAGE
+    lanes: int = setting(4, "a number", integer(1, 64))  # resembles LINES, which terminals set
     wait_seconds: float = setting(2.0, "a duration", seconds(0.1, 60))
 
 
@@ -79,7 +79,7 @@ def test_wrong_value_is_named_with_what_it_should_be_and_not_shown(name: str, va
     assert len(value) < 4 or value not in found[0]
 
 
-def test_all_problems_are_told_in_one_run() -> None:
+def test_all_problems_are_reported_in_one_run() -> None:
     found = problems({"BIND_PORT": "x", "LANES": "x", "REDIS_PASSWRD": "s3cret", "LOG_FORMAT": "x", "REDIS_TLS": "yes"})
     assert sorted(line.split()[0] for line in found) == ["BIND_PORT", "LANES", "LOG_FORMAT", "REDIS_PASSWRD", "REDIS_TLS"]
     assert not any("s3cret" in line for line in found)
@@ -94,7 +94,7 @@ def test_all_problems_are_told_in_one_run() -> None:
         ("WAIT_SECONS", "WAIT_SECONDS"),
     ],
 )
-def test_misspelt_variable_is_told_with_the_nearest_one(name: str, nearest: str) -> None:
+def test_misspelt_variable_is_reported_with_the_nearest_one(name: str, nearest: str) -> None:
     assert problems({name: "s3cret"}) == [f"{name} is not a setting; the nearest is {nearest}"]
 
 
@@ -108,17 +108,17 @@ def test_misspelt_variable_is_told_with_the_nearest_one(name: str, nearest: str)
         ("RDIS_PASSWORD", "REDIS_PASSWORD"),
     ],
 )
-def test_variable_that_is_misspelt_at_its_beginning_is_told_too(name: str, nearest: str) -> None:
+def test_variable_that_is_misspelt_at_its_beginning_is_reported_too(name: str, nearest: str) -> None:
     assert problems({name: "s3cret"}) == [f"{name} is not a setting; the nearest is {nearest}"]
 
 
-def test_variables_of_others_are_none_of_our_business() -> None:
+def test_variables_of_others_are_ignored() -> None:
     assert Config.read(dict.fromkeys(OTHERS, "x")) == Config.read({})
-    # A Service whose name is nearly one of ours.
+    # Of a Service whose name resembles the prefix of a setting.
     assert Config.read({"REDIS2_PORT": "tcp://10.0.0.1:6379", "BINDS_SERVICE_HOST": "10.0.0.1"}) == Config.read({})
 
 
-def test_what_kubernetes_sets_for_a_service_named_redis_is_passed_over() -> None:
+def test_variables_that_kubernetes_sets_for_a_service_named_redis_are_ignored() -> None:
     link = "tcp://10.0.0.7:6379"
     injected = {
         "REDIS_SERVICE_HOST": "10.0.0.7",
@@ -140,7 +140,7 @@ def test_what_kubernetes_sets_for_a_service_named_redis_is_passed_over() -> None
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files of TLS: a certificate, its key, the same with a passphrase, another key, and what is none of these."""
+    """TLS files: a certificate, its key, that key with a passphrase, another key, and a text."""
     folder = tmp_path_factory.mktemp("tls")
     mine, other = (trustme.CA().issue_cert("client@example.org") for _ in range(2))
     locked = serialization.load_pem_private_key(mine.private_key_pem.bytes(), None).private_bytes(
@@ -168,21 +168,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ),
     ],
 )
-def test_settings_that_contradict_each_other_are_told(files: dict[str, str], environ: dict[str, str], named: str) -> None:
+def test_settings_that_contradict_each_other_are_reported(files: dict[str, str], environ: dict[str, str], named: str) -> None:
     found = problems({"REDIS_HOST": "h"} | {name: files.get(value, value) for name, value in environ.items()})
     assert len(found) == 1
     assert named in found[0]
     assert "s3cret" not in found[0]
 
 
-def test_certificate_and_its_key_are_taken(files: dict[str, str]) -> None:
+def test_certificate_and_its_key_are_accepted(files: dict[str, str]) -> None:
     environ = {"REDIS_CA_FILE": "certificate", "REDIS_CERT_FILE": "certificate", "REDIS_KEY_FILE": "key"}
     found = Config.read({"REDIS_HOST": "h", "REDIS_TLS": "on"} | {name: files[value] for name, value in environ.items()})
     assert found.redis_key_file == Path(files["key"])
 
 
 @pytest.mark.parametrize("name", ["REDIS_PASSWORD", "REDIS_TLS", "REDIS_PASSWORD_FILE"])
-def test_settings_of_a_redis_without_its_host_are_told(name: str) -> None:
+def test_settings_of_a_redis_without_its_host_are_reported(name: str) -> None:
     value = {"REDIS_TLS": "on", "REDIS_PASSWORD_FILE": __file__}.get(name, "s3cret")
     assert "REDIS_HOST must be set" in problems({name: value})[0]
 

@@ -37,9 +37,7 @@ async def test_head_has_the_headers_of_get(served: Served) -> None:
             await wire.send(request("GET", path), request("HEAD", path))
             get, head = await wire.reply(), await wire.reply(head=True)
             assert head.status == get.status == 200
-            varying = (
-                {"Date", "Content-Length"} if path == "/" else {"Date"}
-            )  # no length: a hit that is not counted has no number
+            varying = {"Date", "Content-Length"} if path == "/" else {"Date"}  # no length, because an uncounted hit has no number
             assert {name: get.headers[name] for name in get.headers.keys() - varying} == {
                 name: head.headers[name] for name in head.headers.keys() - varying
             }
@@ -48,7 +46,7 @@ async def test_head_has_the_headers_of_get(served: Served) -> None:
         assert (await wire.reply()).status == 200  # so no body stood between them
 
 
-async def test_path_takes_its_methods_and_tells_them(served: Served) -> None:
+async def test_path_accepts_its_methods_and_lists_them(served: Served) -> None:
     async with connected(served.port) as wire:
         for path, allowed in PATHS.items():
             for method in METHODS:
@@ -86,7 +84,7 @@ async def test_query_and_absolute_form_change_nothing(served: Served) -> None:
         assert (await ask(served.port, request("GET", path))).status == 200
 
 
-async def test_probes_and_version_say_what_they_should(served: Served) -> None:
+async def test_probes_and_version_answer_as_documented(served: Served) -> None:
     for path, body in (("/livez", b"alive\n"), ("/readyz", b"ready\n")):
         reply = await ask(served.port, request("GET", path))
         assert (reply.body, reply.headers["Content-Type"]) == (body, "text/plain; charset=utf-8")
@@ -115,7 +113,7 @@ async def test_admin_port_has_metrics_and_nothing_else(served: Served) -> None:
     assert is_problem(await ask(served.port, request("GET", "/metrics")), 404)
 
 
-async def test_no_answer_names_what_it_runs_on(served: Served) -> None:
+async def test_no_answer_names_the_software(served: Served) -> None:
     requests = [request(method, path) for path in (*PATHS, "/metrics", "/x") for method in METHODS]
     for port in (served.port, served.admin_port):
         for data in (*requests, b"bad\r\n\r\n", request("GET", "/", "Expect: x"), request("GET", "/", "X: " + "a" * 9000)):
@@ -129,7 +127,7 @@ async def test_no_answer_names_what_it_runs_on(served: Served) -> None:
                     assert not any(name in wire.received.lower() for name in (b"python", b"aiohttp", b"traceback"))
 
 
-async def test_compressed_body_is_taken_as_it_came(served: Served) -> None:
+async def test_compressed_body_is_not_decompressed(served: Served) -> None:
     async with connected(served.port) as wire:
         for encoding in ("gzip", "deflate", "br", "nonsense"):
             await wire.send(request("POST", "/", f"Content-Encoding: {encoding}", body=b"this is no such thing"))
@@ -227,9 +225,9 @@ async def test_request_may_come_in_pieces(served: Served) -> None:
         assert (await wire.reply()).json["posts"] == 1
 
 
-# --- what is no request ---
+# --- malformed requests ---
 
-MARK = "zq7mark"  # stands in each of these, and in no answer
+MARK = "zq7mark"  # is in each of these requests, and in no answer
 
 UNPARSED = {
     "garbage": (400, b"\x00\xff" + MARK.encode() + b"\r\n\r\n"),
@@ -266,7 +264,7 @@ UNPARSED = {
 
 
 @pytest.mark.parametrize("name", UNPARSED)
-async def test_what_is_no_request_is_a_problem_and_closed(served: Served, name: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_malformed_request_is_a_problem_and_closed(served: Served, name: str, caplog: pytest.LogCaptureFixture) -> None:
     status, data = UNPARSED[name]
     for port in (served.port, served.admin_port):
         async with connected(port) as wire:
@@ -316,15 +314,15 @@ async def _measured(served: Served, labels: str, number: int) -> bool:
     return f"http_request_duration_seconds_count{{{labels}}} {number}.0" in page
 
 
-async def test_what_is_no_request_is_measured(served: Served) -> None:
+async def test_malformed_request_is_measured(served: Served) -> None:
     before = await metric(served, "http_request_duration_seconds_count")
     for _ in range(3):
         assert (await ask(served.port, b"nonsense\r\n\r\n")).status == 400
     after = await metric(served, "http_request_duration_seconds_count")
-    assert after - before == 3 + 1  # and the first look
+    assert after - before == 3 + 1  # the first scrape is measured too
 
 
-async def test_requests_before_nonsense_are_answered(served: Served) -> None:
+async def test_requests_before_a_malformed_one_are_answered(served: Served) -> None:
     async with connected(served.port) as wire:
         for data, status in ((request(), 200), (request("POST", body=b"x"), 200), (b"nonsense\r\n\r\n", 400)):
             await wire.send(data)
@@ -373,7 +371,7 @@ async def test_metrics_stay_bounded_whatever_clients_invent(served: Served) -> N
     assert {line.split('route="')[1].split('"')[0] for line in requests} == {"/", "/metrics", "unmatched"}
 
 
-# --- what a handler does wrong ---
+# --- mistakes of handlers ---
 
 
 def _failing(app: web.Application, config: config.Config) -> None:
@@ -412,7 +410,7 @@ async def test_error_of_a_handler_is_not_blamed_on_the_client_or_on_redis(
     assert f"\n{error}: " in caplog.text
 
 
-async def test_error_that_a_handler_raises_keeps_its_words_and_what_the_client_needs(failing: Served) -> None:
+async def test_error_that_a_handler_raises_keeps_its_text_and_the_headers_that_the_client_needs(failing: Served) -> None:
     reply = await ask(failing.port, request("GET", "/who"))
     assert is_problem(reply, 401)
     assert (reply.headers["WWW-Authenticate"], reply.json["detail"]) == ("Basic", "say who you are")

@@ -1,4 +1,4 @@
-"""Clients that send what they should not, or too slowly, or too often: the service tells them nothing, and goes on."""
+"""Hostile clients: malformed requests, slow requests, too many connections. The service reveals nothing, and goes on."""
 
 import asyncio
 import contextlib
@@ -58,8 +58,8 @@ SLOW: dict[str, tuple[Callable[[Wire], Awaitable[None]], int]] = {
     "sends its body slowly": (lambda wire: drip(wire, request("POST", "/", LENGTH), BODY), 0),
     "sends its chunks slowly": (lambda wire: drip(wire, request("POST", "/", CHUNKED), b"1\r\nx\r\n" * 800), 0),
     "sends no body at all": (lambda wire: drip(wire, request("POST", "/", LENGTH), b""), 0),
-    "sends a body slowly that nobody reads": (lambda wire: drip(wire, request("GET", "/livez", LENGTH), BODY), 1),
-    "sends a body slowly to where nothing is": (lambda wire: drip(wire, request("POST", "/x", LENGTH), BODY), 1),
+    "sends a body slowly that no handler reads": (lambda wire: drip(wire, request("GET", "/livez", LENGTH), BODY), 1),
+    "sends a body slowly to an unknown path": (lambda wire: drip(wire, request("POST", "/x", LENGTH), BODY), 1),
     "sends a body slowly that is too long": (lambda wire: drip(wire, request("POST", "/", "Content-Length: 2000000"), BODY), 1),
     "sends a body slowly after 100": (lambda wire: drip(wire, request("POST", "/", "Expect: 100-continue", LENGTH), BODY), 1),
     "sends a second head slowly": (lambda wire: drip(wire, request("GET", "/livez"), HEAD), 1),
@@ -80,7 +80,7 @@ SLOW: dict[str, tuple[Callable[[Wire], Awaitable[None]], int]] = {
 
 
 async def time_to_close(port: int, way: str, limit: float) -> float:
-    """Be slow in this way; return the seconds until the server closed the connection."""
+    """Be slow in this way, and return the seconds until the server closes the connection."""
     slow, answers = SLOW[way]
     began = time.monotonic()
     async with connected(port) as wire:
@@ -103,7 +103,7 @@ async def stays_open(port: int, seconds: float, data: tuple[bytes, ...], answers
         for _ in range(answers):
             await wire.reply()
         with pytest.raises(TimeoutError):
-            await wire.more(seconds)  # neither an answer nor the end comes
+            await wire.more(seconds)  # no answer comes, and the connection stays open
         await wire.send(*data)
         for _ in range(answers):
             await wire.reply()
@@ -111,10 +111,10 @@ async def stays_open(port: int, seconds: float, data: tuple[bytes, ...], answers
 
 IDLE: dict[str, tuple[tuple[bytes, ...], int]] = {
     "a hit": ((request(),), 1),
-    "more than are taken at a time": ((request() * 100,), 100),
+    "more requests than are processed at a time": ((request() * 100,), 100),
     "a body that is read": ((request("POST", "/", body=b"x" * MIB),), 1),
     "a body that is not read": ((request("GET", "/livez", body=b"x" * MIB),), 1),
-    "chunks to where nothing is": ((request("POST", "/x", "Transfer-Encoding: chunked"), *chunked(b"x" * MIB)), 1),
+    "chunks to an unknown path": ((request("POST", "/x", "Transfer-Encoding: chunked"), *chunked(b"x" * MIB)), 1),
     "an upgrade that is declined": ((request("GET", "/livez", *UPGRADE),), 1),
 }
 
@@ -124,7 +124,7 @@ async def check_times(port: int, limit: float) -> None:
     slow = [time_to_close(port, way, limit + 5 * SLACK) for way in SLOW]
     kept = [stays_open(port, limit + 2, *way) for way in IDLE.values()]
     times, _ = await asyncio.gather(asyncio.gather(*slow), asyncio.gather(*kept))
-    # The sweep comes once a second. What was sent before is no more than half a second's worth.
+    # The sweep runs once a second. The client may have begun up to half a second before the measurement.
     assert {
         way: seconds for way, seconds in zip(SLOW, times, strict=True) if not limit - 0.1 <= seconds <= limit + 2 * SLACK
     } == {}
@@ -171,10 +171,10 @@ async def test_request_that_waits_for_its_number_is_not_closed(short: Served, va
             assert (await wire.reply()).status == 200
 
 
-async def test_client_that_takes_no_answer_is_closed(short: Served) -> None:
+async def test_client_that_reads_no_answer_is_closed(short: Served) -> None:
     server = short.running._factories[0]
     async with connected(short.port) as wire:
-        wire.reader._transport.pause_reading()  # type: ignore[attr-defined] # there is no other way to it
+        wire.reader._transport.pause_reading()  # type: ignore[attr-defined] # a stream has no public way to pause its transport
         with pytest.raises((TimeoutError, ConnectionError)):
             while True:
                 wire.writer.write(request("GET", "/openapi.json") * 1000)
@@ -182,9 +182,9 @@ async def test_client_that_takes_no_answer_is_closed(short: Served) -> None:
         await eventually(lambda: not server.connections, 5 * SLACK)
 
 
-async def test_client_that_takes_its_answer_by_and_by_is_not_closed(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_client_that_reads_its_answer_slowly_is_not_closed(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "SEND_SECONDS", 3)
-    size = 32 * MIB  # the kernel takes 10 of them at once
+    size = 32 * MIB  # the kernel buffers 10 of them at once
 
     async def large(request: web.Request) -> Answer:
         return Answer(b"x" * size)  # one write
@@ -199,10 +199,10 @@ async def test_client_that_takes_its_answer_by_and_by_is_not_closed(valkey: Valk
             assert await wire.more()
             if len(wire.received) > (time.monotonic() - began) * 4 * MIB:
                 await asyncio.sleep(0.05)
-        assert time.monotonic() - began > 3  # longer than it may take nothing
+        assert time.monotonic() - began > 3  # longer than a client may read nothing
 
 
-async def test_slow_request_is_logged_without_a_word_of_it(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+async def test_slow_request_is_logged_without_any_of_its_text(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     async with connected(served.port) as wire:
         await wire.send(request("POST", f"/?{MARK.decode()}", "Content-Length: 2"), b"x")
         with pytest.raises(TimeoutError):
@@ -246,7 +246,7 @@ async def test_surplus_connections_are_closed_and_the_others_served(
 
 
 async def answers(wire: Wire) -> bool:
-    """Return whether the server answers on this connection; else it closes it."""
+    """Return whether the server answers on this connection; False if it closes it."""
     try:
         await wire.send(request())
         reply = await wire.reply()

@@ -16,7 +16,7 @@ from tests.support.process import Spawn
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -70,7 +70,7 @@ def test_format_can_be_chosen_against_the_terminal() -> None:
 
 
 @pytest.mark.parametrize(("level", "lines"), [("debug", 3), ("info", 2), ("warning", 1), ("error", 0)])
-def test_level_is_the_lowest_that_is_written(level: str, lines: int) -> None:
+def test_records_below_the_level_are_not_written(level: str, lines: int) -> None:
     stream = io.StringIO()
     logs.configure(level, "json", stream)
     logging.getLogger("x").debug("1")
@@ -91,7 +91,7 @@ def test_warning_of_python_is_a_line() -> None:
 
 
 @pytest.mark.parametrize(("level", "lines"), [("debug", 2), ("info", 0)])
-async def test_request_is_a_line_at_debug_alone(valkey: Valkey, spawn: Spawn, level: str, lines: int) -> None:
+async def test_request_is_logged_at_debug_only(valkey: Valkey, spawn: Spawn, level: str, lines: int) -> None:
     process = spawn(valkey.environ(BIND_HOST="127.0.0.1", LOG_LEVEL=level))
     for path in ("/?s3cret", "/s3cret"):
         async with aiohttp.request("GET", f"{process.url.rstrip('/')}{path}") as answer:

@@ -1,4 +1,4 @@
-"""The form of an answer follows `Accept`."""
+"""The media type of an answer follows from `Accept`."""
 
 import time
 
@@ -10,9 +10,9 @@ from nanoservice.testing.waiting import SLACK
 from tests.support.accept import CHOICES, JSON, TEXT
 
 
-@pytest.mark.parametrize(("accept", "form"), CHOICES)
-def test_accept_decides(accept: str, form: str | None) -> None:
-    assert preferred(accept, (TEXT, JSON)) == form
+@pytest.mark.parametrize(("accept", "media_type"), CHOICES)
+def test_accept_decides(accept: str, media_type: str | None) -> None:
+    assert preferred(accept, (TEXT, JSON)) == media_type
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The OpenAPI document of what every service has: valid, the same as the routes, and true of what is answered."""
+"""The OpenAPI document of the chassis's routes is valid, complete, and true of the answers."""
 
 from collections.abc import AsyncIterator
 

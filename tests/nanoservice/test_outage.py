@@ -1,4 +1,4 @@
-"""A Redis that is down, hung, full, read-only or emptied: truthful 503s, one log line, recovery without a restart."""
+"""Redis is down, hung, full or read-only: the service answers 503 with the cause, logs one line, and recovers by itself."""
 
 import asyncio
 import gc
@@ -19,7 +19,7 @@ from tests.support.refusals import Act, refusals
 
 
 async def get(served: Served, path: str = "/") -> tuple[int, dict[str, Any], float]:
-    """Return status, problem (if any) and seconds of a GET."""
+    """Send a GET; return the status, the problem details (if any) and the seconds it took."""
     began = time.monotonic()
     async with served.client.get(path) as answer:
         body = await answer.json() if answer.content_type.endswith("json") else {}
@@ -82,7 +82,7 @@ async def test_probe_that_succeeds_ends_an_outage_without_another_request(
     assert caplog.messages[-1] == "Redis works again"
 
 
-async def test_probe_that_succeeds_does_not_deny_that_redis_refuses_work(
+async def test_probe_that_succeeds_does_not_end_an_outage_in_which_redis_refuses_work(
     served: Served, valkey: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
     valkey.run("ACL", "SETUSER", "default", "-incrby")
@@ -95,7 +95,7 @@ async def test_probe_that_succeeds_does_not_deny_that_redis_refuses_work(
     assert caplog.messages == ["Redis fails: its user may not do this (NOPERM)", "Redis works again"]
 
 
-async def test_readiness_looks_once_a_second_however_often_it_is_asked(served: Served, valkey: Valkey) -> None:
+async def test_readiness_checks_redis_once_a_second_however_often_it_is_asked(served: Served, valkey: Valkey) -> None:
     def pings() -> int:
         with valkey.client() as client:
             return int(client.info("commandstats").get("cmdstat_ping", {"calls": 0})["calls"])
@@ -151,12 +151,14 @@ async def test_slow_requests_are_one_warning_a_second_and_the_others_are_lines_a
             valkey.thaw()
             assert {status for status, *_ in await asyncio.gather(*waiting)} == {200}
             await eventually(lambda: told().total() == 20 * lines, 5)
-            # One more if it takes over a second to answer them all.
+            # One more if answering them all takes over a second.
             assert lines <= told()["slow request"] <= 2 * lines
 
 
-async def test_lookup_that_fails_after_its_time_is_not_logged_again(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    def leave(error: Exception) -> None:  # as uvloop does with the look-up of a connection that was given up
+async def test_failed_lookup_of_an_abandoned_connection_is_not_logged_again(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave(error: Exception) -> None:  # as uvloop leaves the look-up of an abandoned connection
         asyncio.get_running_loop().create_future().set_exception(error)
         gc.collect()
 

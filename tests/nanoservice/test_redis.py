@@ -1,4 +1,4 @@
-"""The connection to Redis: users, passwords, files that change, TLS; and what is said when it fails."""
+"""The connection to Redis: users, passwords, files that change, TLS, and what is logged and answered when it fails."""
 
 import asyncio
 import ssl
@@ -44,7 +44,7 @@ async def status(served: Served) -> int:
         return answer.status
 
 
-async def test_user_and_password_are_used_without_a_word(secured: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+async def test_user_and_password_are_used_and_nothing_is_logged(secured: Valkey, caplog: pytest.LogCaptureFixture) -> None:
     async with serving(SERVICE, secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="first")) as served:
         assert await status(served) == 200
     assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
@@ -70,7 +70,7 @@ async def test_wrong_password_is_503_until_it_is_right(secured: Valkey, caplog: 
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> str:
-    """Return all that was logged, with what came through `extra=`."""
+    """Return everything that was logged, including the fields of `extra=`."""
     return str([vars(record) for record in caplog.records])
 
 
@@ -89,7 +89,7 @@ async def test_password_that_redis_quotes_is_not_logged(tmp_path: Path, caplog: 
     assert "s3cret" not in logged(caplog)
 
 
-async def test_probe_over_an_open_connection_does_not_deny_that_the_password_is_wrong(secured: Valkey) -> None:
+async def test_readiness_fails_when_the_password_is_changed_although_the_probes_connection_is_open(secured: Valkey) -> None:
     environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="first")
     async with serving(SERVICE, environ) as served:
         async with served.client.get("/readyz") as answer:  # opens the connection of the probe
@@ -133,7 +133,7 @@ async def test_password_file_that_went_away_is_503_until_it_is_back(secured: Val
         await eventually(lambda: _is(served, 200), 6)
 
 
-async def test_password_file_that_is_no_text_is_503_and_not_quoted(
+async def test_password_file_that_is_not_text_is_503_and_not_quoted(
     secured: Valkey, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "password"
@@ -174,13 +174,13 @@ async def test_command_and_pipeline_say_that_redis_is_unavailable(store: Store, 
     assert not store.health.reason
 
 
-async def test_what_a_handler_expects_or_does_wrong_is_not_blamed_on_redis(
+async def test_errors_that_a_handler_expects_or_causes_are_not_blamed_on_redis(
     store: Store, valkey: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
     client: Any = store.client
     script = client.register_script("return 7")
     for _ in range(2):
-        assert await script() == 7  # the driver loads it when it is told that it is not there
+        assert await script() == 7  # the driver loads the script when Redis does not have it
         valkey.run("SCRIPT", "FLUSH")
     with pytest.raises(exceptions.DataError):
         await client.set("n", None)
@@ -201,7 +201,7 @@ async def test_arguments_of_an_unknown_command_are_not_logged(store: Store, capl
     assert "s3cret" not in logged(caplog)
 
 
-def test_same_words_are_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_same_cause_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = 1000.0
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     health = Health(CollectorRegistry(), "redis:6379")
@@ -227,7 +227,7 @@ def test_same_words_are_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, ca
 
 
 class TlsFront:
-    """TLS in front of a Valkey that has none: ends the client's TLS and passes the bytes on."""
+    """A TLS server in front of a Valkey without TLS: it decrypts the client's bytes and passes them on."""
 
     def __init__(self, valkey: Valkey, folder: Path) -> None:
         self.valkey = valkey
@@ -325,7 +325,7 @@ async def test_tls_without_the_client_certificate_is_refused(tls: TlsFront) -> N
         (exceptions.ResponseError("secret-thing of 10.1.2.3"), "an unexpected error: ResponseError"),
     ],
 )
-def test_cause_is_told_in_words_without_an_address(error: Exception, words: str) -> None:
+def test_cause_is_a_phrase_without_an_address(error: Exception, words: str) -> None:
     assert words in cause(error)
     assert "10.1.2.3" not in cause(error)
     assert "secret" not in cause(error)

@@ -1,4 +1,4 @@
-"""The reloader: what runs is run again when a file changes, and ends with it."""
+"""The reloader restarts the service when a file changes, and stops together with it."""
 
 import os
 import pty
@@ -48,7 +48,7 @@ from nanoservice.service import Service
 sys.exit(main(Service("thing", "1", Config, lambda app, config: None), os.environ, []))
 """
 
-# Runs a command whose standard input is its terminal.
+# Runs a command with its standard input as its controlling terminal.
 ON_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 
 
@@ -88,11 +88,11 @@ class Reloader:
 def reloader(tmp_path: Path) -> Iterator[Reloader]:
     it = Reloader(tmp_path)
     yield it
-    it.popen.terminate()  # SIGKILL would leave what it runs
+    it.popen.terminate()  # SIGKILL would leave the service running
     it.popen.wait(30)
 
 
-def test_change_runs_it_again_without_a_drain(reloader: Reloader) -> None:
+def test_change_restarts_the_service_without_a_drain(reloader: Reloader) -> None:
     reloader.file.write_text(SERVICE.format(word="one", status=0))
     popen = reloader.start()
     reloader.says("runs one 0")
@@ -104,7 +104,7 @@ def test_change_runs_it_again_without_a_drain(reloader: Reloader) -> None:
     assert popen.wait(5 * SLACK) == 0
 
 
-def test_mistake_waits_for_the_change_that_mends_it(reloader: Reloader) -> None:
+def test_mistake_waits_for_the_change_that_fixes_it(reloader: Reloader) -> None:
     reloader.file.write_text("print('one'\n")
     popen = reloader.start()
     reloader.says("SyntaxError")
@@ -114,7 +114,7 @@ def test_mistake_waits_for_the_change_that_mends_it(reloader: Reloader) -> None:
     assert popen.wait(5 * SLACK) == 3
 
 
-def test_bad_settings_end_it(reloader: Reloader) -> None:
+def test_bad_settings_stop_the_reloader(reloader: Reloader) -> None:
     reloader.file.write_text(f"raise SystemExit({os.EX_CONFIG})")
     assert reloader.start().wait(5 * SLACK) == os.EX_CONFIG
 
@@ -135,7 +135,7 @@ async def test_request_between_two_runs_waits_for_the_next(reloader: Reloader, v
         except aiohttp.ClientConnectorError:
             refused += 1
         except aiohttp.ClientConnectionError:
-            pass  # it was taken by the one that ended, too late to be heard
+            pass  # the old process accepted it, too late to answer
         return reloader.output.read_text().count("listening") > runs
 
     for runs in range(1, 4):
@@ -159,7 +159,7 @@ def test_ctrl_c_on_a_terminal_cuts_nothing_off(reloader: Reloader) -> None:
         assert popen.wait(5 * SLACK) == 0
 
 
-def test_second_signal_is_for_what_runs(reloader: Reloader) -> None:
+def test_second_signal_is_passed_on_to_the_service(reloader: Reloader) -> None:
     reloader.file.write_text(ASKED_ONCE.replace("sleep(0.5)", "sleep(60)"))
     popen = reloader.start()
     reloader.says("runs")

@@ -24,7 +24,7 @@ from tests.nanoservice import second_service
 from tests.support import ROOT
 from tests.support.process import Spawn, environment, metric
 
-# It as a process: all that its own `__main__` needs.
+# The service in a process: all that its own `__main__` needs.
 MAIN = """
 import os, sys
 from nanoservice.server import main
@@ -116,7 +116,7 @@ async def _is(served: Served, path: str, expected: int) -> bool:
     return await status(served, path) == expected
 
 
-async def test_more_handlers_than_connections_wait_their_turn(valkey: Valkey) -> None:
+async def test_handlers_wait_for_a_connection_when_all_are_in_use(valkey: Valkey) -> None:
     async with serving(second_service.SERVICE, valkey.environ(REDIS_TIMEOUT=str(1 * SLACK))) as greeter:
         answers = await asyncio.gather(*(status(greeter, "/greet/ada") for _ in range(100)))
     assert set(answers) == {200}
@@ -147,18 +147,18 @@ def test_its_setting_is_checked_with_the_others() -> None:
     ]
 
 
-async def test_it_runs_logs_json_drains_and_ends_with_status_0(spawn: Spawn, valkey: Valkey) -> None:
+async def test_it_runs_logs_json_drains_and_exits_with_status_0(spawn: Spawn, valkey: Valkey) -> None:
     process = spawn(valkey.environ(BIND_HOST="127.0.0.1"), command=COMMAND)
     for number in (1, 2):
         async with aiohttp.request("GET", f"{process.url}greet/ada") as answer:
             assert await answer.text() == f"Hello ada, number {number}\n"
     assert process.end() == 0
-    log = [line for line in process.log if line["message"] != "slow request"]  # which a busy machine may make
+    log = [line for line in process.log if line["message"] != "slow request"]  # a busy machine may log one
     assert [line["message"].partition(";")[0] for line in log] == ["listening", "draining", "stopped"]
     assert all(line["level"] == "info" and line["time"] for line in log)
 
 
-def test_bad_settings_end_it_with_status_78_and_all_of_them_told() -> None:
+def test_bad_settings_are_all_reported_and_the_status_is_78() -> None:
     environ = {"GREET_WTH": "s3cret", "BIND_PORT": "s3cret"}
     ended = subprocess.run(COMMAND, env=environment(environ), text=True, capture_output=True, timeout=60)
     assert ended.returncode == os.EX_CONFIG == 78
@@ -196,7 +196,7 @@ async def plain(valkey: Valkey) -> AsyncIterator[Served]:
         yield served
 
 
-async def test_handler_that_raises_is_a_500_that_tells_nothing(plain: Served, caplog: pytest.LogCaptureFixture) -> None:
+async def test_handler_that_raises_is_a_500_that_reveals_nothing(plain: Served, caplog: pytest.LogCaptureFixture) -> None:
     async with plain.client.get("/fail") as answer:
         assert (answer.status, answer.content_type) == (500, "application/problem+json")
         assert "secret" not in await answer.text()

@@ -1,4 +1,4 @@
-"""The end: nothing that was accepted is lost, and nothing holds it up."""
+"""Shutdown: no accepted request is lost, and nothing delays the exit beyond its limits."""
 
 import asyncio
 import contextlib
@@ -56,7 +56,7 @@ async def test_no_request_fails_over_twenty_restarts_with_a_drain(valkey: Valkey
         nonlocal total
         process = await asyncio.to_thread(spawn, valkey.environ(DRAIN_SECONDS="2"))
         load = asyncio.create_task(load_until_not_ready(process))
-        await asyncio.sleep(0.3)  # of load before the end begins
+        await asyncio.sleep(0.3)  # of load before the shutdown begins
         ending = asyncio.create_task(asyncio.to_thread(process.end))
         answered, failures = await load
         assert not failures
@@ -70,7 +70,7 @@ async def test_no_request_fails_over_twenty_restarts_with_a_drain(valkey: Valkey
     assert int(valkey.run("GET", HITS)) == total
 
 
-async def test_drain_serves_on_and_ends_each_connection(valkey: Valkey, spawn: Spawn) -> None:
+async def test_drain_goes_on_serving_and_closes_each_connection(valkey: Valkey, spawn: Spawn) -> None:
     process = spawn(valkey.environ(DRAIN_SECONDS=str(SLACK)))
     async with aiohttp.ClientSession() as client:
         async with client.get(process.url) as answer:
@@ -100,7 +100,7 @@ async def pending(service: Process | Served, number: int) -> bool:
     return await metric(service, "sample_pending") == number
 
 
-async def test_what_is_in_flight_is_answered(valkey: Valkey, spawn: Spawn) -> None:
+async def test_requests_in_flight_are_answered(valkey: Valkey, spawn: Spawn) -> None:
     process = spawn(valkey.environ(REDIS_TIMEOUT="10"))
     async with aiohttp.ClientSession() as client:
         async with client.get(process.url) as answer:
@@ -116,27 +116,30 @@ async def test_what_is_in_flight_is_answered(valkey: Valkey, spawn: Spawn) -> No
     assert process.end(0) == 0
 
 
-async def test_what_never_ends_is_waited_for_once(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_that_never_finish_are_waited_for_once(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     assert server.FINISH_SECONDS == 10  # with a drain of 5 and a second to close: 16
     monkeypatch.setattr(server, "FINISH_SECONDS", 3.0)
     async with contextlib.AsyncExitStack() as stack:
         async with serving(SERVICE, valkey.environ(REDIS_TIMEOUT="60")) as served:
             valkey.freeze()
             for port, data in (
-                (served.port, request()),  # its handler waits for Redis
-                (served.port, request("POST", "/", "Content-Length: 9")),  # and here for the body
-                (served.admin_port, request("GET", "/metrics", "Content-Length: 9")),  # answered, but for the body
+                (served.port, request()),  # the handler waits for Redis
+                (served.port, request("POST", "/", "Content-Length: 9")),  # the handler waits for the body
+                (
+                    served.admin_port,
+                    request("GET", "/metrics", "Content-Length: 9"),
+                ),  # answered before its body is complete
             ):
                 await (await stack.enter_async_context(connected(port))).send(data)
-            deaf = await stack.enter_async_context(connected(served.port))  # takes nothing of its answers
-            deaf.reader._transport.pause_reading()  # type: ignore[attr-defined] # there is no other way to it
+            deaf = await stack.enter_async_context(connected(served.port))  # reads none of its answers
+            deaf.reader._transport.pause_reading()  # type: ignore[attr-defined] # a stream has no public way to pause its transport
             with pytest.raises(TimeoutError):
                 while True:
                     deaf.writer.write(request("GET", "/openapi.json") * 1000)
                     await asyncio.wait_for(deaf.writer.drain(), 0.3)
             await eventually(lambda: pending(served, 1), 5)
             began = time.monotonic()
-        assert 3 <= time.monotonic() - began < 5.9  # not twice as long, for whatever reason
+        assert 3 <= time.monotonic() - began < 5.9  # not twice as long
 
 
 async def test_second_signal_stops_at_once(valkey: Valkey, spawn: Spawn) -> None:
@@ -148,8 +151,8 @@ async def test_second_signal_stops_at_once(valkey: Valkey, spawn: Spawn) -> None
     assert time.monotonic() - began < 1 * SLACK
 
 
-async def test_name_that_is_still_looked_up_does_not_hold_up_the_end(spawn: Spawn) -> None:
-    # On asyncio's own event loop, whose look-up of a name can be made to hang. For uvloop's, a cluster without DNS is needed.
+async def test_dns_lookup_that_hangs_does_not_delay_the_exit(spawn: Spawn) -> None:
+    # On asyncio's own event loop, whose DNS look-up can be made to hang. For uvloop's, a cluster without DNS is needed.
     hangs = "import runpy, socket, time; socket.getaddrinfo = lambda *_, **__: time.sleep(60);"
     hangs += "runpy.run_module('tests.nanoservice.sample', run_name='__main__')"
     environ = {"REDIS_HOST": "redis", "REDIS_TIMEOUT": "0.1", "BIND_PORT": "0", "ADMIN_PORT": "0"}
@@ -162,16 +165,16 @@ async def test_name_that_is_still_looked_up_does_not_hold_up_the_end(spawn: Spaw
     assert process.log[-1]["message"] == "stopped"
 
 
-# One that asyncio hands over after the end is closed by the end of the process, which does not come here.
+# A connection that asyncio accepts after the shutdown stays open until the process exits. This process goes on.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("turns", range(4))
-async def test_connection_that_was_just_taken_does_not_hold_up_the_end(valkey: Valkey, turns: int) -> None:
+@pytest.mark.parametrize("iterations", range(4))
+async def test_connection_that_was_just_accepted_does_not_delay_the_shutdown(valkey: Valkey, iterations: int) -> None:
     async with serving(SERVICE, valkey.environ()) as it:
         with contextlib.ExitStack() as clients:
             for _ in range(5):
                 client = clients.enter_context(socket.create_connection(("127.0.0.1", it.port)))
                 client.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
-            for _ in range(turns):  # of the event loop, from the connection to its answer
+            for _ in range(iterations):  # of the event loop, from the connection to its answer
                 await asyncio.sleep(0)
             began = time.monotonic()
             await it.running.close()

