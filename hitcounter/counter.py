@@ -41,6 +41,7 @@ _SHA = sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()  # the name that
 
 _MAX_BATCH = 1000  # requests; bounds the time of one script call, and of giving out its numbers
 _SIZE_BUCKETS = 1, 2, 5, 10, 20, 50, 100, 200, 500, _MAX_BATCH
+_TIME_BUCKETS = 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1  # seconds
 _JOIN_SECONDS = 0.1  # for which a batch that cannot be sent accepts more requests, which share its deadline
 _LINGER_SECONDS = 0.001  # for which a batch waits for a busy lane before an idle one takes it
 _BACKOFF_SECONDS = 0.05, 0.1, 0.2, 0.4  # before a batch is sent again; the last one repeats; half of each is random
@@ -76,7 +77,7 @@ class Counter:
         self._highest = Counts(0, 0)  # of all answers, posts with a key excepted
         self._rewinds = 0
         self._size = Histogram("counter_batch_size", "Requests counted by one call", buckets=_SIZE_BUCKETS, registry=registry)
-        round_trip = Histogram("counter_round_trip_seconds", "Time from sending a batch to its reply", registry=registry)
+        round_trip = Histogram("counter_round_trip_seconds", "Time to the reply to a batch", buckets=_TIME_BUCKETS, registry=registry)
         self._lanes = [Lane(name, store, round_trip, redis_timeout=redis_timeout, keep=keep) for _ in range(lanes)]
         self._rewound = Total("counter_rewinds", "Times that Redis had less than was answered before", registry=registry)
         Gauge("counter_pending", "Requests that wait for their number", registry=registry).set_function(lambda: self._pending)
