@@ -9,7 +9,7 @@ download() { # OPTION...: into the new folder
     --dest "$WHEELS.new" --python-version 3.13 "$@"
 }
 
-if find "$WHEELS" -mindepth 1 -maxdepth 1 ! -name '*.whl' 2>/dev/null | grep -q .; then
+if find "$WHEELS/" -mindepth 1 -maxdepth 1 ! -name '*.whl' 2>/dev/null | grep -q .; then
   fail "$WHEELS has more than wheels in it: name another folder with WHEELS=..."
 fi
 # What is there stays until everything is fetched.
