@@ -20,7 +20,7 @@ def scale(namespace: Namespace, replicas: int) -> None:
 
 
 def evict(namespace: Namespace, pod: str) -> None:
-    """Ask for the end of one of two pods as `kubectl drain` does: a disruption budget may refuse."""
+    """Evict one of two pods as `kubectl drain` does; a disruption budget may refuse."""
     body = f'{{"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {{"name": "{pod}", "namespace": "{namespace.name}"}}}}'
     path = f"/api/v1/namespaces/{namespace.name}/pods/{pod}/eviction"
     namespace.kubectl("create", f"--raw={path}", "--filename=-", input=body)
@@ -140,7 +140,7 @@ def test_rotation_may_be_cut_short_at_any_step_and_redis_restart(cluster: Deploy
         hits += 1
         assert wait_for(namespace.answered, 30) == (hits, posts)
         seen |= set(namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").split())
-    assert len(seen) == 2  # a rotation that is taken up again goes on with its password
+    assert len(seen) == 2  # a resumed rotation goes on with its password
     assert namespace.make("secret-rotate").endswith("Redis takes the new ones alone\n")
     assert wait_for(namespace.answered, 30) == (hits + 1, posts)
     for password in seen:
