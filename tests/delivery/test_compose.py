@@ -173,7 +173,7 @@ WRITE = {
 
 
 @pytest.mark.parametrize(("service", "user"), [("hitcounter", 65532), ("redis", 999)])
-def test_container_has_no_privileges_that_its_work_does_not_need(running: Project, service: str, user: int) -> None:
+def test_container_is_nobody_and_can_do_nothing_but_its_work(running: Project, service: str, user: int) -> None:
     identity = running.container(service)
     status = dict(
         line.split(":\t", 1) for line in docker("exec", identity, *LOOK[service], "/proc/1/status").splitlines() if ":\t" in line

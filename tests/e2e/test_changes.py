@@ -140,7 +140,7 @@ def test_rotation_may_be_cut_short_at_any_step_and_redis_restart(cluster: Deploy
         hits += 1
         assert wait_for(namespace.answered, 30) == (hits, posts)
         seen |= set(namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").split())
-    assert len(seen) == 2  # a resumed rotation goes on with its password
+    assert len(seen) == 2  # a rotation that is taken up again goes on with its password
     assert namespace.make("secret-rotate").endswith("Redis takes the new ones alone\n")
     assert wait_for(namespace.answered, 30) == (hits + 1, posts)
     for password in seen:

@@ -140,7 +140,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(number=lanes)
     def crash(self, number: int) -> None:
-        """The process of a lane exits, and another one takes its place."""
+        """The process of a lane ends, and another takes its place."""
         self.lanes[number] = Lane(Writer())
 
     @precondition(lambda self: any(lane.reply is not None for lane in self.lanes))
