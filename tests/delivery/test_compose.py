@@ -34,14 +34,14 @@ LABEL = "com.docker.compose.project"
 
 
 def docker(*arguments: str, check: bool = True, seconds: float = 120, **options: Any) -> str:
-    """Return what `docker` prints; what it complains of too if it may fail."""
+    """Return the output of `docker`; with its errors if it may fail."""
     ended = subprocess.run(["docker", *arguments], text=True, capture_output=True, timeout=seconds, **options)
     assert not check or ended.returncode == 0, f"docker {' '.join(arguments)}: {ended.returncode}\n{ended.stdout}{ended.stderr}"
     return ended.stdout.strip() if check else f"{ended.returncode}\n{ended.stdout}{ended.stderr}"
 
 
 class Project:
-    """A copy of the repository, and what `docker compose` makes of it."""
+    """A copy of the repository, and the project that `docker compose` makes of it."""
 
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(exist_ok=True)
@@ -81,7 +81,7 @@ class Project:
             return int(re.findall(r"seen (\d+) times", answer.read().decode())[0])
 
     def answer(self) -> str:
-        """Return what `/` answers, nothing if it does not."""
+        """Return the answer of `/`, or an empty text if there is none."""
         with suppress(OSError), urllib.request.urlopen(self.url, timeout=2) as answer:
             return str(answer.read().decode())
         return ""
@@ -100,7 +100,7 @@ class Project:
         return dict(zip(lines[::2], lines[1::2], strict=True))
 
     def left(self) -> dict[str, list[str]]:
-        """Return what the engine has of it, but for the images."""
+        """Return the engine's objects of the project, except the images."""
         found = {
             "containers": docker("ps", "--all", "--quiet", f"--filter=label={LABEL}={self.name}"),
             "networks": docker("network", "ls", "--quiet", f"--filter=label={LABEL}={self.name}"),
@@ -161,7 +161,7 @@ def test_public_port_is_published_on_loopback_alone_and_no_other(running: Projec
     assert published == {"hitcounter": {"8080/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(running.port)}]}, "redis": {}}
 
 
-# How each looks into itself: the service's image has nothing but Python.
+# How each container reads its own files: the service's image has only Python.
 LOOK = {
     "hitcounter": ("/usr/bin/python3.13", "-c", "import sys; print(open(sys.argv[1]).read())"),
     "redis": ("cat",),
@@ -229,7 +229,7 @@ def test_secrets_are_made_once(running: Project) -> None:
 
 
 def test_secrets_show_nowhere(running: Project) -> None:
-    running.compose("down", "--volumes")  # they are made anew, with logs from the first line on
+    running.compose("down", "--volumes")  # creates them again, so that the logs are complete
     with processes() as commands:
         running.compose("up", "--wait")
         running.hits()
@@ -381,7 +381,7 @@ def replaced(one: Project, old: str) -> str:
 
 
 def counted(one: Project) -> int:
-    """Return the hits that the answer tells, 0 while there is none."""
+    """Return the hits in the answer, 0 while there is no answer."""
     return int("".join(re.findall(r"seen (\d+) times", one.answer())) or 0)
 
 
@@ -395,7 +395,7 @@ def exists(identity: str, path: str) -> bool:
     return docker("exec", identity, "test", "-e", path, check=False).startswith("0\n")
 
 
-# Prints what Valkey answers to PING: 'plain' without TLS, 'tls' with it, 'other' with the trust of this image alone.
+# Prints Valkey's answer to PING: 'plain' without TLS, 'tls' with it, 'other' with only this image's CA certificates.
 _PING = """
 import socket, ssl, sys
 raw = socket.create_connection(("redis", 6379), 3)

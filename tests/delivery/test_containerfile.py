@@ -1,4 +1,4 @@
-"""What can be said of the files that make the image without an engine."""
+"""Checks of the files that make the image, without an engine."""
 
 import importlib.util
 import struct
@@ -30,7 +30,7 @@ def test_no_build_sees_what_is_for_tests_alone() -> None:
     assert (ROOT / "nanoservice" / "testing").is_dir()
 
 
-def test_no_engine_is_told_in_one_line(tmp_path: Path) -> None:
+def test_missing_engine_is_reported_in_one_line(tmp_path: Path) -> None:
     for name in ("sh", "mktemp", "rm"):
         (tmp_path / name).symlink_to(f"/bin/{name}" if Path(f"/bin/{name}").exists() else f"/usr/bin/{name}")
     for name, engine in (("image", ""), ("engines", ""), ("image-check", ""), ("image-digest", "no-such-engine")):
@@ -50,7 +50,7 @@ def test_no_engine_is_told_in_one_line(tmp_path: Path) -> None:
 def test_folder_that_is_no_layout_is_left_alone(tmp_path: Path) -> None:
     letter = tmp_path / "letter"
     letter.touch()
-    engine = tmp_path / "docker"  # one that does nothing
+    engine = tmp_path / "docker"  # an engine that does nothing
     engine.write_text("#!/bin/sh\n")
     engine.chmod(0o755)
     command = ["make", "image-multiarch", f"LAYOUT={tmp_path}", f"ENGINE={engine}"]
@@ -69,7 +69,7 @@ def test_stripping_changes_nothing_that_is_loaded() -> None:
         for header in range(table, table + size * count, size):
             (kind,), (begin,) = struct.unpack_from("<I", whole, header), struct.unpack_from("<Q", whole, header + 8)
             (length,) = struct.unpack_from("<Q", whole, header + 32)
-            if kind == 1:  # loaded; the first 64 bytes of the file tell where the sections are, which are left out
+            if kind == 1:  # loaded; the first 64 bytes of the file have the position of the sections, which are left out
                 assert whole[max(begin, 64) : begin + length] == stripped[max(begin, 64) : begin + length], path
 
 

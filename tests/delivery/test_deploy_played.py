@@ -1,4 +1,4 @@
-"""What the targets for Kubernetes do where kubectl and the engine say what they seldom do: both are played."""
+"""The make targets for Kubernetes when kubectl and the engine answer in rare ways: scripts play both."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from tests.support import ROOT
 
 
 def played(folder: Path, name: str, script: str) -> str:
-    """Return the path of a program that is this script, and keeps what it was told in a file beside it."""
+    """Return the path of a program that runs this script, and logs its arguments to a file beside it."""
     program = folder / name
     program.write_text(f'#!/bin/sh\necho "$*" >>"$0.told"\n{script}\n')
     program.chmod(0o755)
@@ -135,7 +135,7 @@ def test_deploy_that_is_only_to_be_shown_does_nothing(tmp_path: Path) -> None:
 class Cluster:
     """The scripts with the users of Redis `users`, and a cluster with the secrets `has`: what is in SECRET.KEY."""
 
-    # Answers with what is in the files of `has`, and keeps the secrets that are written in folders of their names.
+    # Answers with the content of the files of `has`, and keeps each written secret in a folder of its name.
     _KUBECTL = """case $* in
       *"get secret"*)
         key=$(expr "$*" : '.*index \\. "\\([a-z]*\\)"')
@@ -163,7 +163,7 @@ class Cluster:
         return ran(self.scripts / f"{command}.sh", KUBECTL=self.kubectl)
 
     def written(self) -> dict[str, dict[str, str]]:
-        """Return the keys of each secret that was written, with what it has."""
+        """Return the keys and values of each secret that was written."""
         return {secret.name: {key.name: key.read_text() for key in secret.iterdir()} for secret in self.got.iterdir()}
 
 
@@ -187,7 +187,7 @@ def test_password_that_a_service_has_already_stays(tmp_path: Path) -> None:
 
 def test_each_service_gets_its_own_password_whatever_its_name(tmp_path: Path) -> None:
     names = ["users", "new", "read", "services", "wanted", "last"]
-    # A comment, and a last line without an end.
+    # A comment, and a last line without a newline.
     one = Cluster(tmp_path, "# of all\nuser default off\n" + "\n".join(f"user {name} +get" for name in names), {})
     assert one.run("secret").returncode == 0
     written = one.written()
@@ -225,8 +225,8 @@ def test_passwords_go_with_the_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("end", "whole"), [("", True), ("| head -c 40", False)], ids=["whole", "cut off"])
-def test_backup_that_is_cut_off_replaces_none(tmp_path: Path, end: str, whole: bool) -> None:
-    """For kubectl, a stream that ends early is no failure."""
+def test_backup_that_is_interrupted_replaces_no_file(tmp_path: Path, end: str, whole: bool) -> None:
+    """kubectl does not report a stream that ends early as a failure."""
     file = tmp_path / "backup.rdb"
     file.write_text("yesterday's")
     kubectl = played(tmp_path, "kubectl", f"seq 2000 | gzip -c {end}")

@@ -1,4 +1,4 @@
-"""What is in the image, and what is not."""
+"""The content of the image: everything that it needs, and nothing else."""
 
 import _imp
 import os

@@ -148,7 +148,7 @@ def test_files_that_are_no_input_change_nothing(context: Path, tmp_path: Path) -
 
 
 def test_clock_changes_nothing(context: Path, tmp_path: Path) -> None:
-    """Two builds from nothing are at two times; and there is no time but a fixed one, and the base's, to be found."""
+    """Two builds without a cache run at two times, yet the image has only the fixed time and the base's."""
     again = layout(context, tmp_path / "layout", options="--no-cache", SOURCE_DATE_EPOCH="1700000000")
     assert again.digest == built()[0].digest
     assert again.config["created"] == "1970-01-01T00:00:00Z"

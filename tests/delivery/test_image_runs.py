@@ -35,7 +35,7 @@ def container(network: str, *options: str, name: str = "") -> Iterator[str]:
 
 
 def get(identity: str, path: str = "/") -> str:
-    """Return the answer to a request, nothing if there is none. It is waited for: one that is given up may count."""
+    """Return the answer to a request, or an empty text if there is none. Wait for it, since an abandoned request may count."""
     address = run("port", identity, "8080/tcp").splitlines()[0]
     try:
         with urllib.request.urlopen(f"http://{address}{path}", timeout=30) as answer:
@@ -100,7 +100,7 @@ def test_import_costs_little() -> None:
         (["--env=REDIS_HOST=store", "--env=LANES=many"], "hitcounter: LANES must be a whole number from 1 to 64"),
     ],
 )
-def test_bad_settings_are_told_and_end_it_with_78(network: str, settings: list[str], said: str) -> None:
+def test_bad_settings_are_reported_and_the_status_is_78(network: str, settings: list[str], said: str) -> None:
     assert run("run", "--rm", *RESTRICTED, *settings, image(), check=False).split("\n", 1) == ["78", f"{said}\n"]
 
 
@@ -161,7 +161,7 @@ def test_dev_image_restarts_at_a_change_and_keeps_its_counts(network: str) -> No
         assert json.loads(run("inspect", identity))[0]["State"]["ExitCode"] == 0
 
 
-def test_image_that_runs_and_is_pushed_is_the_one_whose_digest_is_told(network: str) -> None:
+def test_image_that_runs_and_is_pushed_is_the_one_whose_digest_is_printed(network: str) -> None:
     identity = json.loads(run("inspect", image()))[0]["Id"]
     if identity == built()[0].config_digest:
         pytest.skip("this engine's store knows images by their configuration")

@@ -1,4 +1,4 @@
-"""That what is published is what was built, with what is known of it; and that what was changed on the way is refused."""
+"""The published image is the one that was built, with its SBOM; an image that was changed on the way is refused."""
 
 import contextlib
 import functools

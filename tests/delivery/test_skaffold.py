@@ -1,4 +1,4 @@
-"""What skaffold.yaml names is there, and each profile changes what it should."""
+"""The files that skaffold.yaml names exist, and each profile makes its changes."""
 
 import copy
 import functools
@@ -53,7 +53,7 @@ def artifact(config: Object) -> Object:
 
 
 def rendered(config: Object) -> list[Object]:
-    """Return what `make manifests` makes of what is deployed."""
+    """Return the rendered manifests of the deployed variant."""
     (path,) = config["manifests"]["kustomize"]["paths"]
     assert (ROOT / path / "kustomization.yaml").exists()
     return list(yaml.safe_load_all((ROOT / "manifests" / "rendered" / f"{Path(path).name}.yaml").read_text()))
@@ -130,7 +130,7 @@ def test_smoke_test_is_one_that_the_namespace_admits_and_the_network_lets_throug
     job = yaml.safe_load((ROOT / case["executionMode"]["kubernetesCluster"]["jobManifestPath"]).read_text())
     objects = rendered(CONFIG)
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    assert case["container"]["name"] == container["name"]  # else Skaffold takes nothing of the job's container
+    assert case["container"]["name"] == container["name"]  # else Skaffold ignores the job's container
     assert case["container"]["image"] == container["image"] == artifact(CONFIG)["image"]
     assert case["container"]["command"][0] in CONTAINERFILE
     assert all(container["resources"][kind].keys() == {"cpu", "memory", "ephemeral-storage"} for kind in ("requests", "limits"))
@@ -155,7 +155,7 @@ def test_secrets_are_made_before_the_deployment() -> None:
 
 
 def plain(text: str) -> list[Object]:
-    """Return the objects without what Skaffold is free to add: labels of its own, and which image it is."""
+    """Return the objects without Skaffold's own labels and without the names of images."""
     objects: list[Object] = [it for it in yaml.safe_load_all(text) if it]
     for it in objects:
         parts = [it["metadata"]]

@@ -1,4 +1,4 @@
-"""Redis as it is shipped, on a real Valkey: its script starts it, with its settings and its users; each may do what it must."""
+"""Redis as it is shipped, on a real Valkey: its script, its settings, and its users with their permissions."""
 
 import contextlib
 import os
@@ -27,7 +27,11 @@ from tests.support import ROOT
 SOURCES = ROOT / "manifests" / "redis"
 USERS = (SOURCES / "users.acl").read_text()
 RIGHTS = next(line.split()[2:] for line in USERS.splitlines() if line.startswith("user hitcounter "))
-BARE: dict[str, Any] = {"protocol": 2, "driver_info": None, "retry": Retry(NoBackoff(), 0)}  # the driver sends what it is told to
+BARE: dict[str, Any] = {
+    "protocol": 2,
+    "driver_info": None,
+    "retry": Retry(NoBackoff(), 0),
+}  # the driver sends no command of its own
 HITS, POSTS, _, ANSWERS, ORDER = _keys("hitcounter", "")
 
 
@@ -42,10 +46,10 @@ class Shipped(Valkey):
         for name in ("redis.sh", "users.acl", "valkey.conf"):
             text = (SOURCES / name).read_text()
             (root / "etc/redis" / name).write_text(re.sub(r"(?<![\w/])/(etc|run|data|tmp)\b", rf"{root}\g<0>", text))
-        for name in ("valkey-server", "valkey-check-rdb"):  # one program, which looks at its name
+        for name in ("valkey-server", "valkey-check-rdb"):  # one program, which acts by its name
             (root / "bin" / name).symlink_to(executable())
         with open(root / "etc/redis/users.acl", "a") as file:
-            file.write("user all resetchannels ~* &* +@all\n")  # who may do what the others may not
+            file.write("user all resetchannels ~* &* +@all\n")  # a user with all permissions
         for name in ("probe", "operator", "hitcounter", "all"):
             self.set_passwords(name, f"{name}'s\n")
 
@@ -53,7 +57,7 @@ class Shipped(Valkey):
         (self.root / "run/secrets/redis" / name).write_text(lines)
 
     def script(self, *arguments: str, input: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
-        """Run a command of the script to its end."""
+        """Run a command of the script until it exits."""
         return subprocess.run([*self.command, *arguments], env=self.path, input=input, capture_output=True, timeout=30)
 
     @property
@@ -137,7 +141,7 @@ def test_settings_are_those_that_are_shipped(store: Shipped) -> None:
     assert found["unixsocket"] == str(store.root / "run/valkey/socket")
 
 
-def test_nobody_gets_in_without_a_password(store: Shipped) -> None:
+def test_no_user_connects_without_a_password(store: Shipped) -> None:
     for name in ("default", "probe", "operator", "hitcounter"):
         with store.client(**BARE) as client:
             for password in ("", "wrong", "all's"):
@@ -148,7 +152,7 @@ def test_nobody_gets_in_without_a_password(store: Shipped) -> None:
     assert store.ask("probe", "PING") is True
 
 
-def test_missing_password_is_told(stopped: Shipped) -> None:
+def test_missing_password_is_reported(stopped: Shipped) -> None:
     stopped.set_passwords("operator", "")
     ended = stopped.script("start")
     assert (ended.returncode, ended.stdout) == (1, b"")
@@ -192,7 +196,7 @@ def test_second_one_on_the_same_data_waits_until_the_first_has_ended(stopped: Sh
         children = Path(f"/proc/{second.pid}/task/{second.pid}/children")
 
         def waits() -> bool:
-            with contextlib.suppress(OSError):  # it has just ended
+            with contextlib.suppress(OSError):  # it has just stopped
                 return "sleep" in [Path(f"/proc/{child}/comm").read_text().strip() for child in children.read_text().split()]
             return False
 
@@ -271,7 +275,7 @@ def test_what_is_no_snapshot_is_refused_and_nothing_changes(stopped: Shipped) ->
 
 
 async def refusal(store: Shipped, timeout: float) -> str:
-    """Have the service do all that it does with Redis; return what the first answer that is not 200 tells, if there is one."""
+    """Make the service use Redis in every way; return the detail of the first answer that is not 200, if there is one."""
     store.ask("all", "FLUSHALL")
     store.ask("all", "ZADD", ORDER, 1, "old")  # to be forgotten
     store.ask("all", "HSET", ANSWERS, "old", "x")
@@ -301,7 +305,7 @@ async def test_service_can_spare_none_of_the_rights_of_its_user(
 ) -> None:
     store.ask("all", "ACL", "SETUSER", "hitcounter", "resetkeys", *(other for other in RIGHTS if other != right))
     told = "Redis fails: its user may not do this (NOPERM)"
-    for timeout in (0.5, 5):  # a machine that is held up gets a second look
+    for timeout in (0.5, 5):  # a busy machine gets a second try
         assert await refusal(store, timeout)
         if told in caplog.messages:
             break
@@ -309,7 +313,7 @@ async def test_service_can_spare_none_of_the_rights_of_its_user(
 
 
 @pytest.mark.parametrize("user", ["hitcounter", "probe", "operator"])
-def test_users_may_not_do_what_is_not_theirs(store: Shipped, user: str) -> None:
+def test_users_may_not_do_more_than_they_need(store: Shipped, user: str) -> None:
     commands: list[tuple[Any, ...]] = [
         ("KEYS", "*"), ("CONFIG", "GET", "maxmemory"), ("CLIENT", "LIST"), ("GET", "{other}:hits"), ("DEL", HITS), ("MONITOR",),
         ("SCRIPT", "FLUSH"), ("EVAL", "return 1", 0), ("PUBLISH", "channel", "x"), ("ACL", "SETUSER", "other", "+@all"),
@@ -322,6 +326,6 @@ def test_users_may_not_do_what_is_not_theirs(store: Shipped, user: str) -> None:
             with pytest.raises(NoPermissionError):
                 store.ask(user, *command)
         for command in commands:
-            # The same, by who may: that ends Valkey, the connection, or needs a setting that is off.
+            # The same command by a user who may: it stops Valkey, closes the connection, or needs a setting that is off.
             if command[0] not in ("SHUTDOWN", "MONITOR", "REPLICAOF", "ACL"):
                 store.ask("all", *command)

@@ -1,4 +1,4 @@
-"""That `make update` takes what is newer, from nowhere but where it is named, and shows it; and what Renovate and git see."""
+"""`make update` takes newer versions from the named sources only, and shows them; Renovate and git find each version."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_what_changed_is_shown_whatever_kind_of_pin_it_is(copy: Path) -> None:
 
     write(1)
     git(copy, "add", ".")
-    git(copy, "config", "diff.external", "true")  # as who has a viewer of his own
+    git(copy, "config", "diff.external", "true")  # as for a user with a diff viewer
     assert changes(copy) == ["nothing is newer"]
     write(2)
     assert changes(copy) == ["+++ b/pins", *(f"-{pin.format(1)}" for pin in pins), *(f"+{pin.format(2)}" for pin in pins)]
@@ -115,4 +115,4 @@ def test_renovate_finds_each_image_where_none_of_its_own_managers_looks(name: st
     found = [hit.group("depName", "currentValue", "currentDigest") for regex in regexes for hit in re.finditer(regex, text)]
     assert found == re.findall(r"([a-z][a-z.]*/[\w./-]+):([\w.-]+)@(sha256:[0-9a-f]{64})", text)
     assert len(found) == len(re.findall(r"@sha256:[0-9a-f]{64}", text)) > 0
-    assert RENOVATE["ignorePaths"] == []  # what it extends ignores each folder `tests`
+    assert RENOVATE["ignorePaths"] == []  # the preset that it extends ignores each folder `tests`

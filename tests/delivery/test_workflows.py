@@ -1,4 +1,4 @@
-"""The rules of the workflows that no linter knows. zizmor, actionlint and the schema look after the rest, in `make lint`."""
+"""The rules of the workflows that no linter knows. zizmor, actionlint and the schema check the rest, in `make lint`."""
 
 import re
 from typing import Any
@@ -57,7 +57,7 @@ def test_job_has_its_limits(job: Any) -> None:
 
 
 def test_python_that_is_set_up_is_the_one_that_make_uses() -> None:
-    """Runners have 3.12, and make prefers what is newer."""
+    """Runners have Python 3.12, and make prefers a newer one."""
     set_up = {
         job: step["with"]["python-version"]
         for job, one in CI["jobs"].items()

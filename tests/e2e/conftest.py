@@ -1,4 +1,4 @@
-"""What `make deploy` left on the cluster, and a namespace beside it."""
+"""The deployment that `make deploy` left on the cluster, and a second namespace."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from tests.support.cluster import Deployed, Namespace, deployed, namespace
 
 @pytest.fixture
 def cluster() -> Deployed:
-    """What `make deploy` left, with one pod that is ready, whatever the test before did."""
+    """The deployment of `make deploy`, with one ready pod, whatever the previous test did."""
     namespace = deployed().namespace
     namespace.kubectl("scale", "deployment/hitcounter", "--replicas=1")
     for what in "statefulset/redis", "deployment/hitcounter":
@@ -21,6 +21,6 @@ def cluster() -> Deployed:
 
 @pytest.fixture
 def other() -> Iterator[Namespace]:
-    """A second namespace, with nothing in it."""
+    """A second, empty namespace."""
     with namespace("other") as one:
         yield one

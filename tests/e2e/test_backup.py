@@ -1,4 +1,4 @@
-"""What Redis has stays: through the end of its pod, and out of a backup."""
+"""Redis keeps its data when its pod is deleted, and gets it back from a backup."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_volume_survives_the_pod(cluster: Deployed) -> None:
     assert wait_for(namespace.answered, 30) == (before[0] + 1, before[1])
 
 
-def test_service_tells_that_redis_was_set_back(cluster: Deployed, tmp_path: Path) -> None:
+def test_service_logs_that_redis_was_set_back(cluster: Deployed, tmp_path: Path) -> None:
     namespace, file = cluster.namespace, tmp_path / "hitcounter.rdb"
     before = namespace.counts()
     namespace.make("backup", f"FILE={file}")

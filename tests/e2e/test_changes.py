@@ -20,7 +20,7 @@ def scale(namespace: Namespace, replicas: int) -> None:
 
 
 def evict(namespace: Namespace, pod: str) -> None:
-    """Ask for the end of one of two pods as `kubectl drain` does: a disruption budget may refuse."""
+    """Evict one of two pods as `kubectl drain` does; a disruption budget may refuse."""
     body = f'{{"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {{"name": "{pod}", "namespace": "{namespace.name}"}}}}'
     path = f"/api/v1/namespaces/{namespace.name}/pods/{pod}/eviction"
     namespace.kubectl("create", f"--raw={path}", "--filename=-", input=body)

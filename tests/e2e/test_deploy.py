@@ -1,4 +1,4 @@
-"""What `make deploy` leaves: it counts, is ready soon, warns of nothing, and tells no secret."""
+"""`make deploy` leaves a service that counts and is ready soon, without warnings, and reveals no secret."""
 
 import re
 import time
@@ -14,12 +14,12 @@ from tests.support.traffic import counts
 
 pytestmark = pytest.mark.cluster
 
-# What a start may bring: the first look comes before the service listens, or before Redis is there.
+# Events that a start may cause: the first probe comes before the service listens, or before Redis is there.
 EXPECTED = [
     r"Unhealthy Startup probe failed: Get ",
     r"Unhealthy Readiness probe failed: HTTP probe failed with statuscode: 503",
     r"Unhealthy Readiness probe failed: Could not connect to Valkey at /run/valkey/socket",
-    # On a busy node, which mends it by itself.
+    # On a busy node, which recovers by itself.
     r"Unhealthy Readiness probe failed: (Get |command timed out)",
     r"FailedMount .* failed to sync (secret|configmap) cache: timed out",
     r'FailedScheduling .*persistentvolumeclaim "data-redis-0" not found',
@@ -59,7 +59,7 @@ def test_cold_pod_is_ready_within_three_seconds(cluster: Deployed) -> None:
 
 def test_deploying_again_changes_nothing(cluster: Deployed) -> None:
     ours = cluster.namespace
-    ours.make("deploy", seconds=900)  # it takes back what other tests changed
+    ours.make("deploy", seconds=900)  # reverts the changes of other tests
     before = [pod["metadata"]["uid"] for pod in ours.pods("app.kubernetes.io/part-of=hitcounter")]
     assert ours.make("deploy", seconds=900).splitlines()[-1] == cluster.url
     assert [pod["metadata"]["uid"] for pod in ours.pods("app.kubernetes.io/part-of=hitcounter")] == before
@@ -83,7 +83,7 @@ def test_undeploy_takes_a_namespace_away_if_it_is_the_service_s() -> None:
         assert run(KUBECTL, "get", "namespace", one.name, "--ignore-not-found") == ""
 
 
-def test_cluster_that_does_not_answer_is_told() -> None:
+def test_cluster_that_does_not_answer_is_reported() -> None:
     with pytest.raises(AssertionError, match=r"make: no cluster answers; start one \(minikube start\)"):
         run("make", "deploy", env={"KUBECONFIG": "/dev/null"})
 
@@ -112,7 +112,7 @@ def test_production_is_accepted_by_the_api(cluster: Deployed, components: str) -
         assert ("statefulset.apps/redis " in said) == (components != "redis-outside")
 
 
-def test_secrets_are_made_once_and_told_to_nobody(cluster: Deployed, tmp_path: Path) -> None:
+def test_secrets_are_made_once_and_revealed_nowhere(cluster: Deployed, tmp_path: Path) -> None:
     slow = tmp_path / "kubectl"  # so that each command line is seen
     slow.write_text(f'#!/bin/sh\nsleep 0.3\nexec {KUBECTL} "$@"\n')
     slow.chmod(0o755)
@@ -127,7 +127,7 @@ def test_secrets_are_made_once_and_told_to_nobody(cluster: Deployed, tmp_path: P
         described = one.kubectl("describe", "secrets")
     assert "create secret generic redis-users" in "".join(seen)  # it was watched
     assert len(set(passwords)) == 3
-    assert len(passwords) == 4  # the service's is in both
+    assert len(passwords) == 4  # the service's password is in both
     for password in passwords:
         assert len(password) == 64
         assert password not in said + described + "".join(seen)
@@ -150,7 +150,9 @@ def test_passwords_are_in_no_log_event_or_description(cluster: Deployed) -> None
     assert all(told)
     for password in passwords:
         assert not [text for text in told if password in text]
-    assert passwords[0] in ours.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter")  # it would be found
+    assert passwords[0] in ours.kubectl(
+        "exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter"
+    )  # the search finds it where it is
 
 
 def test_service_selects_only_the_service(cluster: Deployed) -> None:

@@ -44,7 +44,7 @@ def published(target: str) -> str:
 
 @pytest.fixture(scope="module")
 def dev() -> Iterator[Namespace]:
-    """A namespace with what `skaffold dev` deploys, but on any port of the node."""
+    """A namespace with the deployment of `skaffold dev`, but on any port of the node."""
     images = replace(deployed(), image=published("dev"))
     with namespace("dev") as one:
         one.make("secret")
@@ -63,7 +63,7 @@ def forwarded(pod: Any, port: int) -> Iterator[int]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
-            # Not by trying: a connection that says nothing is taken for an editor, and the next one waits for its end.
+            # Do not connect: debugpy takes a silent connection for an editor, and the next connection waits until it closes.
             yield int(re.findall(r"Forwarding from 127.0.0.1:(\d+)", process.stdout.readline())[0])
         finally:
             process.terminate()
@@ -88,7 +88,7 @@ def the_pod(namespace: Namespace) -> Any:
 
 
 def identity(pod: Any) -> tuple[str, int]:
-    """Return what tells a pod and a run of its container from others."""
+    """Return what identifies a pod and a run of its container."""
     return pod["metadata"]["uid"], pod["status"]["containerStatuses"][0]["restartCount"]
 
 
@@ -117,7 +117,7 @@ def test_changed_new_and_deleted_files_are_answered_by_the_same_pod(dev: Namespa
         ("new", {"hitcounter/words.py": 'FROM = b"Salve from Redis"\n', "hitcounter/app.py": with_new}, (), "Salve from Redis!"),
         ("deleted", {"hitcounter/app.py": APP}, ("hitcounter/words.py",), f"{GREETING}!"),
     ]
-    # The way of `skaffold dev`, which ends where it is refused once.
+    # As `skaffold dev` does, which stops if it is refused once.
     with forwarded(pod, 8080) as port:
         service = f"http://127.0.0.1:{port}/"
         last = int(wait_for(lambda: re.findall(r"seen (\d+) times", ask(service)), 30)[0])
@@ -144,7 +144,7 @@ def test_new_file_that_nothing_imports_is_there_and_only_the_service_s_folder_ca
     assert dev.python(name, writable) == "['/app']\n"
 
 
-def test_passwords_are_made_in_the_cluster_that_skaffold_was_told(dev: Namespace) -> None:
+def test_passwords_are_made_in_the_cluster_that_skaffold_names(dev: Namespace) -> None:
     here = run(KUBECTL, "config", "current-context").strip()
     assert dev.make("secret", env={"SKAFFOLD_KUBE_CONTEXT": here}) == ""  # they are there already
     with pytest.raises(AssertionError, match="no namespace"):
@@ -167,7 +167,7 @@ def smoke_test(namespace: Namespace, image: str, name: str = "smoke-test", wait:
     job["metadata"] = {"name": name, "namespace": namespace.name}
     template = job["spec"]["template"]
     template["metadata"]["labels"] = {"app.kubernetes.io/name": name}
-    # That there is no name server is found out in a second, not in half a minute.
+    # A missing name server is noticed in a second, not in half a minute.
     template["spec"]["dnsConfig"] = {"options": [{"name": "timeout", "value": "1"}, {"name": "attempts", "value": "1"}]}
     template["spec"]["containers"][0] |= {
         "image": image,
@@ -290,7 +290,7 @@ def test_debugger_attaches_through_a_forwarded_port_and_stops_a_request(dev: Nam
             client.join(60)
             assert answers[0].startswith(GREETING)
     assert identity(the_pod(dev)) == identity(pod)
-    # Who reaches it can run anything in the pod, so only what is in the pod does.
+    # Anyone who reaches debugpy can run code in the pod, so it listens inside the pod only.
     reached = "import socket, sys; print(socket.socket().connect_ex((sys.argv[1], 5678)))"
     assert dev.python(pod["metadata"]["name"], reached, "127.0.0.1") == "0\n"
     assert dev.python(pod["metadata"]["name"], reached, pod["status"]["podIP"]) != "0\n"

@@ -88,7 +88,7 @@ def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
         f"{address}:8080": True,
         f"{address}:9090": False,
     }
-    # A namespace-wide denial holds for a pod that nobody wrote a policy for.
+    # A namespace-wide denial applies to a pod without a policy of its own.
     assert reach(ours, "stranger", redis, f"{address}:8080") == {redis: False, f"{address}:8080": False}
     ours.kubectl("delete", "pod", "stranger")
 

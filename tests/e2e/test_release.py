@@ -1,4 +1,4 @@
-"""That the manifests of a release run what the release published, by its digest."""
+"""The manifests of a release run the published image by its digest."""
 
 import os
 import shutil

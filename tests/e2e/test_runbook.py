@@ -97,12 +97,12 @@ def test_cluster_without_dns_keeps_new_pods_out_and_old_ones_serving(installed: 
     new = newcomer(installed, old)
     wait_for(lambda: re.search("Redis fails: it (does not answer in time|cannot be reached)", log(installed, new)), 60)
     assert installed.ready() == [old]
-    assert wait_for(installed.answered, 30) == (2, 0)  # its connections are open
-    assert "never retrieved" not in log(installed, new)  # of look-ups that fail later
+    assert wait_for(installed.answered, 30) == (2, 0)  # its connections are still open
+    assert "never retrieved" not in log(installed, new)  # by look-ups that fail later
     began = time.monotonic()
     installed.kubectl("delete", "pod", new)
     print(f"\nended after {time.monotonic() - began:.0f} s, 5 of them to drain")
-    assert time.monotonic() - began < 20  # while look-ups go on, which end after 21
+    assert time.monotonic() - began < 20  # while look-ups go on, which fail after 21
     patch[0]["value"] = rules
     installed.kubectl("patch", "networkpolicy", "hitcounter", "--type=json", f"--patch={json.dumps(patch)}")
     began = time.monotonic()
@@ -117,7 +117,7 @@ def test_redis_that_is_away_for_a_minute_restarts_no_service(installed: Namespac
     wait_for(lambda: detail(installed).startswith("503 Redis: it "), 30)
     wait_for(lambda: not installed.ready(), 90)
     print(f"\nnot ready after {time.monotonic() - began:.0f} s")
-    time.sleep(max(0.0, began + 45 - time.monotonic()))  # three looks of liveness, and one more
+    time.sleep(max(0.0, began + 45 - time.monotonic()))  # three liveness probes, and one more
     installed.kubectl("scale", "statefulset/redis", "--replicas=1")
     installed.await_rollout("statefulset/redis")
     began = time.monotonic()
@@ -238,7 +238,7 @@ def test_redis_that_loads_is_not_ready_and_not_restarted(cluster: Deployed, inst
     assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
 
 
-def test_redis_that_cannot_start_is_mended_by_the_next_deploy(installed: Namespace) -> None:
+def test_redis_that_cannot_start_is_fixed_by_the_next_deploy(installed: Namespace) -> None:
     def set_arguments(*arguments: str) -> None:
         container = {"name": "redis", "args": arguments or None}
         patch = {"spec": {"template": {"spec": {"containers": [container]}}}}

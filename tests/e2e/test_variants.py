@@ -12,7 +12,7 @@ from tests.support.cluster import Deployed, Namespace, compose, install, namespa
 
 pytestmark = pytest.mark.cluster
 
-# Prints what Redis answers to PING: 'plain' without TLS, 'tls' with it.
+# Prints Redis's answer to PING: 'plain' without TLS, 'tls' with it.
 _PING = """
 import socket, ssl, sys
 raw = socket.create_connection(("redis", 6379), 3)

@@ -1,4 +1,4 @@
-"""The counter's settings, after those of every service."""
+"""The settings that the counter adds to those of every service."""
 
 import re
 from pathlib import Path

@@ -26,7 +26,7 @@ async def counts(served: Served) -> tuple[int, int]:
     return numbers["hits"] - 1, numbers["posts"]
 
 
-async def test_each_hit_is_counted_and_told(served: Served) -> None:
+async def test_each_hit_is_counted_and_answered(served: Served) -> None:
     for number in (1, 2, 3):
         async with served.client.get("/") as answer:
             assert await answer.text() == f"Hello from Redis! I have been seen {number} times.\nPOST requests served: 0.\n"
@@ -35,14 +35,14 @@ async def test_each_hit_is_counted_and_told(served: Served) -> None:
             assert answer.content_type == "text/plain"
 
 
-async def test_each_post_is_counted_and_told_and_is_no_hit(served: Served) -> None:
+async def test_each_post_is_counted_and_answered_and_is_not_a_hit(served: Served) -> None:
     for number in (1, 2, 3):
         async with served.client.post("/", data=b"anything") as answer:
             assert await answer.text() == f"Hello from Redis! I have been seen 0 times.\nPOST requests served: {number}.\n"
             assert answer.headers["Cache-Control"] == "no-store"
 
 
-async def test_json_is_given_where_it_is_wanted(served: Served) -> None:
+async def test_json_is_answered_where_accept_asks_for_it(served: Served) -> None:
     async with connected(served.port) as wire:
         for method, numbers in (("GET", (1, 0)), ("POST", (1, 1)), ("GET", (2, 1))):
             await wire.send(request(method, "/", JSON))
@@ -69,18 +69,16 @@ async def test_head_has_the_headers_of_get(served: Served, headers: tuple[str, .
             await wire.send(request("GET", path, *headers), request("HEAD", path, *headers))
             get, head = await wire.reply(), await wire.reply(head=True)
             assert head.status == get.status == 200
-            varying = (
-                {"Date", "Content-Length"} if path == "/" else {"Date"}
-            )  # no length: a hit that is not counted has no number
+            varying = {"Date", "Content-Length"} if path == "/" else {"Date"}  # no length, because an uncounted hit has no number
             assert {name: get.headers[name] for name in get.headers.keys() - varying} == {
                 name: head.headers[name] for name in head.headers.keys() - varying
             }
         await wire.send(request("HEAD", "/nowhere"), request("GET"))
         assert (await wire.reply(head=True)).status == 404
-        assert (await wire.reply()).status == 200  # so no body stood between them
+        assert (await wire.reply()).status == 200  # so the answer to HEAD had no body
 
 
-async def test_every_answer_on_the_root_forbids_to_store_it(served: Served) -> None:
+async def test_every_answer_on_the_root_forbids_caching(served: Served) -> None:
     async with connected(served.port) as wire:
         for method in METHODS:
             for header in ("Accept: */*", "Accept: text/html", "Expect: something", "Idempotency-Key:"):
@@ -88,7 +86,7 @@ async def test_every_answer_on_the_root_forbids_to_store_it(served: Served) -> N
                 assert (await wire.reply(head=method == "HEAD")).headers["Cache-Control"] == "no-store", (method, header)
 
 
-async def test_path_takes_its_methods_and_tells_them(served: Served) -> None:
+async def test_path_accepts_its_methods_and_lists_them(served: Served) -> None:
     async with connected(served.port) as wire:
         for path, allowed in PATHS.items():
             for method in METHODS:
@@ -104,12 +102,12 @@ async def test_path_takes_its_methods_and_tells_them(served: Served) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 70_000, MIB - 1, MIB])
-@pytest.mark.parametrize("form", ["length", "chunked"])
-async def test_body_up_to_a_mebibyte_is_discarded(served: Served, size: int, form: str) -> None:
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_body_up_to_a_mebibyte_is_discarded(served: Served, size: int, framing: str) -> None:
     body = b"x" * size
     async with connected(served.port) as wire:
-        for number in (1, 2):  # on one connection: the first was read to its end
-            if form == "chunked":
+        for number in (1, 2):  # on one connection: the first body was read to its end
+            if framing == "chunked":
                 await wire.send(request("POST", "/", JSON, "Transfer-Encoding: chunked"), *chunked(body, 60_000))
             else:
                 await wire.send(request("POST", "/", JSON, *([] if size else ["Content-Length: 0"]), body=body))
@@ -155,19 +153,19 @@ async def test_bodies_are_not_held(spawn: Spawn, valkey: Valkey) -> None:
     process = spawn(valkey.environ(BIND_HOST="127.0.0.1"), command=command)
 
     def received() -> bool:
-        """Return whether the process has read all that was sent to it: no socket of its port has a byte in its queues."""
+        """Return whether the process has read everything: no socket on its port has a byte in its queues."""
         sockets = [line.split()[1:5] for line in Path("/proc/net/tcp").read_text().splitlines()]
         return all(
             queues == "00000000:00000000" for *ends, _, queues in sockets if any(f":{process.port:04X}" in end for end in ends)
         )
 
     async def upload(number: int) -> int:
-        """Send so many bodies at a time; return how much memory is used when all but their last bytes have come."""
+        """Send `number` bodies at a time; return the memory in use when all but the last byte of each has arrived."""
         async with contextlib.AsyncExitStack() as stack:
             wires = [await stack.enter_async_context(connected(process.port)) for _ in range(number)]
             for wire in wires:
                 await wire.send(request("POST", "/", f"Content-Length: {MIB}"))
-            for piece in [MIB // 16] * 15 + [MIB // 16 - 1]:  # so that no more than this is on its way at a time
+            for piece in [MIB // 16] * 15 + [MIB // 16 - 1]:  # so that no more than one piece a body is in flight
                 for wire in wires:
                     await wire.send(b"x" * piece)
                 await eventually(received, 10 * SLACK)
@@ -178,7 +176,7 @@ async def test_bodies_are_not_held(spawn: Spawn, valkey: Valkey) -> None:
         return used
 
     before = await upload(5)
-    assert await upload(200) - before < 80 * MIB  # of 200: what the event loop reads at a time is in there
+    assert await upload(200) - before < 80 * MIB  # instead of 200; this includes the event loop's read buffers
 
 
 async def test_hit_with_a_body_is_a_hit(served: Served) -> None:
@@ -209,7 +207,7 @@ async def test_pipelined_requests_are_answered_in_order(served: Served) -> None:
 
 
 @pytest.mark.parametrize("begin", [b"", b"5\r\nabcde\r\n", b"5\r\nab"], ids=["at once", "after a chunk", "within a chunk"])
-async def test_body_that_breaks_later_is_a_problem_and_counts_nothing(
+async def test_body_that_becomes_malformed_is_a_problem_and_counts_nothing(
     served: Served, begin: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with connected(served.port) as wire:

@@ -1,4 +1,4 @@
-"""The counter in this process, on a real Valkey: batches, lanes, bounds, who goes away, what is remembered, what is lost."""
+"""The counter in this process, on a real Valkey: batches, lanes, bounds, cancelled requests, keys, and lost counts."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ DAY = 86400
 
 
 class Counting:
-    """A counter that runs, and what can be seen of it from outside."""
+    """A running counter and its metrics."""
 
     def __init__(self, valkey: Valkey, port: int, options: dict[str, Any]) -> None:
         self.registry = CollectorRegistry()
@@ -46,7 +46,7 @@ class Counting:
 
 @contextlib.asynccontextmanager
 async def counting(valkey: Valkey, port: int = 0, **options: Any) -> AsyncIterator[Counting]:
-    """Run a counter on `valkey`, or on what listens on `port` in front of it."""
+    """Run a counter on `valkey`, or through the proxy that listens on `port`."""
     it = Counting(valkey, port, options)
     await it.counter.start()
     try:
@@ -57,7 +57,7 @@ async def counting(valkey: Valkey, port: int = 0, **options: Any) -> AsyncIterat
 
 
 async def outcomes(waiting: list[asyncio.Future[Counts]]) -> list[Counts | BaseException]:
-    """Return what came to each of those who wait; fail if that takes too long."""
+    """Return the result or the exception of each future; fail if that takes too long."""
     async with asyncio.timeout(10 * SLACK):
         return await asyncio.gather(*waiting, return_exceptions=True)
 
@@ -73,7 +73,7 @@ async def within(awaitable: Awaitable[Counts], seconds: float = 10 * SLACK) -> C
 
 
 def batches(valkey: Valkey) -> int:
-    """Return how many batches the store was sent."""
+    """Return how many batches Redis has received."""
     with valkey.client() as client:
         return int(client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"])
 
@@ -89,7 +89,7 @@ def writers(valkey: Valkey) -> list[str]:
 # --- who goes away ---
 
 
-async def test_client_that_goes_away_disturbs_nobody_in_its_batch(valkey: Valkey) -> None:
+async def test_client_that_disconnects_disturbs_no_other_request_of_its_batch(valkey: Valkey) -> None:
     environ = valkey.environ(LANES="1", REQUEST_TIMEOUT="20", REDIS_TIMEOUT="20")
     async with serving(SERVICE, environ) as served, contextlib.AsyncExitStack() as stack:
         wires = [await stack.enter_async_context(connected(served.port)) for _ in range(30)]
@@ -102,30 +102,30 @@ async def test_client_that_goes_away_disturbs_nobody_in_its_batch(valkey: Valkey
         await eventually(lambda: metric(served, "counter_pending"), 5 * SLACK)
         for wire in wires[::3]:
             wire.writer.transport.abort()
-        await asyncio.sleep(0.05)  # the service has seen that they are gone
+        await asyncio.sleep(0.05)  # the service notices that they have disconnected
         valkey.thaw()
         numbers = [(await wire.reply()).json["hits"] for number, wire in enumerate(wires) if number % 3]
         assert len(set(numbers)) == 20
         assert max(numbers) <= totals(valkey)[0] <= 60
 
 
-async def test_cancelled_waiter_disturbs_nobody_in_its_batch(valkey: Valkey) -> None:
+async def test_cancelled_waiter_disturbs_no_other_of_its_batch(valkey: Valkey) -> None:
     async with counting(valkey, lanes=1) as it:
         waiting = [it.hit() for _ in range(100)]
         for future in waiting[::3]:
             future.cancel()
         others = [future for future in waiting if not future.cancelled()]
         assert hits(await outcomes(others)) == list(range(1, 67))
-        assert totals(valkey) == [66, 0]  # who was gone before the batch was sent is not counted
+        assert totals(valkey) == [66, 0]  # a request cancelled before its batch was sent is not counted
 
 
 @pytest.mark.parametrize("kind", ["hit", "post", "keyed post"])
-async def test_waiter_cancelled_while_its_batch_is_under_way_disturbs_nobody(valkey: Valkey, kind: str) -> None:
+async def test_waiter_cancelled_while_its_batch_is_in_flight_disturbs_no_other(valkey: Valkey, kind: str) -> None:
     async with counting(valkey, lanes=1) as it:
         await it.hit()
         valkey.freeze()
         waiting = [it.hit() if kind == "hit" else it.post(f"key{n}" if kind == "keyed post" else None) for n in range(99)]
-        await asyncio.sleep(0.05)  # it is sent
+        await asyncio.sleep(0.05)  # the batch is sent
         for future in waiting[::3]:
             future.cancel()
         valkey.thaw()
@@ -140,7 +140,7 @@ async def test_waiter_cancelled_while_its_batch_is_under_way_disturbs_nobody(val
         assert await within(it.hit())
 
 
-async def test_waiter_that_times_out_by_itself_in_mid_batch_disturbs_nobody(valkey: Valkey) -> None:
+async def test_waiter_that_times_out_while_its_batch_is_in_flight_disturbs_no_other(valkey: Valkey) -> None:
     async with counting(valkey, lanes=1) as it:
         await it.hit()
         valkey.freeze()
@@ -154,7 +154,7 @@ async def test_waiter_that_times_out_by_itself_in_mid_batch_disturbs_nobody(valk
         assert max(numbers) <= totals(valkey)[0] <= 22
 
 
-async def test_batch_of_which_all_have_gone_is_not_sent(valkey: Valkey) -> None:
+async def test_batch_whose_requests_are_all_cancelled_is_not_sent(valkey: Valkey) -> None:
     async with counting(valkey) as it:
         for future in [it.hit() for _ in range(10)]:
             future.cancel()
@@ -182,7 +182,7 @@ async def test_numbers_are_given_in_order_of_arrival(valkey: Valkey) -> None:
 # --- bounds ---
 
 
-async def test_ten_thousand_wait_for_a_frozen_store_one_more_is_told_at_once_and_memory_stays_flat(valkey: Valkey) -> None:
+async def test_ten_thousand_wait_for_a_frozen_store_one_more_is_refused_at_once_and_memory_stays_flat(valkey: Valkey) -> None:
     timeout, most = 0.6, 10000
     async with counting(valkey, timeout=timeout, max_pending=most) as it:
         await it.hit()
@@ -191,7 +191,7 @@ async def test_ten_thousand_wait_for_a_frozen_store_one_more_is_told_at_once_and
         try:
             for number in range(5):
                 if number == 1:
-                    tracemalloc.start()  # which makes all slow: the first time is not measured by it
+                    tracemalloc.start()  # tracing slows everything down, so it starts after the first fill
                 began = time.monotonic()
                 waiting = [it.hit() for _ in range(most)]
                 assert it.metric("counter_pending") == most
@@ -211,12 +211,12 @@ async def test_ten_thousand_wait_for_a_frozen_store_one_more_is_told_at_once_and
                     used.append(tracemalloc.get_traced_memory()[0])
         finally:
             tracemalloc.stop()
-        assert max(used[1:]) - used[0] < 2_000_000, used  # one fill takes about ten
+        assert max(used[1:]) - used[0] < 2_000_000, used  # bytes; one fill takes about ten million
         valkey.thaw()
 
         async def counts() -> bool:
             with contextlib.suppress(UnavailableError):
-                return (await it.hit()).hits <= 5 * most + 20  # one that was told that it is not counted may be
+                return (await it.hit()).hits <= 5 * most + 20  # a hit that was answered 503 may have been counted
             return False
 
         await eventually(counts, 10 * SLACK)
@@ -226,7 +226,7 @@ async def test_all_are_answered_by_the_deadline_whatever_the_batch_waits_for(val
     async with counting(valkey, timeout=0.5, lanes=1) as it:
         valkey.freeze()
         began, waiting = time.monotonic(), []
-        for _ in range(10):  # some in the batch under way, others in batches behind it
+        for _ in range(10):  # some in the batch in flight, others in batches behind it
             waiting += [it.hit() for _ in range(20)]
             await asyncio.sleep(0.02)
         results = await outcomes(waiting)
@@ -235,7 +235,7 @@ async def test_all_are_answered_by_the_deadline_whatever_the_batch_waits_for(val
         valkey.thaw()
 
 
-async def test_requests_under_way_share_commands(valkey: Valkey) -> None:
+async def test_requests_that_arrive_together_share_commands(valkey: Valkey) -> None:
     async with counting(valkey) as it:
 
         async def client() -> list[int]:
@@ -259,7 +259,7 @@ async def test_batch_has_a_thousand_requests_at_most(valkey: Valkey) -> None:
 # --- lanes ---
 
 
-async def test_stuck_batch_holds_up_only_its_own_lane(valkey: Valkey) -> None:
+async def test_stuck_batch_delays_only_its_own_lane(valkey: Valkey) -> None:
     stuck: set[bytes] = set()
 
     def fate(request: Request) -> Fate:
@@ -277,7 +277,7 @@ async def test_stuck_batch_holds_up_only_its_own_lane(valkey: Valkey) -> None:
         proxy.fate = lambda _: Fate.PASS
         await proxy.release()
         assert totals(valkey) == [20, 0]
-        assert await within(first, 10 * SLACK) == Counts(20, 0)  # sent again after its time-out: the first reply
+        assert await within(first, 10 * SLACK) == Counts(20, 0)  # sent again after its timeout, it gets the first reply
         assert totals(valkey) == [20, 0]
 
 
@@ -291,7 +291,7 @@ async def test_each_lane_has_one_connection_and_one_name(valkey: Valkey, lanes: 
         assert 1 <= len(writers(valkey)) <= lanes
 
 
-async def test_flushed_scripts_are_noticed_by_nobody(valkey: Valkey) -> None:
+async def test_flushed_scripts_fail_no_request(valkey: Valkey) -> None:
     async with counting(valkey, timeout=20.0) as it:
         waiting = []
         for _ in range(50):
@@ -333,7 +333,7 @@ async def test_key_that_got_no_answer_counts_once_when_it_comes_again(valkey: Va
         assert await within(it.post("a")) == await within(it.post("a")) == Counts(1, 1)
 
 
-async def test_try_that_the_deadline_cuts_short_is_no_news_of_redis(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+async def test_try_that_its_deadline_cuts_short_says_nothing_of_redis(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
     valkey.run("ACL", "SETUSER", "default", "-evalsha")
     tries = itertools.count()
 
@@ -343,7 +343,7 @@ async def test_try_that_the_deadline_cuts_short_is_no_news_of_redis(valkey: Valk
     async with Proxy(valkey.port, fate) as proxy, counting(valkey, proxy.port, timeout=1.5, redis_timeout=3.0) as it:
         with pytest.raises(UnavailableError, match="NOPERM"):
             await within(it.hit())
-        await asyncio.sleep(0.1)  # for the try to end, too
+        await asyncio.sleep(0.1)  # for the try to be cancelled
         assert next(tries) == 2
         assert caplog.messages == ["Redis fails: its user may not do this (NOPERM)"]
 
@@ -396,14 +396,14 @@ async def test_memory_of_the_store_is_bounded(valkey: Valkey) -> None:
                 usage = [client.memory_usage(key, samples=0) for key in client.keys()]
             sizes.append(sum(usage))
             assert len(usage) <= 4 + 4
-        # The replies of each lane's last batch included: 1,000 numbers at most.
+        # This includes the reply to each lane's last batch: at most 1,000 numbers.
         assert max(sizes) < 400_000, sizes
 
 
 # --- a store that lost something ---
 
 
-async def test_emptied_store_is_told_once_and_counting_goes_on(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+async def test_emptied_store_is_logged_once_and_counting_goes_on(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
     async with counting(valkey) as it:
         await outcomes([it.hit() for _ in range(100)] + [it.post() for _ in range(5)])
         assert it.metric("counter_rewinds_total") == 0
@@ -420,7 +420,7 @@ async def test_emptied_store_is_told_once_and_counting_goes_on(valkey: Valkey, c
         assert it.metric("counter_rewinds_total") == 2
 
 
-async def test_batches_under_way_together_tell_of_one_loss_once(valkey: Valkey) -> None:
+async def test_batches_in_flight_together_log_one_loss_once(valkey: Valkey) -> None:
     async with counting(valkey, lanes=2) as it:
         await outcomes([it.hit() for _ in range(100)])
         valkey.run("FLUSHALL")
@@ -428,14 +428,14 @@ async def test_batches_under_way_together_tell_of_one_loss_once(valkey: Valkey) 
         waiting = []
         for _ in range(2):
             waiting += [it.hit() for _ in range(10)]
-            await asyncio.sleep(0.05)  # it is sent; the next goes over the other lane
+            await asyncio.sleep(0.05)  # the batch is sent; the next one uses the other lane
         valkey.thaw()
         assert sorted(hits(await outcomes(waiting))) == list(range(1, 21))
         assert it.metric("counter_batch_size_count") >= 3
         assert it.metric("counter_rewinds_total") == 1
 
 
-async def test_answers_that_outlived_the_counts_are_no_further_rewind(valkey: Valkey) -> None:
+async def test_remembered_answers_that_survive_the_counts_are_not_another_rewind(valkey: Valkey) -> None:
     async with counting(valkey, lanes=1) as it:
         await outcomes([it.post() for _ in range(20)])
         answers = [await within(it.post(key)) for key in ("a", "b")]
@@ -448,7 +448,7 @@ async def test_answers_that_outlived_the_counts_are_no_further_rewind(valkey: Va
         assert it.metric("counter_rewinds_total") == 1
 
 
-async def test_lost_replies_and_lanes_out_of_step_are_no_rewinds(valkey: Valkey) -> None:
+async def test_lost_replies_and_lanes_out_of_step_are_not_rewinds(valkey: Valkey) -> None:
     number = 0
 
     def fate(request: Request) -> Fate:
@@ -554,7 +554,7 @@ async def test_batch_that_redis_fails_half_way_counts_once_at_most(
         assert await within(it.hit()) == Counts(counted_hits + 1, counted_posts)
 
 
-async def test_defect_of_ours_costs_its_batch_and_not_the_lane(
+async def test_programming_error_fails_its_batch_and_not_the_lane(
     valkey: Valkey, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with counting(valkey, lanes=1) as it:
@@ -570,7 +570,7 @@ async def test_defect_of_ours_costs_its_batch_and_not_the_lane(
 
 
 @pytest.mark.parametrize("wait", [0, 0.05], ids=["before it is sent", "while it is under way"])
-async def test_close_answers_all_who_wait_at_once(valkey: Valkey, wait: float) -> None:
+async def test_close_answers_all_waiters_at_once(valkey: Valkey, wait: float) -> None:
     failed: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
     async with counting(valkey, lanes=2, timeout=60.0, redis_timeout=30.0) as it:
@@ -584,7 +584,7 @@ async def test_close_answers_all_who_wait_at_once(valkey: Valkey, wait: float) -
         assert time.monotonic() - began < 1 * SLACK
         assert {type(result) for result in await outcomes(waiting)} == {UnavailableError}
         assert it.metric("counter_pending") == 0
-        await asyncio.sleep(0.05)  # what was to come a moment later finds the counter closed
+        await asyncio.sleep(0.05)  # a later event finds the counter closed
     valkey.thaw()
     assert not failed
 
@@ -602,7 +602,7 @@ async def test_close_leaves_no_connection_and_no_task(valkey: Valkey) -> None:
     await eventually(lambda: connections() == 1, 2 * SLACK)
 
 
-async def test_request_after_the_end_gets_503_in_time(valkey: Valkey) -> None:
+async def test_request_after_close_gets_503_in_time(valkey: Valkey) -> None:
     async with counting(valkey, timeout=0.3) as it:
         await it.hit()
     with pytest.raises(UnavailableError):

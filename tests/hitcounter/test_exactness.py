@@ -1,4 +1,4 @@
-"""Each hit and each post counts once, each number is given once: under load, over crashes of the store, over a bad network."""
+"""Each hit and post counts once, and each number is answered once: under load, over crashes of Redis, on a bad network."""
 
 import asyncio
 import contextlib
@@ -17,13 +17,13 @@ from tests.support.load import Load, Tally
 from tests.support.process import Process, Spawn
 
 CONNECTIONS = 1000
-SECONDS = 10  # for which each load lasts
+SECONDS = 10  # that each load lasts
 LOST_REPLIES = 100  # at least, in the test of a bad network
 
 
 @pytest.fixture
 def valkey(valkey: Valkey) -> Valkey:
-    """The tests' Valkey, with the setting of a system of record: what is answered is on the disk."""
+    """A Valkey configured as a system of record: it answers when the disk has the write."""
     valkey.options = "--appendfsync", "always"
     valkey.kill()
     valkey.start()
@@ -31,14 +31,14 @@ def valkey(valkey: Valkey) -> Valkey:
 
 
 def totals(valkey: Valkey) -> tuple[int, int]:
-    """Return the hits and posts that the store has."""
+    """Return the hits and posts that Redis has."""
     hits, posts = valkey.run("MGET", "{hitcounter}:hits", "{hitcounter}:posts")
     return int(hits or 0), int(posts or 0)
 
 
 @contextlib.asynccontextmanager
 async def watching(valkey: Valkey, tally: Tally) -> AsyncIterator[None]:
-    """Meanwhile, fail if the store is ever behind what was answered before it was asked."""
+    """Fail if the counts in Redis are ever below the numbers that were answered before they were read."""
 
     async def watch() -> None:
         while True:
@@ -51,13 +51,13 @@ async def watching(valkey: Valkey, tally: Tally) -> AsyncIterator[None]:
 
     watcher = asyncio.create_task(watch())
     yield
-    assert not watcher.done() or watcher.result()  # raises what it found
+    assert not watcher.done() or watcher.result()  # raises the failed assertion
     watcher.cancel()
     await asyncio.gather(watcher, return_exceptions=True)
 
 
 def end(processes: list[Process]) -> None:
-    """End the services: what they still had under way is counted by then, or never will be."""
+    """Stop the services. No batch is in flight afterwards."""
     assert [process.end() for process in processes] == [0] * len(processes)
 
 
@@ -99,7 +99,7 @@ async def test_no_hit_is_lost_or_counted_twice_while_the_store_is_killed_three_t
 
 
 async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_and_repeats(valkey: Valkey, spawn: Spawn) -> None:
-    # How many of each there are to be, spread over the whole time: a busy machine sends few batches, and gets them all the same.
+    # The wanted number of each fault, spread over the whole time, so that a busy machine with few batches gets them too.
     faults = {
         Fate.LOSE_REPLY: 2 * LOST_REPLIES, Fate.REPEAT_LATE: 150, Fate.REPEAT: 60, Fate.LOSE_REQUEST: 40,
         Fate.SWALLOW_REPLY: 15, Fate.STALL: 15,
@@ -113,7 +113,7 @@ async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_an
             return Fate.PASS
         began = began or time.monotonic()
         spent = (time.monotonic() - began) / SECONDS
-        # The more of a fault are due, the more likely it is the next.
+        # The more of a fault are due, the likelier it is chosen.
         due = [max(0.0, number * spent - proxy.fates[fault]) for fault, number in faults.items()]
         return dice.choices([Fate.PASS, *faults], [1.0, *due])[0]
 
@@ -123,7 +123,7 @@ async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_an
             await proxy.release()
 
     def enough() -> bool:
-        """Return whether it was as bad as it is meant to be, and duplicates did come after newer batches."""
+        """Return whether there were enough faults, and duplicates that arrived after newer batches."""
         lost = proxy.fates[Fate.LOSE_REPLY] + proxy.fates[Fate.SWALLOW_REPLY]
         repeated = min(proxy.repeated["late"], proxy.repeated["counted"])
         return lost >= LOST_REPLIES and repeated > 10 and all(proxy.fates[fault] for fault in faults)

@@ -1,4 +1,4 @@
-"""Hostile requests to the counter: they reach what it does with bodies, `Accept` and `Idempotency-Key`."""
+"""Hostile requests to the counter: they reach its handling of bodies, `Accept` and `Idempotency-Key`."""
 
 from pathlib import Path
 

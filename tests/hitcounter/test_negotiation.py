@@ -1,4 +1,4 @@
-"""The media type of an answer on `/` follows `Accept`."""
+"""The media type of an answer on `/` follows from `Accept`."""
 
 import pytest
 
@@ -7,22 +7,22 @@ from tests.support.accept import CHOICES, JSON, TEXT
 from tests.support.wire import connected, request
 
 
-async def test_service_answers_in_the_form_or_406_which_counts_nothing(served: Served) -> None:
+async def test_service_answers_in_the_media_type_or_406_which_counts_nothing(served: Served) -> None:
     hits = posts = 0
     async with connected(served.port) as wire:
-        for accept, form in [choice for choice in CHOICES if choice[0].isascii()]:
+        for accept, media_type in [choice for choice in CHOICES if choice[0].isascii()]:
             for method in ("GET", "POST", "HEAD"):
                 await wire.send(request(method, "/", f"Accept: {accept}"))
                 reply = await wire.reply(head=method == "HEAD")
-                assert reply.status == (200 if form else 406), accept
-                assert reply.headers["Content-Type"].partition(";")[0] == (form or "application/problem+json"), accept
+                assert reply.status == (200 if media_type else 406), accept
+                assert reply.headers["Content-Type"].partition(";")[0] == (media_type or "application/problem+json"), accept
             await wire.send(request("GET", "/", "Accept: application/json"))
-            hits, posts = hits + 1 + bool(form), posts + bool(form)
+            hits, posts = hits + 1 + bool(media_type), posts + bool(media_type)
             assert (await wire.reply()).json == {"hits": hits, "posts": posts}, accept
 
 
 @pytest.mark.parametrize(
-    ("headers", "form"),
+    ("headers", "media_type"),
     [
         ((), TEXT),
         (("application/json",), JSON),
@@ -32,10 +32,10 @@ async def test_service_answers_in_the_form_or_406_which_counts_nothing(served: S
         (("*/*", "text/plain;q=0"), JSON),
     ],
 )
-async def test_several_accept_headers_are_one_list(served: Served, headers: tuple[str, ...], form: str) -> None:
+async def test_several_accept_headers_are_one_list(served: Served, headers: tuple[str, ...], media_type: str) -> None:
     async with connected(served.port) as wire:
         await wire.send(request("GET", "/", *(f"Accept: {header}" for header in headers)))
-        assert (await wire.reply()).headers["Content-Type"].startswith(form)
+        assert (await wire.reply()).headers["Content-Type"].startswith(media_type)
 
 
 async def test_accept_of_a_megabyte_is_431(served: Served) -> None:

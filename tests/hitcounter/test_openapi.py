@@ -1,4 +1,4 @@
-"""The OpenAPI document: valid, the same as the routes, and true of what is answered."""
+"""The counter's OpenAPI document is valid, complete, and true of the answers."""
 
 import subprocess
 import sys
@@ -49,7 +49,7 @@ async def test_417_is_documented_wherever_it_is_answered(served: Served) -> None
 
 
 def check(process: Process, folder: Path, *options: str) -> None:
-    """Have schemathesis try the service with all its checks."""
+    """Run all checks of schemathesis against the service."""
     done = subprocess.run(
         [
             sys.executable, "-m", "schemathesis.cli", "run", process.url + "openapi.json", "--checks", "all", "--mode", "all",
@@ -68,8 +68,8 @@ def test_schemathesis_finds_nothing(spawn: Spawn, valkey: Valkey, tmp_path: Path
     check(process, tmp_path, "--header", "Accept: application/json", "--include-path", "/")
     with urllib.request.urlopen(f"http://127.0.0.1:{process.admin_port}/metrics") as answer:
         page = answer.read().decode()
-    # It has tried what is right, what is wrong, and methods that are not documented.
+    # It has sent valid requests, invalid requests, and undocumented methods.
     for labels in ('"GET",route="/",status="200"', '"POST",route="/",status="400"', '"PATCH",route="unmatched",status="405"'):
         assert f"http_request_duration_seconds_count{{method={labels}}}" in page
     told = {line["message"].partition(";")[0] for line in process.log if line["level"] not in ("debug", "info")}
-    assert told <= {"slow request"}  # a busy machine may make one
+    assert told <= {"slow request"}  # a busy machine may log one

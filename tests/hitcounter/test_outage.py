@@ -1,4 +1,4 @@
-"""The counter while Redis is down, hung, full, read-only or emptied: 503s in time, one log line, and it goes on by itself."""
+"""Redis is down, hung, full, read-only or emptied: the counter answers 503 in time, logs one line, and recovers by itself."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from tests.support.wire import request
 
 
 async def get(served: Served, path: str = "/") -> tuple[int, dict[str, Any], float]:
-    """Return status, problem (if any) and seconds of a GET."""
+    """Send a GET; return the status, the problem details (if any) and the seconds it took."""
     began = time.monotonic()
     async with served.client.get(path) as answer:
         body = await answer.json() if answer.content_type.endswith("json") else {}
@@ -62,7 +62,7 @@ async def test_short_restart_is_waited_out_without_a_503(
 async def test_redis_that_refuses_is_named_once_and_recovered_from(
     valkey: Valkey, caplog: pytest.LogCaptureFixture, breaks: Act, mends: Act, cause: str
 ) -> None:
-    # One lane: its second batch is told that its writer is not known, which is an answer, but not work that was done.
+    # With one lane, Redis answers its second batch that the writer is unknown. That is an answer, but not successful work.
     async with serving(SERVICE, valkey.environ(REQUEST_TIMEOUT="1", LANES="1")) as served:
         breaks(valkey)
         answers = await asyncio.gather(*(get(served) for _ in range(30)))
@@ -86,7 +86,7 @@ async def test_scripts_flushed_from_the_server_are_not_noticed(served: Served, v
             assert (await answer.json())["hits"] == number
 
 
-async def test_store_that_lost_counts_is_told_once_and_counting_goes_on(
+async def test_lost_counts_are_logged_once_and_counting_goes_on(
     served: Served, valkey: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
     await asyncio.gather(*(get(served) for _ in range(50)))
@@ -99,7 +99,7 @@ async def test_store_that_lost_counts_is_told_once_and_counting_goes_on(
 
 
 async def test_ten_thousand_requests_wait_one_more_gets_503_at_once_and_memory_stays_flat(valkey: Valkey, spawn: Spawn) -> None:
-    most = min(10_000, max_connections() - 100)  # fewer only where fewer files may be open
+    most = min(10_000, max_connections() - 100)  # fewer where the limit on open files is lower
     process = spawn(valkey.environ(BIND_HOST="127.0.0.1", MAX_PENDING=str(most), REQUEST_TIMEOUT="60", REDIS_TIMEOUT="60"))
     hit = request("GET", "/", "Accept: application/json")
     used = []
@@ -109,7 +109,7 @@ async def test_ten_thousand_requests_wait_one_more_gets_503_at_once_and_memory_s
             return stack.enter_context(socket.create_connection(("127.0.0.1", process.port), 60))
 
         def answer(client: socket.socket) -> dict[str, Any]:
-            content: dict[str, Any] = json.loads(client.recv(4096).partition(b"\r\n\r\n")[2])  # which is one write
+            content: dict[str, Any] = json.loads(client.recv(4096).partition(b"\r\n\r\n")[2])  # the answer is one write
             return content
 
         one_more = connect()

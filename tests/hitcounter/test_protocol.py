@@ -1,4 +1,4 @@
-"""A model of what lanes and the script say to each other, over a network and a store that do their worst.
+"""A model of the protocol between lanes and the script, over the worst possible network and Redis.
 
 The lane's side is `WriterState`, which decides in production too; the store's side is `count.lua` on a real Valkey.
 Between them is a
@@ -30,7 +30,7 @@ examples = itertools.count()
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client of a Valkey of our own, which need not sync: nothing kills it here."""
+    """A client of a Valkey that does not sync, since nothing kills it here."""
     server = Valkey(tmp_path_factory.mktemp("valkey"), "--appendfsync", "no")
     server.start()
     client = Redis(port=server.port, protocol=2)
@@ -54,13 +54,13 @@ def call(store: Any, keys: tuple[str, ...], *arguments: Any) -> list[Any]:
 
 @dataclass(eq=False)
 class Batch:
-    """What a lane has to have counted, and what became of it."""
+    """Hits and posts for a lane to count, and what happened to them."""
 
     hits: int
     posts: int
     keys: list[bytes]
-    counted: list[tuple[int, int]] = field(default_factory=list)  # the totals after it, for each time that it was counted
-    reply: list[Any] | None = None  # that its waiters were answered from
+    counted: list[tuple[int, int]] = field(default_factory=list)  # the totals afterwards, for each time that it was counted
+    reply: list[Any] | None = None  # from which its waiters were answered
 
 
 @dataclass(eq=False)
@@ -74,7 +74,7 @@ class Message:
 
 @dataclass(eq=False)
 class Lane:
-    """A lane as the model sees it: with a batch or none, sent over an open connection or not, its reply there or not."""
+    """A lane in the model: whether it has a batch, has sent it over an open connection, and has a reply."""
 
     writer: WriterState
     batch: Batch | None = None
@@ -98,7 +98,7 @@ class Protocol(RuleBasedStateMachine):
         self.name = f"model{next(examples)}"
         self.lanes = [Lane(WriterState()) for _ in range(LANES)]
         self.batches: list[Batch] = []
-        self.messages: list[Message] = []  # that may still arrive, if only once more
+        self.messages: list[Message] = []  # that may arrive once more
         self.answers: dict[bytes, tuple[int, int]] = {}  # to each Idempotency-Key
         self.totals = 0, 0  # in the store
 
@@ -115,7 +115,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(number=lanes, hits=st.integers(1, 3), posts=st.integers(0, 2), keys=st.lists(st.sampled_from(KEYS), max_size=3))
     def send_or_send_again(self, number: int, hits: int, posts: int, keys: list[bytes]) -> None:
-        """A lane sends its batch; if it waits for a reply, that took too long; if it has no batch, it takes one."""
+        """A lane sends its batch. One without a batch takes one first; one that waits for a reply gives up on it first."""
         lane = self.lanes[number]
         if lane.sent:
             lane.writer.failed(TimeoutError(), sent=True)
@@ -127,7 +127,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(number=lanes)
     def fail(self, number: int) -> None:
-        """A lane loses its connection, or gets none."""
+        """A lane loses its connection, or fails to connect."""
         lane = self.lanes[number]
         if lane.batch:
             lane.writer.failed(ConnectionError(), sent=lane.sent is not None)
@@ -135,7 +135,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(number=lanes)
     def give_up(self, number: int) -> None:
-        """The time of a lane's batch is over."""
+        """The deadline of a lane's batch passes."""
         self.fail(number)
         self.lanes[number].settled()
 
@@ -167,7 +167,7 @@ class Protocol(RuleBasedStateMachine):
     @precondition(lambda self: self.messages)
     @rule(ago=recent, full=st.sampled_from([False, False, False, True]))
     def deliver(self, ago: int, full: bool) -> None:
-        """A message reaches the store, not for the first time perhaps; the reply goes to who waits for it still.
+        """A message reaches Redis, maybe not for the first time; the reply goes to the lane if it still waits for it.
 
         `full`: while the store is out of memory.
         """
@@ -201,7 +201,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """The store ends and comes back: it knows no script, and every connection is lost."""
+        """Redis restarts: it has no script, and every connection is lost."""
         self.store.script_flush()
         for number in range(LANES):
             self.fail(number)
@@ -209,7 +209,7 @@ class Protocol(RuleBasedStateMachine):
     @precondition(lambda self: self.messages)
     @rule(ago=recent)
     def forget(self, ago: int) -> None:
-        """The store forgets a writer.
+        """Redis forgets a writer.
 
         That is a day after its last batch: its first is on its way no more, else it could count again. `count.lua` says so.
         """
@@ -278,7 +278,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class State:
-    """Where lane, network and store are; a name is known by its number."""
+    """The state of lane, network and Redis; names are represented by numbers."""
 
     begun: int = 0  # batches
     busy: bool = False  # with the last of them
@@ -296,21 +296,21 @@ class State:
 
 
 class Exhaustive:
-    """Goes from state to state, along every path.
+    """Visits every state that any sequence of events can reach.
 
     `batches` are sent, each up to `tries` times under one name; what was sent arrives up to `arrivals` times.
     """
 
     def __init__(self, store: Any, batches: int, tries: int, arrivals: int) -> None:
         self.store = store
-        self.sizes = [1, 2, 4][:batches]  # hits of each: the total tells which were counted
+        self.sizes = [1, 2, 4][:batches]  # hits of each batch: the total shows which ones were counted
         self.tries = tries
         self.arrivals = arrivals
         self.memory: dict[Any, tuple[tuple[Any, ...], int, bytes | None]] = {}
         self.ends: set[tuple[int, ...]] = set()
 
     def script(self, state: State, message: Sent) -> tuple[tuple[Any, ...], int, bytes | None]:
-        """Return the script's reply, and what it leaves as hits and as knowledge of the writer."""
+        """Return the script's reply, and the hits and the writer's record that it leaves in Redis."""
         known = state.known[message.writer]
         situation = state.hits, known, message.sequence, message.batch
         if situation not in self.memory:

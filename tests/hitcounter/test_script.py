@@ -1,4 +1,4 @@
-"""`count.lua` on a real Valkey: each step of the argument at its top, what it remembers, and the rights that it needs."""
+"""`count.lua` on a real Valkey: each step of the argument at its top, its keys, and the permissions that it needs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ HITS, POSTS, WRITER, ANSWERS, ORDER = _keys("hitcounter", "w")
 
 
 class Script:
-    """Calls the script, and looks at what it did."""
+    """Calls the script, and shows what it changed."""
 
     def __init__(self, valkey: Valkey, **options: Any) -> None:
         self.client: Any = Redis(port=valkey.port, protocol=2, **options)
@@ -35,14 +35,14 @@ class Script:
         return reply
 
     def all(self) -> dict[bytes, bytes]:
-        """Return all that the store holds."""
+        """Return everything that Redis holds."""
         return {key: self.client.dump(key) for key in sorted(self.client.keys())}
 
     def totals(self) -> tuple[int, int]:
         return int(self.client.get(HITS) or 0), int(self.client.get(POSTS) or 0)
 
     def age(self, seconds: int) -> None:
-        """Have all that is remembered of keys be older by so much."""
+        """Make all remembered keys older by this much."""
         for digest, score in self.client.zrange(ORDER, 0, -1, withscores=True):
             self.client.zadd(ORDER, {digest: score - seconds * 1000000})
 
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 
 @pytest.fixture
 def valkey(server: Valkey) -> Valkey:
-    """One server for all the tests here, emptied for each: they are many and short."""
+    """One server for all tests of this file, which are many and short; it is emptied for each."""
     server.run("FLUSHALL")
     server.run("ACL", "DELUSER", "svc")
     return server
@@ -112,7 +112,7 @@ def test_c_batch_whose_writer_was_forgotten_counts_nothing(script: Script) -> No
     assert script.totals() == (6, 2)
 
 
-def test_c_unknown_writer_never_counts_again_whatever_of_it_is_still_on_its_way(script: Script) -> None:
+def test_c_unknown_writer_never_counts_again_whatever_batches_of_it_still_arrive(script: Script) -> None:
     assert script(2, 3, 1) == [b"unknown"]
     for late in (1, 2, 3, 1):
         assert script(late, 3, 1) == [b"unknown"]
@@ -160,7 +160,7 @@ def test_totals_never_expire(script: Script) -> None:
     assert script.client.ttl(HITS) == script.client.ttl(POSTS) == -1
 
 
-def test_hits_without_a_key_leave_no_trace_but_the_totals_and_the_writer(script: Script) -> None:
+def test_hits_without_a_key_change_only_the_totals_and_the_writer(script: Script) -> None:
     script(1, 1, 1)
     assert set(script.all()) == {key.encode() for key in (HITS, POSTS, WRITER)}
 
@@ -196,7 +196,7 @@ def test_smaller_keep_is_reached_a_thousand_keys_at_a_time(script: Script) -> No
     assert remembered == [(2001, 2001), (1002, 1002), (100, 100), (100, 100)]
 
 
-def test_key_older_than_a_day_counts_anew(script: Script) -> None:
+def test_key_older_than_a_day_counts_again(script: Script) -> None:
     script(1, 0, 0, "a", "b")
     script.age(DAY - 60)
     assert script(2, 0, 0, "a") == counted(0, 2, 0, 1)
@@ -266,7 +266,7 @@ def test_key_that_holds_something_else_is_an_error_and_nothing_changes(script: S
 
 
 def exercise(script: Script) -> None:
-    """Have the script do all that it can do."""
+    """Make the script run each of its commands."""
     script(1, 1, 1, "a", "b")
     script.client.ping()
     script(2, 1, 1, "a", keep=1)
@@ -274,7 +274,7 @@ def exercise(script: Script) -> None:
 
 
 def make_user(valkey: Valkey, without: str = "") -> dict[str, str]:
-    """Make a user with the rights that the script needs but one; return who it is."""
+    """Create a user with the permissions that the script needs, except `without`; return its credentials."""
     rights = [right for right in RIGHTS if right != without]
     assert len(rights) == len(RIGHTS) - bool(without)
     valkey.run("ACL", "SETUSER", "svc", "reset", "on", ">password", *rights)
@@ -282,12 +282,12 @@ def make_user(valkey: Valkey, without: str = "") -> dict[str, str]:
 
 
 def refused() -> "pytest.RaisesExc[ResponseError]":
-    """Expect that the store refuses a command, or a command of the script, for want of a right."""
+    """Expect that Redis refuses a command, or a command of the script, for lack of a permission."""
     return pytest.raises(ResponseError, match=r"(?i)permission")
 
 
 def make_old(valkey: Valkey) -> None:
-    """Leave a key in the store that is to be forgotten."""
+    """Leave a key in Redis that is old enough to be forgotten."""
     valkey.run("ZADD", ORDER, 1, "old")
     valkey.run("HSET", ANSWERS, "old", "x")
 
@@ -317,7 +317,7 @@ async def test_service_works_as_the_user_with_the_least_rights(valkey: Valkey) -
 
 
 @pytest.mark.parametrize("right", [right for right in RIGHTS if right.startswith(("+", "~"))])
-def test_none_of_the_rights_can_be_spared(valkey: Valkey, right: str) -> None:
+def test_each_of_the_rights_is_needed(valkey: Valkey, right: str) -> None:
     make_old(valkey)
     user = make_user(valkey, without=right)
     with refused():

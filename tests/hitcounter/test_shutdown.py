@@ -15,7 +15,7 @@ async def pending(process: Process, number: int) -> bool:
     return await metric(process, "counter_pending") == number
 
 
-async def test_what_is_in_flight_is_answered(valkey: Valkey, spawn: Spawn) -> None:
+async def test_requests_in_flight_are_answered(valkey: Valkey, spawn: Spawn) -> None:
     process = spawn(valkey.environ(REQUEST_TIMEOUT="10", REDIS_TIMEOUT="10"))
     async with aiohttp.ClientSession() as client:
         async with client.get(process.url) as answer:
@@ -31,7 +31,7 @@ async def test_what_is_in_flight_is_answered(valkey: Valkey, spawn: Spawn) -> No
     assert process.end(0) == 0
 
 
-async def test_hung_redis_does_not_hold_up_the_end(valkey: Valkey, spawn: Spawn) -> None:
+async def test_hung_redis_does_not_delay_the_exit(valkey: Valkey, spawn: Spawn) -> None:
     process = spawn(valkey.environ(REQUEST_TIMEOUT=str(SLACK)))
     async with aiohttp.ClientSession() as client:
         async with client.get(process.url) as answer:
@@ -42,6 +42,6 @@ async def test_hung_redis_does_not_hold_up_the_end(valkey: Valkey, spawn: Spawn)
         began = time.monotonic()
         status = await asyncio.to_thread(process.end, signal.SIGTERM, 30)
         assert status == 0
-        print(f"ended after {time.monotonic() - began:.2f} s")
+        print(f"stopped after {time.monotonic() - began:.2f} s")
         assert time.monotonic() - began < 4 * SLACK
         assert {answer.status for answer in await asyncio.gather(*waiting)} == {503}

@@ -279,7 +279,7 @@ async def test_malformed_request_is_a_problem_and_closed(served: Served, name: s
 
 
 @pytest.mark.parametrize("begin", [b"", b"5\r\nabcde\r\n", b"5\r\nab"], ids=["at once", "after a chunk", "within a chunk"])
-async def test_body_that_breaks_later_is_a_problem_and_counts_nothing(
+async def test_body_that_becomes_malformed_is_a_problem_and_counts_nothing(
     served: Served, valkey: Valkey, begin: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with connected(served.port) as wire:

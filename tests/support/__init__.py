@@ -1,4 +1,4 @@
-"""What the tests share."""
+"""Tools that several tests share. Nothing that the chassis's tests use here imports a service."""
 
 from pathlib import Path
 

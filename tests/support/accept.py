@@ -1,9 +1,9 @@
-"""Values of `Accept`, and the media type that is preferred for each by a resource that is text first, else JSON."""
+"""Values of `Accept`, and the preferred media type of each for a resource that offers text first and JSON second."""
 
 TEXT, JSON = "text/plain", "application/json"
 
 CHOICES = [
-    # what it wants
+    # one media type, or a wildcard
     ("text/plain", TEXT),
     ("application/json", JSON),
     ("APPLICATION/JSON", JSON),
@@ -17,19 +17,19 @@ CHOICES = [
     ("text/plain;q=0.123,application/json;q=0.124", JSON),
     ("text/plain; Q=0.1 ; ext=1, application/json; q=0.2", JSON),
     ("text/plain;q=0.001", TEXT),
-    # the most specific range that fits decides, wherever it stands
+    # the most specific range that matches decides, wherever it is
     ("*/*, text/plain;q=0.1", JSON),
     ("text/plain;q=0.1, */*;q=0.2", JSON),
     ("*/*;q=0.1, application/json", JSON),
     ("text/*;q=0.1, */*;q=0.5, application/json;q=0.3", JSON),
     ("text/*;q=0, */*", JSON),
     ("text/plain;q=0, */*;q=0.1", JSON),
-    # between equals what is named first, then what is offered first
+    # between equals, the first that is named, then the first that is offered
     ("application/json, text/plain", JSON),
     ("text/plain, application/json", TEXT),
     ("application/*, text/*", JSON),
     ("*/*, */*", TEXT),
-    # nothing that it takes
+    # nothing that the resource offers
     ("text/html", None),
     ("image/*", None),
     ("*/*;q=0", None),
@@ -37,7 +37,7 @@ CHOICES = [
     ("text/plain;q=0.000, application/json;q=0", None),
     ("text/plain+x", None),
     ("text/plai", None),
-    # malformed: passed over, and what is left decides
+    # malformed parts are ignored, and the rest decides
     ("", TEXT),
     (" ", TEXT),
     (",", TEXT),

@@ -1,4 +1,4 @@
-"""Requests that no decent client sends, many at a time, and what they must not leave behind."""
+"""Hostile requests, many at a time, and checks that they leave nothing behind."""
 
 import asyncio
 import contextlib
@@ -14,9 +14,9 @@ from tests.support.process import Process, resident
 from tests.support.wire import ask, request
 
 MIB = 1 << 20
-MARK = b"zq7"  # begins a mark that stands in each hostile request, and may stand in no answer and no line of the log
+MARK = b"zq7"  # begins a mark that is in each hostile request, and must be in no answer and no log line
 
-# A busy machine may keep Redis waiting for long: that is not what is tested here.
+# Timeouts so long that a busy machine does not reach them.
 PATIENT = {"BIND_HOST": "127.0.0.1", "REDIS_TIMEOUT": "30"}
 
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE", "CONNECT", "PROPFIND", "get", "G\u00cbT", "A" * 300, "")
@@ -49,7 +49,7 @@ VALUES = (
 
 
 def hostile(rng: random.Random, mark: bytes) -> list[bytes]:
-    """Return the pieces of something that no decent client sends; `mark` stands in it."""
+    """Return the pieces of a hostile request that contains `mark`."""
     text = mark.decode()
 
     def some(number: int) -> bytes:
@@ -157,7 +157,7 @@ def hostile(rng: random.Random, mark: bytes) -> list[bytes]:
 
 
 class Attack:
-    """Sends hostile requests, many at a time; knows what was answered."""
+    """Sends hostile requests, many at a time, and records the answers."""
 
     def __init__(self, port: int, seed: int) -> None:
         self.port = port
@@ -184,7 +184,7 @@ class Attack:
             with contextlib.suppress(ConnectionError, TimeoutError):
                 for piece in pieces:
                     writer.write(piece)
-                    async with asyncio.timeout(patience):  # one that does not read may make us wait
+                    async with asyncio.timeout(patience):  # a server that does not read would block the client
                         await writer.drain()
                     await asyncio.sleep(0)
                 while data := await asyncio.wait_for(reader.read(1 << 16), patience):
@@ -206,14 +206,14 @@ def descriptors(process: Process) -> int:
 
 
 def idle(process: Process) -> bool:
-    """Return whether no client is connected: no socket on our port is established, or closed by the client alone."""
+    """Return whether no client is connected: no socket on the port is in state ESTABLISHED or CLOSE_WAIT."""
     lines = Path(f"/proc/{process.popen.pid}/net/tcp").read_text().splitlines()
     sockets = [line.split()[1:4] for line in lines]
     return not any(here.endswith(f":{process.port:04X}") and state in ("01", "08") for here, _, state in sockets)
 
 
 def telling(module: str, errors: Path, before: str = "") -> tuple[str, ...]:
-    """Return a command that runs `module` with its standard error in a file; `before` is for the shell to do first."""
+    """Return a command that runs `module` with its standard error in a file; `before` is a shell command to run first."""
     return "sh", "-c", f'{before} exec "$@" 2>"$0"', str(errors), sys.executable, "-m", module
 
 
@@ -225,8 +225,8 @@ async def hit(port: int) -> int:
 
 
 async def survive(process: Process, errors: Path, number: int) -> None:
-    """Attack a service whose standard error goes to `errors`, and fail if it lost anything, kept anything or said anything."""
-    await Attack(process.port, seed=0).run(1_000)  # so that what grows once has grown: caches, metrics, connections to Redis
+    """Attack a service whose standard error goes to `errors`; fail if it leaks memory, descriptors or text, or loses a hit."""
+    await Attack(process.port, seed=0).run(1_000)  # fills caches, metrics, and connections to Redis
     await Attack(process.admin_port, seed=2).run(100)
     await hit(process.port)
     await eventually(lambda: idle(process), 20 * SLACK)
@@ -236,7 +236,7 @@ async def survive(process: Process, errors: Path, number: int) -> None:
     assert attack.sent == number
     assert not attack.leaks, attack.leaks[0]
     assert attack.statuses.keys() <= {100, 200, 204, 400, 404, 405, 406, 413, 417, 431}
-    # Else it is not as hostile as it says. A busy machine answers many after the client has lost patience.
+    # The attack must provoke these. On a busy machine many answers come after the client has given up.
     assert attack.statuses.keys() >= {200, 400, 404, 431}
     assert attack.statuses.total() > number / 100
     await eventually(lambda: idle(process), 20 * SLACK)
@@ -245,7 +245,7 @@ async def survive(process: Process, errors: Path, number: int) -> None:
     await eventually(lambda: idle(process), 20 * SLACK)
     more = descriptors(process) - open_before, (resident(process) - memory) / MIB
     print(f"{attack.sent} hostile requests, by status {dict(attack.statuses)}; left: {more[0]} descriptors, {more[1]:.1f} MiB")
-    assert more[0] <= 16  # connections to Redis that had nothing to do before
+    assert more[0] <= 16  # connections to Redis that were not needed before
     assert more[1] < 16
     assert process.end() == 0
     assert errors.read_text() == ""

@@ -24,7 +24,7 @@ SERVICE = "app.kubernetes.io/name=hitcounter"
 
 
 def run(*command: str, input: str | None = None, env: dict[str, str] | None = None, seconds: float = 300) -> str:
-    """Return what `command` writes to standard output; fail with all that it says if it fails."""
+    """Return the standard output of `command`; fail with its whole output if it fails."""
     done = subprocess.run(
         command, input=input, capture_output=True, text=True, cwd=ROOT, env=os.environ | (env or {}), timeout=seconds
     )
@@ -33,7 +33,7 @@ def run(*command: str, input: str | None = None, env: dict[str, str] | None = No
 
 
 class Namespace:
-    """A namespace of the cluster, and what is done in it."""
+    """A namespace of the cluster, and commands to use in it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -51,7 +51,7 @@ class Namespace:
         return found["items"] if found["kind"] == "List" else found
 
     def pods(self, selector: str = SERVICE) -> list[Any]:
-        """Return the pods that are selected and not about to end."""
+        """Return the selected pods that are not terminating."""
         pods = self.get("pods", f"--selector={selector}")
         return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
@@ -97,7 +97,7 @@ class Namespace:
         run(KUBECTL, "delete", "namespace", self.name, "--ignore-not-found", "--wait=false")
 
     def valkey(self, *command: str, user: str = "operator", password: str | None = None) -> str:
-        """Return what Valkey answers to a command, given in its pod: through the socket, as a user of its own."""
+        """Return Valkey's answer to a command that is sent in its pod, through the socket, as `user`."""
         script = (
             'export REDISCLI_AUTH="${2:-$(tail -n 1 "/run/secrets/redis/$1")}"; user=$1; shift 2;'
             'exec valkey-cli -s /run/valkey/socket --user "$user" "$@"'
@@ -121,10 +121,10 @@ class Deployed:
 
 @functools.cache
 def deployed() -> Deployed:
-    """Return the service and its Redis as `make deploy` leaves them: once in a run, which ends with `make undeploy`."""
+    """Deploy the service and its Redis with `make deploy`, once in a run of the tests, and return them; undeploy at its end."""
     namespace = Namespace(RUN)
     atexit.register(namespace.make, "undeploy")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: with all of it deleted
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as on Ctrl-C: everything is deleted
     url = namespace.make("deploy", seconds=900).splitlines()[-1]
     image, valkey = [
         namespace.get(kind, name)["spec"]["template"]["spec"]["containers"][0]["image"]
@@ -136,7 +136,7 @@ def deployed() -> Deployed:
 
 @contextmanager
 def namespace(name: str, level: str = "restricted") -> Iterator[Namespace]:
-    """Make a namespace of this run, and delete it at the end, when nobody waits for that any more."""
+    """Create a namespace of this run, and delete it afterwards, without waiting for that."""
     one = Namespace(f"{RUN}-{name}-{secrets.token_hex(2)}")
     one.create(level)
     try:
@@ -146,14 +146,14 @@ def namespace(name: str, level: str = "restricted") -> Iterator[Namespace]:
 
 
 def compose(deployed: Deployed, namespace: Namespace, *lines: str) -> str:
-    """Return what Kustomize makes of the lines, in `namespace` and with the images of this run."""
+    """Return the objects that Kustomize renders from the lines, in `namespace` and with the images of this run."""
     folder = ROOT / "manifests" / f".{namespace.name}"
     folder.mkdir(exist_ok=True)
     images = {"hitcounter": deployed.image, "docker.io/valkey/valkey": deployed.valkey}
     try:
         text = [f"namespace: {namespace.name}", *lines, "images:"]
         for name, image in images.items():
-            if "@" not in image:  # else it is the one that stands in the manifests
+            if "@" not in image:  # else it is the image of the manifests
                 new, tag = image.rsplit(":", 1)
                 text.append(f'  - {{name: {name}, newName: {new}, newTag: "{tag}"}}')
         (folder / "kustomization.yaml").write_text("\n".join(text))

@@ -28,7 +28,7 @@ WHEELS = Path(os.environ.get("WHEELS", ROOT / "wheels")).absolute()
 
 
 class BuildError(Exception):
-    """A build failed; the text is all it said."""
+    """A build failed; the text is its whole output."""
 
 
 class Layout:
@@ -44,7 +44,7 @@ class Layout:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """What tells how to run it, and how it was made."""
+        """The image's configuration: how to run it, and how it was made."""
         return dict(self._json(self.config_digest))
 
     @property
@@ -101,7 +101,7 @@ def _script(name: str, context: Path, **environ: str) -> str:
 
 
 def sources(folder: Path) -> Path:
-    """Copy what a build gets into `folder`."""
+    """Copy the files that a build may use into `folder`."""
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for name in ("Containerfile", ".dockerignore", *allowed):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def scratch() -> Path:
 
 @functools.cache
 def tree() -> Path:
-    """Return a copy of the sources, so that one who works on them does not disturb the tests."""
+    """Return a copy of the sources, so that a change of them during the tests does no harm."""
     return sources(scratch() / "sources")
 
 
@@ -147,7 +147,7 @@ def engine() -> str:
 
 
 def run(*arguments: str, check: bool = True, **options: Any) -> str:
-    """Return what a command of the engine prints."""
+    """Return the output of a command of the engine."""
     ended = subprocess.run([engine(), *arguments], capture_output=True, timeout=120, **{"text": True, **options})
     assert not check or ended.returncode == 0, ended.stderr
     return str(ended.stdout.strip()) if check else f"{ended.returncode}\n{ended.stdout}{ended.stderr}"

@@ -1,4 +1,4 @@
-"""A load of requests over many connections, and an account of what was answered."""
+"""A load of requests over many connections, and a tally of the answers."""
 
 import asyncio
 import itertools
@@ -20,7 +20,7 @@ _POST = b"POST " + _HEAD + b"Content-Length: 0\r\n"
 
 @dataclass
 class Tally:
-    """What became of the requests: the number that each was answered with, or that it was not."""
+    """The outcome of the requests: the number that each got, or its failure."""
 
     hits: list[int] = field(default_factory=list)  # answered to a GET
     posts: list[int] = field(default_factory=list)  # answered to a POST without a key
@@ -28,7 +28,7 @@ class Tally:
     repeated: int = 0  # POSTs with a key that had been sent before
     failed_hits: int = 0
     failed_posts: int = 0
-    statuses: Counter[int] = field(default_factory=Counter)  # 0: the connection ended without an answer
+    statuses: Counter[int] = field(default_factory=Counter)  # 0: the connection closed without an answer
     highest_hits: int = 0  # in any answer
     highest_posts: int = 0
 
@@ -57,12 +57,12 @@ class Tally:
             self.keys[kind].add((hits, posts))
 
     def check(self, hits: int, posts: int) -> None:
-        """Fail unless each number was given once, and the store counted all that was answered and no more than was sent."""
+        """Fail unless each number was answered once, and Redis counted every answered request and none that was not sent."""
         assert len(set(self.hits)) == len(self.hits), "a hit's number was answered twice"
         counted = len(self.hits)
         assert self.highest_hits <= hits, "the store is behind an answered hit"
         assert counted <= hits <= counted + self.failed_hits, "a hit was lost, or counted twice"
-        # None is missing below the highest but what was not answered.
+        # Numbers missing below the highest belong to failed requests.
         assert max(self.hits, default=0) - counted <= self.failed_hits
 
         assert all(len(answers) <= 1 for answers in self.keys.values()), "a key was answered in two ways"
@@ -87,7 +87,7 @@ class Load:
         self._requests = itertools.islice(self._mix(), most)
 
     def _mix(self) -> Iterator[tuple[str | None, bytes]]:
-        """Yield what to send next: of eight requests, six are GETs, one is a POST, one a POST with a key.
+        """Yield the requests: of each eight, six are GETs, one is a POST, and one is a POST with a key.
 
         A key comes three times close together, so that some meet in one batch; every fourth key is one from long before.
         """
@@ -103,8 +103,8 @@ class Load:
             yield key, _POST + b"Idempotency-Key: %s\r\n\r\n" % key.encode()
 
     async def run(self, seconds: float, *, patience: float = 20) -> Tally:
-        """Send for `seconds`, wait for the last answers for `patience` seconds at most, and return what came of it."""
-        max_connections()  # the limit on open files as high as it goes
+        """Send for `seconds`, wait at most `patience` seconds for the last answers, and return the tally."""
+        max_connections()  # raises the limit on open files
         loop = asyncio.get_running_loop()
         self._until = time.monotonic() + seconds
         clients = []
@@ -121,11 +121,11 @@ class Load:
         return self.tally
 
     def stop(self) -> None:
-        """Send no more."""
+        """Stop sending."""
         self._until = 0.0
 
     def next(self) -> tuple[str | None, bytes] | None:
-        """Return what to send next; None when it is enough."""
+        """Return the next request, or None at the end."""
         return next(self._requests, None) if time.monotonic() < self._until else None
 
 
@@ -142,7 +142,7 @@ class _Client(asyncio.Protocol):
         self.ended = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's is of no class of asyncio
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's transports do not derive from asyncio's
         self._send()
 
     def _send(self) -> None:

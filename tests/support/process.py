@@ -1,4 +1,4 @@
-"""A service as users run it: a process, known by its signals, its exit status and its log."""
+"""A service in a process of its own: a test sees its signals, its exit status and its log, as users do."""
 
 import contextlib
 import json

@@ -15,18 +15,18 @@ REGISTRY = os.environ.get("REGISTRY", "").strip()
 
 @dataclass(frozen=True)
 class Published:
-    """What the workflow left: the folders that it wrote, and where the image is."""
+    """The results of the workflow: the folders that it wrote, and where the image is."""
 
     layout: Path
     dist: Path
     repositories: tuple[str, str]
     digest: str
-    said: dict[str, str]  # by each command that was run, the last time
+    said: dict[str, str]  # the output of each command, of its last run
 
 
 @functools.cache
 def published() -> Published:
-    """Do what each job of a release does, in order, as far as this machine can."""
+    """Run the commands of each job of a release, in order, except those that this machine cannot run."""
     folder = Path(tempfile.mkdtemp(prefix="published-"))
     layout, dist, output = folder / "hitcounter.oci", folder / "dist", folder / "output"
     run = f"{REGISTRY}/tests-{secrets.token_hex(4)}"
@@ -41,7 +41,7 @@ def published() -> Published:
     }
     said = {}
     for one in runs(RELEASE):
-        if not one.here or one.line == "make wheels":  # which has to be done, and needs the internet
+        if not one.here or one.line == "make wheels":  # it must have been run before, and needs the internet
             continue
         environ = {name: text.replace("ghcr.io/$", f"{run}/ghcr.io/$") for name, text in one.environ}
         said[one.line] = execute(

@@ -1,4 +1,4 @@
-"""A constant load on an address, and an account of each request."""
+"""A constant load on a URL, and a record of each request."""
 
 import asyncio
 import itertools
@@ -17,7 +17,7 @@ _ports = itertools.cycle(range(10_000, 30_000))
 
 
 def own_port(address: Any) -> socket.socket:
-    """Return a socket with a local port that no connection had for a long time.
+    """Return a socket with a local port that no recent connection used.
 
     This runs on the node, or beside it. A connection that is refused there, since the service has no pod at the moment, leaves an
     entry in the kernel's table of connections for two minutes, and another one from the same port would be refused by that.
@@ -36,7 +36,7 @@ def own_port(address: Any) -> socket.socket:
 
 @dataclass
 class Failure:
-    """A request that was not answered with 200: when it was sent, how long it took, and what came."""
+    """A request without an answer 200: when it was sent, how long it took, and the status or error."""
 
     at: float
     seconds: float
@@ -45,7 +45,7 @@ class Failure:
 
 @dataclass
 class Traffic:
-    """Requests at a constant rate: nine GETs for a POST. Each is sent once; nothing hides a failure by a second try."""
+    """Requests at a constant rate: nine GETs to one POST. Each is sent once, so no retry hides a failure."""
 
     url: str
     rate: float
@@ -72,7 +72,7 @@ class Traffic:
             self.failures.append(Failure(began, seconds, what))
 
     async def run(self, ended: asyncio.Event, least: int) -> None:
-        """Send until `ended` is set and `least` were sent."""
+        """Send requests until `ended` is set, and at least `least` of them."""
         connector = aiohttp.TCPConnector(
             limit=0, socket_factory=own_port
         )  # else requests would wait here while Redis is away, not at the service
@@ -93,7 +93,7 @@ class Traffic:
                 await asyncio.wait(under_way, timeout=15)
 
     def check(self, before: tuple[int, int], after: tuple[int, int]) -> None:
-        """Fail unless each number was given once, and the store counted all that was answered, and nothing that was not sent.
+        """Fail unless each number was answered once, and Redis counted every answered request and none that was not sent.
 
         `before` and `after`: the counts, each with a hit of its own.
         """
@@ -107,7 +107,7 @@ class Traffic:
             assert len(numbers) <= last - first <= len(numbers) + failed, f"{kind}: {first} to {last}, {len(numbers)} answered"
 
     def statuses(self) -> str:
-        """Return what came of the requests, in a line."""
+        """Return a summary of the requests in one line."""
         counts: dict[str, int] = {}
         for failure in self.failures:
             counts[failure.what] = counts.get(failure.what, 0) + 1
@@ -116,7 +116,7 @@ class Traffic:
 
 @asynccontextmanager
 async def traffic(url: str, rate: float, *, least: int = 0) -> AsyncIterator[Traffic]:
-    """Send requests to `url` while the block runs, and until `least` were sent."""
+    """Send requests to `url` during the block, and at least `least` of them."""
     one = Traffic(url, rate)
     ended = asyncio.Event()
     task = asyncio.create_task(one.run(ended, least))
@@ -128,7 +128,7 @@ async def traffic(url: str, rate: float, *, least: int = 0) -> AsyncIterator[Tra
 
 
 async def step(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Do what blocks in a thread, while the load goes on."""
+    """Run a blocking function in a thread, while the load goes on."""
     return await asyncio.to_thread(work, *arguments, **options)
 
 

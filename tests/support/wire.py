@@ -1,4 +1,4 @@
-"""A client that sends bytes as they are: what no HTTP library would send, too."""
+"""A client that sends any bytes, also those that no HTTP library would send."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ class Reply:
 
 @dataclass
 class Wire:
-    """A connection; `received` is all that came."""
+    """A connection; `received` has all bytes that the server has sent."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -39,7 +39,7 @@ class Wire:
         await asyncio.wait_for(self.writer.drain(), LIMIT)
 
     async def more(self, seconds: float = LIMIT) -> bool:
-        """Wait for more to come; return whether it did before the server closed the connection."""
+        """Wait for more bytes; return False if the server closes the connection instead."""
         try:
             data = await asyncio.wait_for(self.reader.read(1 << 16), seconds)
         except ConnectionError:
@@ -48,7 +48,7 @@ class Wire:
         return bool(data)
 
     async def reply(self, *, head: bool = False) -> Reply:
-        """Return the next answer; `head` if the request was for headers only."""
+        """Return the next answer; set `head` if the request was a HEAD."""
         while b"\r\n\r\n" not in self.received[self._parsed :]:
             assert await self.more(), f"closed after {self.received[self._parsed :]!r}"
         text, _, _ = self.received[self._parsed :].partition(b"\r\n\r\n")
@@ -63,7 +63,7 @@ class Wire:
         return Reply(status, headers, self.received[begin : self._parsed])
 
     async def closed(self, seconds: float = LIMIT) -> None:
-        """Return when the server has closed the connection; fail if it sends more, or does not within `seconds`."""
+        """Wait until the server closes the connection; fail if it sends more, or stays open for `seconds`."""
         while await self.more(seconds):
             pass
         assert not self.received[self._parsed :]
@@ -80,7 +80,7 @@ async def connected(port: int) -> AsyncIterator[Wire]:
 
 
 def request(method: str = "GET", path: str = "/", *headers: str, body: bytes = b"", version: str = "1.1") -> bytes:
-    """Return a request; `Content-Length` comes with a body."""
+    """Return a request; one with a body gets a `Content-Length`."""
     lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *headers]
     if body and not any(header.lower().startswith("transfer-encoding") for header in headers):
         lines.append(f"Content-Length: {len(body)}")

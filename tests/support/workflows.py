@@ -1,4 +1,4 @@
-"""The workflows as they are read and, as far as that goes on this machine, run."""
+"""The commands of the workflows, and a way to run those that this machine can run."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from tests.support import ROOT
 
 CI, RELEASE = (yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text()) for name in ("ci", "release"))
 
-# What commands begin with that this machine cannot run, and why.
+# The beginnings of commands that this machine cannot run, each with the reason.
 NOT_HERE = {
     "make builder": "BuildKit's image is in no registry that is reached; the engine's own makes the same but for the digest",
     "make tools": "fetches Skaffold from a site that is not reached",
@@ -29,7 +29,7 @@ NOT_HERE = {
 
 @dataclass(frozen=True)
 class Run:
-    """A `run:` of a workflow, with the variables that it gets."""
+    """A `run:` of a workflow and its environment variables."""
 
     job: str
     line: str
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def targets(self) -> list[str]:
-        """Return the make targets that it calls; none if it is another command."""
+        """The make targets that it calls; empty for another command."""
         words = self.line.partition(" >>")[0].split()
         return [word for word in words[1:] if "=" not in word] if words[0] == "make" else []
 
@@ -61,12 +61,12 @@ def runs(workflow: Any) -> Iterator[Run]:
 
 
 def execute(run: Run, expressions: dict[str, str], **environ: str) -> str:
-    """Run it as a runner does, with what `expressions` says for each `${{ }}`, and return what it prints."""
+    """Run the command as a runner does, with each `${{ }}` replaced from `expressions`; return its standard output."""
 
     def value(expression: "re.Match[str]") -> str:
         return expressions[expression[1]]
 
-    # Not as a part of the make that runs the tests.
+    # These would make it a part of the make that runs the tests.
     outer = {name: text for name, text in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     given = {name: re.sub(r"\$\{\{ (.+?) \}\}", value, text) for name, text in run.environ}
     ended = subprocess.run(
