@@ -77,7 +77,7 @@ class Counter:
         self._highest = Counts(0, 0)  # of all answers, posts with a key excepted
         self._rewinds = 0
         self._size = Histogram("counter_batch_size", "Requests counted by one call", buckets=_SIZE_BUCKETS, registry=registry)
-        round_trip = Histogram("counter_round_trip_seconds", "Time to the reply to a batch", buckets=_TIME_BUCKETS, registry=registry)
+        round_trip = Histogram("counter_round_trip_seconds", "Time to a batch's reply", buckets=_TIME_BUCKETS, registry=registry)
         self._lanes = [Lane(name, store, round_trip, redis_timeout=redis_timeout, keep=keep) for _ in range(lanes)]
         self._rewound = Total("counter_rewinds", "Times that Redis had less than was answered before", registry=registry)
         Gauge("counter_pending", "Requests that wait for their number", registry=registry).set_function(lambda: self._pending)
