@@ -126,7 +126,7 @@ def test_deploy_that_is_only_to_be_shown_does_nothing(tmp_path: Path) -> None:
     command = ["make", "--dry-run", "deploy", f"KUBECTL={kubectl}", f"ENGINE={engine}", "REGISTRY=r.example"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=30).stdout
     assert "scripts/deploy.sh" in shown
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["docker", "kubectl"]  # neither was told anything
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["docker", "kubectl"]  # neither was called
 
 
 # --- make secret, make secret-rotate ---

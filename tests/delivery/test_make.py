@@ -91,7 +91,7 @@ def test_update_without_an_environment_makes_one_first(copy: Path, tmp_path: Pat
     assert "Python 3.11 or newer is needed" in ended.stderr.splitlines()[0]
 
 
-def test_no_python_is_told_in_one_line(copy: Path, tmp_path: Path) -> None:
+def test_no_python_is_reported_in_one_line(copy: Path, tmp_path: Path) -> None:
     ended = make("run", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")))
     assert ended.returncode != 0
     assert [line for line in ended.stderr.splitlines() if "Python 3.11 or newer is needed" in line]
@@ -107,7 +107,7 @@ def test_python_that_is_too_old_is_not_taken(copy: Path, tmp_path: Path) -> None
     assert "Python 3.11 or newer is needed" in ended.stderr
 
 
-def test_package_without_a_wheel_is_told_in_one_line(copy_with_environment: Path) -> None:
+def test_package_without_a_wheel_is_reported_in_one_line(copy_with_environment: Path) -> None:
     copy = copy_with_environment
     (copy / "requirements.txt").write_text("no-such-package-of-this-name==1 --hash=sha256:" + "0" * 64 + "\n")
     ended = make("run", cwd=copy, PYTHON=sys.executable, PIP_NO_INDEX="1")
@@ -171,7 +171,7 @@ class Locked:
         return {stamp for stamp in ("can-run", "installed") if self.make(stamp, MAKEFLAGS="q").returncode}
 
     def packages(self) -> set[str]:
-        """Return what is installed, but for what each new environment has."""
+        """Return what is installed, except what each new environment has."""
         listed = subprocess.check_output([self.copy / ".venv" / "bin" / "python", "-m", "pip", "freeze"], text=True)
         return set(listed.split())
 
@@ -213,7 +213,7 @@ def test_two_installs_at_a_time_are_kept_apart(locked: Locked) -> None:
     assert not (locked.copy / ".venv.lock").exists()
 
 
-def test_environment_whose_python_is_gone_is_made_anew(locked: Locked, tmp_path: Path) -> None:
+def test_environment_whose_python_is_gone_is_made_again(locked: Locked, tmp_path: Path) -> None:
     for python in (locked.copy / ".venv" / "bin").glob("python*"):
         python.unlink()
         python.symlink_to(tmp_path / "gone")
@@ -251,14 +251,14 @@ def test_run_serves_and_keeps_its_counts(copy: Path) -> None:
             assert time.monotonic() - began < 3 * SLACK
 
 
-def test_run_uses_the_redis_that_it_is_told_of(copy: Path, valkey: Valkey) -> None:
+def test_run_uses_the_redis_that_it_is_given(copy: Path, valkey: Valkey) -> None:
     valkey.run("SET", "{hitcounter}:hits", 41)
     with run(copy, REDIS_HOST="127.0.0.1", REDIS_PORT=str(valkey.port)) as told:
         assert "seen 42 times" in told
     assert not (copy / ".data").exists()
 
 
-def test_port_in_use_is_told_in_one_line(copy: Path) -> None:
+def test_port_in_use_is_reported_in_one_line(copy: Path) -> None:
     (copy / ".venv").symlink_to(sys.prefix)
     port = free_port()
     with subprocess.Popen(

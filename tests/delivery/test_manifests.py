@@ -362,7 +362,7 @@ def test_probes_ask_what_they_should(workload: Workload, tmp_path: Path) -> None
     assert {name: probe["httpGet"] for name, probe in found.items()} == {
         name: {"path": path, "port": "http"} for name, path in expected.items()
     }
-    # Never anything that looks at Redis: a restart of this process would not mend it.
+    # Never anything that looks at Redis: a restart of this process would not repair Redis.
     routes = create_app(SERVICES[workload.name], configured(workload, tmp_path)).router.routes()
     handlers = {(route.method, route.resource.canonical): route.handler for route in routes if route.resource}
     assert handlers["GET", "/livez"] is probes.livez

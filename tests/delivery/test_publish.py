@@ -291,7 +291,7 @@ def tamper(file: Path) -> None:
 def between(tampered: str, failing: str = "no tag") -> Iterator[str]:
     """Stand between a client and the registry; yield the address.
 
-    A bit is changed of what has the digest `tampered`, and whoever looks at the tag `failing` is told of an error.
+    One bit of the content with the digest `tampered` is changed, and a request for the tag `failing` gets an error.
     """
 
     class Handler(BaseHTTPRequestHandler):

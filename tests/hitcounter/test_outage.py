@@ -132,7 +132,7 @@ async def test_ten_thousand_requests_wait_one_more_gets_503_at_once_and_memory_s
             assert seconds < 0.3 * SLACK
             valkey.thaw()
             assert sorted(answer(client)["hits"] for client in waiting) == list(range(number * most + 2, (number + 1) * most + 2))
-    print(f"{most} wait, one more is told after {seconds:.3f} s; MiB used: {used}")
+    print(f"{most} wait, one more gets 503 after {seconds:.3f} s; MiB used: {used}")
     assert max(used) - used[0] < 16
     assert {line["message"].partition(";")[0] for line in process.log} <= {"listening", "slow request"}
 

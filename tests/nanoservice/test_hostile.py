@@ -238,7 +238,7 @@ async def test_surplus_connections_are_closed_and_the_others_served(
             async with connected(process.admin_port) as admin:
                 await admin.send(request("GET", "/metrics"))
                 assert (await admin.reply()).status == 200
-        await eventually(lambda: answers_anew(process.port), 20 * SLACK)
+        await eventually(lambda: answers_again(process.port), 20 * SLACK)
     assert process.end() == 0
     assert (tmp_path / "errors").read_text() == ""
     told = [line["message"].partition(";")[0] for line in process.log if line["level"] not in ("debug", "info")]
@@ -255,6 +255,6 @@ async def answers(wire: Wire) -> bool:
     return reply.status == 200
 
 
-async def answers_anew(port: int) -> bool:
+async def answers_again(port: int) -> bool:
     async with connected(port) as wire:
         return await answers(wire)

@@ -69,7 +69,7 @@ class Process:
         self.port, self.admin_port = line["port"], line["admin_port"]
 
     def end(self, how: int = signal.SIGTERM, seconds: float = 30) -> int:
-        """Send the signal `how` (0: it was told to stop already), and return the exit status."""
+        """Send the signal `how` (0: it was asked to stop already), and return the exit status."""
         if self.popen.poll() is None:
             self.popen.send_signal(how)
         status = self.popen.wait(seconds)
