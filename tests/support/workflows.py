@@ -16,7 +16,7 @@ CI, RELEASE = (yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").r
 
 # The beginnings of commands that this machine cannot run, each with the reason.
 NOT_HERE = {
-    "make builder": "BuildKit's image is in no registry that is reached; the engine's own makes the same image with another digest",
+    "make builder": "BuildKit's image is not reached; the engine's own makes the same image with another digest",
     "make tools": "fetches Skaffold from a site that is not reached",
     "make render-check": "needs Skaffold",
     "skaffold": "is on a site that is not reached; its file is checked against its schema",
