@@ -1,4 +1,4 @@
-"""What `make` says to a newcomer."""
+"""`make` for a newcomer: its help, its environment, its errors."""
 
 import hashlib
 import io
@@ -23,19 +23,19 @@ from nanoservice.testing.waiting import SLACK, wait_for
 from tests.support import ROOT
 from tests.support.loops import python_path
 
-# With the environment of these tests in place of the one that the first `make run` makes.
+# Use the environment of these tests instead of the one that the first `make run` creates.
 RUN = ["make", "-o", ".venv/can-run", "run"]
 
 
 def make(*arguments: str, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run make in an environment that has nothing but a path."""
+    """Run make with no environment variables except PATH and those of `environ`."""
     environ = {"PATH": os.environ["PATH"], **environ}
     return subprocess.run(["make", *arguments], cwd=cwd, env=environ, text=True, capture_output=True, timeout=120)
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of what make needs, without an environment."""
+    """A copy of the files that make needs, without a virtual environment."""
     folder = tmp_path / "copy of it"
     folder.mkdir()
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "requirements.in", "requirements-dev.in"):
@@ -68,7 +68,7 @@ def tools(folder: Path, *names: str) -> Path:
 
 
 def tiny(folder: Path, version: str = "1.0", name: str = "tiny") -> str:
-    """Write a wheel that has nothing but a name and a version, and return its line of a lock."""
+    """Write an empty wheel with a name and a version, and return its line of a lock."""
     path = folder / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -91,7 +91,7 @@ def test_update_without_an_environment_makes_one_first(copy: Path, tmp_path: Pat
     assert "Python 3.11 or newer is needed" in ended.stderr.splitlines()[0]
 
 
-def test_no_python_is_reported_in_one_line(copy: Path, tmp_path: Path) -> None:
+def test_missing_python_is_reported_in_one_line(copy: Path, tmp_path: Path) -> None:
     ended = make("run", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")))
     assert ended.returncode != 0
     assert [line for line in ended.stderr.splitlines() if "Python 3.11 or newer is needed" in line]
@@ -150,7 +150,7 @@ def test_only_wheels_of_a_locked_hash_are_installed(
 
 
 class Locked:
-    """A copy with locks of tiny packages, and a folder that is all the index there is."""
+    """A copy with locks of tiny packages, and a folder that serves as the only index."""
 
     def __init__(self, copy: Path, index: Path) -> None:
         index.mkdir()
@@ -171,7 +171,7 @@ class Locked:
         return {stamp for stamp in ("can-run", "installed") if self.make(stamp, MAKEFLAGS="q").returncode}
 
     def packages(self) -> set[str]:
-        """Return what is installed, except what each new environment has."""
+        """Return the installed packages, except those of each new environment."""
         listed = subprocess.check_output([self.copy / ".venv" / "bin" / "python", "-m", "pip", "freeze"], text=True)
         return set(listed.split())
 
@@ -213,7 +213,7 @@ def test_two_installs_at_a_time_are_kept_apart(locked: Locked) -> None:
     assert not (locked.copy / ".venv.lock").exists()
 
 
-def test_environment_whose_python_is_gone_is_made_again(locked: Locked, tmp_path: Path) -> None:
+def test_environment_whose_python_is_gone_is_created_again(locked: Locked, tmp_path: Path) -> None:
     for python in (locked.copy / ".venv" / "bin").glob("python*"):
         python.unlink()
         python.symlink_to(tmp_path / "gone")
@@ -223,7 +223,7 @@ def test_environment_whose_python_is_gone_is_made_again(locked: Locked, tmp_path
 
 @contextmanager
 def run(copy: Path, **environ: str) -> Iterator[str]:
-    """Have `make run` serve, and yield what a GET is answered; end it as Ctrl-C does."""
+    """Run `make run`, yield the answer to a GET, and stop it as Ctrl-C does."""
     (copy / ".venv").symlink_to(sys.prefix)
     environ = {"PATH": os.environ["PATH"], "BIND_PORT": str(free_port()), "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1", **environ}
     environ["PYTHONPATH"] = python_path()
@@ -251,7 +251,7 @@ def test_run_serves_and_keeps_its_counts(copy: Path) -> None:
             assert time.monotonic() - began < 3 * SLACK
 
 
-def test_run_uses_the_redis_that_it_is_given(copy: Path, valkey: Valkey) -> None:
+def test_run_uses_the_redis_that_its_settings_name(copy: Path, valkey: Valkey) -> None:
     valkey.run("SET", "{hitcounter}:hits", 41)
     with run(copy, REDIS_HOST="127.0.0.1", REDIS_PORT=str(valkey.port)) as told:
         assert "seen 42 times" in told

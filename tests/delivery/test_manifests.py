@@ -1,4 +1,4 @@
-"""The rules of the manifests, on what is applied: the rendered files of each variant."""
+"""The rules of the manifests, checked on the rendered files of each variant, which are what is applied."""
 
 import re
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ USERS = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What runs pods, in one variant."""
+    """A workload of one variant: an object that runs pods."""
 
     variant: str
     object: Object
@@ -152,7 +152,7 @@ def test_every_variant_is_rendered() -> None:
 
 @in_each_variant
 def test_variant_holds_what_is_checked_here_and_nothing_else(variant: str) -> None:
-    # A kind that is new here needs rules of its own below.
+    # A kind that is not in this list needs rules of its own below.
     store = ["ConfigMap", "NetworkPolicy", "Service", "StatefulSet"] if variant in WITH_REDIS else []
     scaled = ["HorizontalPodAutoscaler", "Ingress"] if variant in PRODUCTION else []
     service = ["ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service"]
@@ -163,7 +163,7 @@ def test_variant_holds_what_is_checked_here_and_nothing_else(variant: str) -> No
     assert {it.name for it in workloads(variant)} == SERVICES.keys() | ({"redis"} if store else set())
 
 
-def test_no_secret_stands_in_the_manifests() -> None:
+def test_no_secret_is_in_the_manifests() -> None:
     for path in MANIFESTS.rglob("*.yaml"):
         assert not re.search(r"kind['\"]?:\s*['\"]?Secret\b|secretGenerator|stringData", path.read_text()), path
 
@@ -189,7 +189,7 @@ read_schema = cache(utils.schema_contents)
 def test_schema_of_each_kubernetes_takes_every_object(version: str) -> None:
     checked: list[Object] = []
     for it in (it for variant in RENDERED for it in RENDERED[variant]):
-        if it not in checked:  # most are the same in all variants
+        if it not in checked:  # most objects are the same in all variants
             # It would fall back to an older version's schema: the one that was used is returned.
             assert kubernetes_validate.validate(it, version, strict=True) == version
             checked.append(it)
@@ -356,13 +356,13 @@ def test_ports_are_those_that_the_service_listens_on(workload: Workload, tmp_pat
 
 
 @of_each_service
-def test_probes_ask_what_they_should(workload: Workload, tmp_path: Path) -> None:
+def test_probes_ask_the_right_paths(workload: Workload, tmp_path: Path) -> None:
     expected = {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
     found = {name: probe for name, probe in workload.container.items() if name.endswith("Probe")}
     assert {name: probe["httpGet"] for name, probe in found.items()} == {
         name: {"path": path, "port": "http"} for name, path in expected.items()
     }
-    # Never anything that looks at Redis: a restart of this process would not repair Redis.
+    # Liveness must not check Redis: a restart of this process would not fix it.
     routes = create_app(SERVICES[workload.name], configured(workload, tmp_path)).router.routes()
     handlers = {(route.method, route.resource.canonical): route.handler for route in routes if route.resource}
     assert handlers["GET", "/livez"] is probes.livez
@@ -377,7 +377,7 @@ def test_readiness_outlasts_a_restart_of_redis(workload: Workload) -> None:
 
 
 @of_each_service
-def test_grace_period_is_longer_than_the_end_can_take(workload: Workload, tmp_path: Path) -> None:
+def test_grace_period_is_longer_than_a_shutdown_can_take(workload: Workload, tmp_path: Path) -> None:
     read = configured(workload, tmp_path)
     close = read.redis_timeout  # for the connections to Redis
     assert 0 < read.drain_seconds
@@ -435,7 +435,7 @@ def test_drain_of_a_node_takes_one_pod_of_a_service_at_a_time_and_is_never_held_
 
 
 @of_each_service
-def test_autoscaler_alone_says_how_many_pods_there_are(workload: Workload) -> None:
+def test_number_of_pods_is_set_by_the_autoscaler_only(workload: Workload) -> None:
     assert "replicas" not in workload.object["spec"]
     scalers = of_kind(workload.variant, "HorizontalPodAutoscaler")
     assert len(scalers) == (workload.variant in PRODUCTION)
@@ -448,7 +448,7 @@ def test_autoscaler_alone_says_how_many_pods_there_are(workload: Workload) -> No
 
 
 @pytest.mark.parametrize("variant", PRODUCTION)
-def test_ingress_leads_to_a_port_that_there_is(variant: str) -> None:
+def test_ingress_leads_to_an_existing_port(variant: str) -> None:
     (ingress,) = of_kind(variant, "Ingress")
     for path in (path for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]):
         backend = path["backend"]["service"]
@@ -457,7 +457,7 @@ def test_ingress_leads_to_a_port_that_there_is(variant: str) -> None:
 
 
 @in_each_variant
-def test_network_lets_through_what_is_needed_and_nothing_else(variant: str) -> None:
+def test_network_policies_allow_what_is_needed_and_nothing_else(variant: str) -> None:
     both = ["Ingress", "Egress"]
     policies = {it["metadata"]["name"]: it["spec"] for it in of_kind(variant, "NetworkPolicy")}
     assert policies.pop("default-deny") == {"podSelector": {}, "policyTypes": both}
@@ -587,7 +587,7 @@ def test_redis_is_run_by_its_script_and_every_path_of_it_is_mounted(variant: str
 
 
 @pytest.mark.parametrize("variant", WITH_REDIS)
-def test_redis_listens_on_its_port_alone(variant: str) -> None:
+def test_redis_listens_on_its_port_only(variant: str) -> None:
     args = redis(variant).container.get("args", [])
     options = dict(zip(args[::2], args[1::2], strict=True))
     assert redis(variant).ports == {"redis": int(setting("port"))}

@@ -174,7 +174,7 @@ async def test_request_that_waits_for_its_number_is_not_closed(short: Served, va
 async def test_client_that_reads_no_answer_is_closed(short: Served) -> None:
     server = short.running._factories[0]
     async with connected(short.port) as wire:
-        wire.reader._transport.pause_reading()  # type: ignore[attr-defined] # a stream has no public way to pause
+        wire.reader._transport.pause_reading()  # type: ignore[attr-defined] # streams cannot be paused otherwise
         with pytest.raises((TimeoutError, ConnectionError)):
             while True:
                 wire.writer.write(request("GET", "/openapi.json") * 1000)

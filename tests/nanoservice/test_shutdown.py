@@ -132,7 +132,7 @@ async def test_requests_that_never_finish_are_waited_for_once(valkey: Valkey, mo
             ):
                 await (await stack.enter_async_context(connected(port))).send(data)
             deaf = await stack.enter_async_context(connected(served.port))  # reads none of its answers
-            deaf.reader._transport.pause_reading()  # type: ignore[attr-defined] # a stream has no public way to pause
+            deaf.reader._transport.pause_reading()  # type: ignore[attr-defined] # streams cannot be paused otherwise
             with pytest.raises(TimeoutError):
                 while True:
                     deaf.writer.write(request("GET", "/openapi.json") * 1000)
