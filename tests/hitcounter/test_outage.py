@@ -5,6 +5,7 @@ import contextlib
 import json
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,25 @@ async def test_redis_that_refuses_is_named_once_and_recovered_from(
 
         await eventually(works, 4 * SLACK)
         assert len([line for line in caplog.messages if line == "Redis works again"]) == 1
+
+
+async def test_lanes_need_the_current_password_for_each_new_connection(valkey: Valkey, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("first")
+    valkey.run("ACL", "SETUSER", "svc", "on", ">first", "~*", "+@all")
+    environ = valkey.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file), REQUEST_TIMEOUT="0.3")
+    async with serving(SERVICE, environ) as served:
+        assert (await get(served))[0] == 200
+        valkey.run("ACL", "SETUSER", "svc", "resetpass", ">second")
+        valkey.run("CLIENT", "KILL", "USER", "svc")
+        status, problem, _ = await get(served)
+        assert (status, problem["detail"]) == (503, "Redis: wrong user or password")
+        file.write_text("second")
+
+        async def works() -> bool:
+            return (await get(served))[0] == 200
+
+        await eventually(works, 2 * SLACK)
 
 
 async def test_scripts_flushed_from_the_server_are_not_noticed(served: Served, valkey: Valkey) -> None:
