@@ -82,6 +82,28 @@ def test_details_of_the_runbook_are_those_of_the_code() -> None:
         assert words in code, detail
 
 
+# How messages begin that are kubectl's, Kubernetes' or Valkey's.
+_FOREIGN = (
+    "deployment", "statefulset.apps", "persistentvolumeclaim/", 'secret "', "Failed to pull", "must support resize",
+    "Bad ", "Can't recover", "Digest:", "Ready to accept", "Unrecoverable ", "Valkey version=",
+)  # fmt: skip
+
+
+def test_messages_of_the_runbook_are_those_of_the_code() -> None:
+    """Each message that one is to see, or that a log is said to have."""
+    text = re.sub(r"^ *(```.*?^ *```|\|.*?$)", "", (ROOT / "docs" / "operations.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    paragraphs = [it for it in re.split(r"\n\s*\n", text) if re.search(r"\b([Yy]ou see|logs?|says|prints?)\b", it)]
+    messages = {message for it in paragraphs for message in re.findall(r"`([^`\n]+)`", it) if " " in message}
+    messages = {message for message in messages if not message.startswith((*_FOREIGN, "kubectl ", "make "))}
+    assert "Redis works again" in messages
+    sources = [*ROOT.glob("scripts/**/*.sh"), ROOT / "manifests" / "redis" / "redis.sh"]
+    sources += [path for folder in ("nanoservice", "hitcounter") for path in (ROOT / folder).glob("*.py")]
+    code = "".join(path.read_text() for path in sources).replace("$name", "hitcounter")
+    for message in messages:
+        for part in re.split(r": |\.\.\.|\b[A-Z]{3,}\b", message):  # without names and values
+            assert part.strip() in code, message
+
+
 async def test_metrics_of_the_runbook_are_measured(served: Served) -> None:
     content = (ROOT / "docs" / "operations.md").read_text()
     named = re.findall(r"^\| `([a-z]+_[a-z_]+)` \|", content, re.MULTILINE)

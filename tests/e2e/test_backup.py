@@ -1,11 +1,13 @@
 """Redis keeps its data when its pod is deleted, and gets it back from a backup."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from nanoservice.testing.waiting import wait_for
+from tests.support import ROOT
 from tests.support.cluster import Deployed, Namespace, install
 
 pytestmark = pytest.mark.cluster
@@ -29,6 +31,12 @@ def test_service_logs_that_redis_was_set_back(cluster: Deployed, tmp_path: Path)
     namespace.make("restore", f"FILE={file}")
     assert wait_for(namespace.answered, 30) == (before[0] + 1, before[1])
     assert "Redis has lost counts that were answered" in namespace.kubectl("logs", "deployment/hitcounter")
+    # And back to what it had, as the runbook says.
+    (line,) = re.findall(r"^kubectl (exec .*before-restore.*)", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    namespace.kubectl(*shlex.split(line))
+    namespace.kubectl("delete", "pod", "redis-0")
+    namespace.await_rollout("statefulset/redis")
+    assert wait_for(namespace.answered, 30) == (before[0] + 4, before[1])
 
 
 def test_backup_gives_the_counts_of_its_moment_in_another_namespace(cluster: Deployed, other: Namespace, tmp_path: Path) -> None:
