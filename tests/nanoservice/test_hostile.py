@@ -25,7 +25,8 @@ SAMPLE = "tests.nanoservice.sample"
 
 async def test_ten_thousand_hostile_requests_leave_nothing_behind(spawn: Spawn, valkey: Valkey, tmp_path: Path) -> None:
     errors = tmp_path / "errors"
-    await survive(spawn(valkey.environ(**PATIENT), command=telling(SAMPLE, errors)), errors, 10_000, connections=16)  # those of the pool
+    process = spawn(valkey.environ(**PATIENT), command=telling(SAMPLE, errors))
+    await survive(process, errors, 10_000, connections=16)  # those of the pool
 
 
 # --- slow clients ---
