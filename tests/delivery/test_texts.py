@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from nanoservice.testing.served import Served
+from nanoservice.testing.served import Served, serving
+from nanoservice.testing.valkey import Valkey
+from tests.nanoservice.second_service import SERVICE as GREETER
 from tests.support import ROOT
 
 TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -114,3 +116,12 @@ async def test_metrics_of_the_runbook_are_measured(served: Served) -> None:
         page = await answer.text()
     assert named
     assert not [name for name in named if not re.search(rf"^{name}(_count)?\b[^_]", page, re.MULTILINE)]
+
+
+async def test_rights_that_the_readme_gives_the_greeter_are_enough(valkey: Valkey) -> None:
+    (rights,) = re.findall(r"^ *user greeter (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    valkey.run("ACL", "SETUSER", "greeter", "on", ">secret", *rights.split())
+    async with serving(GREETER, valkey.environ(REDIS_USERNAME="greeter", REDIS_PASSWORD="secret")) as served:
+        for path in "/readyz", "/greet/ann":
+            async with served.client.get(path) as answer:
+                assert answer.status == 200
