@@ -1,4 +1,4 @@
-"""The event loop of the tests, and a Valkey for each test that asks for one."""
+"""Choose the event loop of the tests, and start a Valkey for each test that uses the fixture `valkey`."""
 
 import asyncio
 import signal
@@ -12,7 +12,7 @@ from tests.support.loops import EVENT_LOOP, FACTORIES
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Run each test on one event loop: that of `EVENT_LOOP`, unless the test names others."""
+    """Run each test on the event loop that `EVENT_LOOP` names, unless the test itself names event loops."""
     marker = item.get_closest_marker("asyncio")
     names = marker.kwargs.get("loop_factories") if marker else None
     return {name: FACTORIES[name] for name in names or [EVENT_LOOP]}
@@ -20,7 +20,7 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[]
 
 @pytest.fixture
 def valkey(tmp_path: Path) -> Iterator[Valkey]:
-    """A Valkey of the test's own, started."""
+    """Start a Valkey for one test, and kill it afterwards."""
     data = tmp_path / "valkey"
     data.mkdir()
     server = Valkey(data)

@@ -1,4 +1,4 @@
-"""The sample service, served in the test's process or in one of its own."""
+"""Serve the sample service, in the test's process or in a separate process."""
 
 from collections.abc import AsyncIterator, Iterator
 
@@ -12,13 +12,13 @@ from tests.support.process import Spawn, spawning
 
 @pytest.fixture
 async def served(valkey: Valkey) -> AsyncIterator[Served]:
-    """The sample service in this process, on a Valkey of its own."""
+    """Serve the sample service in the test's process, with the test's own Valkey."""
     async with serving(SERVICE, valkey.environ()) as it:
         yield it
 
 
 @pytest.fixture
 def spawn() -> Iterator[Spawn]:
-    """Start the sample service in a process of its own, with the settings that a test gives."""
+    """Yield a function that starts the sample service in a separate process, with the settings that the test passes."""
     with spawning("tests.nanoservice.sample") as start:
         yield start

@@ -1,4 +1,4 @@
-"""The service that the tests of the chassis run on: `/` counts its GETs and POSTs in Redis, `/greet` is the second service's."""
+"""A sample service for the tests of the chassis: `/` counts GETs and POSTs in Redis; `second_service.py` adds `/greet`."""
 
 import os
 import sys

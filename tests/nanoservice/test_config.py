@@ -1,4 +1,4 @@
-"""Settings: one run reports every mistake by the variable's name, without its value."""
+"""Settings are read from variables; one run reports every mistake, with the variable's name but without its value."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,14 @@ from tests.support.variables import OTHERS
 
 @dataclass(frozen=True)
 class Config(config.Config):
-    """The settings of a service, after those of every service."""
+    """Two settings of one service, in addition to the settings of every service."""
 
-    lanes: int = setting(4, "a number", integer(1, 64))  # resembles LINES, which terminals set
+    lanes: int = setting(4, "a number", integer(1, 64))  # `LANES` resembles `LINES`, which terminals set
     wait_seconds: float = setting(2.0, "a duration", seconds(0.1, 60))
 
 
 def problems(environ: dict[str, str]) -> list[str]:
-    """Return what is wrong with `environ`."""
+    """Return the problems that are reported for `environ`."""
     with pytest.raises(ConfigError) as caught:
         Config.read(environ)
     return caught.value.problems
@@ -70,7 +70,7 @@ def test_each_kind_of_value_is_read() -> None:
         ("REDIS_CA_FILE", __file__, "the path of a file of certificates (PEM)"),
     ],
 )
-def test_wrong_value_is_named_with_what_it_should_be_and_not_shown(name: str, value: str, should_be: str) -> None:
+def test_report_of_a_wrong_value_says_what_is_valid_and_hides_the_value(name: str, value: str, should_be: str) -> None:
     found = [
         line for line in problems({"REDIS_HOST": "h", "REDIS_TLS": "on", name: value}) if line.startswith(f"{name} must be ")
     ]
@@ -112,9 +112,9 @@ def test_variable_that_is_misspelt_at_its_beginning_is_reported_too(name: str, n
     assert problems({name: "s3cret"}) == [f"{name} is not a setting; the nearest is {nearest}"]
 
 
-def test_variables_of_others_are_ignored() -> None:
+def test_variables_of_other_programs_are_ignored() -> None:
     assert Config.read(dict.fromkeys(OTHERS, "x")) == Config.read({})
-    # Of a Service whose name resembles the prefix of a setting.
+    # Kubernetes sets such variables for a Service whose name resembles the prefix of a setting.
     assert Config.read({"REDIS2_PORT": "tcp://10.0.0.1:6379", "BINDS_SERVICE_HOST": "10.0.0.1"}) == Config.read({})
 
 
@@ -140,7 +140,7 @@ def test_variables_that_kubernetes_sets_for_a_service_named_redis_are_ignored() 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """TLS files: a certificate, its key, that key with a passphrase, another key, and a text."""
+    """Return the paths of files for TLS: a certificate, its key, this key with a passphrase, another key, and a letter."""
     folder = tmp_path_factory.mktemp("tls")
     mine, other = (trustme.CA().issue_cert("client@example.org") for _ in range(2))
     locked = serialization.load_pem_private_key(mine.private_key_pem.bytes(), None).private_bytes(
@@ -182,12 +182,12 @@ def test_certificate_and_its_key_are_accepted(files: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["REDIS_PASSWORD", "REDIS_TLS", "REDIS_PASSWORD_FILE"])
-def test_settings_of_a_redis_without_its_host_are_reported(name: str) -> None:
+def test_redis_settings_without_a_redis_host_are_reported(name: str) -> None:
     value = {"REDIS_TLS": "on", "REDIS_PASSWORD_FILE": __file__}.get(name, "s3cret")
     assert "REDIS_HOST must be set" in problems({name: value})[0]
 
 
-def test_secret_shows_in_no_repr() -> None:
+def test_repr_does_not_show_a_secret() -> None:
     found = Config.read({"REDIS_HOST": "h", "REDIS_PASSWORD": "s3cret"})
     assert found.redis_password is not None
     assert found.redis_password.reveal() == "s3cret"

@@ -1,4 +1,4 @@
-"""What every service answers on each path and method, over any connection, and to bytes that are not HTTP."""
+"""Test what every service answers: to each path and method, on all connections, and to bytes that are not HTTP."""
 
 import asyncio
 import time
@@ -37,13 +37,13 @@ async def test_head_has_the_headers_of_get(served: Served) -> None:
             await wire.send(request("GET", path), request("HEAD", path))
             get, head = await wire.reply(), await wire.reply(head=True)
             assert head.status == get.status == 200
-            varying = {"Date", "Content-Length"} if path == "/" else {"Date"}  # no length, because an uncounted hit has no number
+            varying = {"Date", "Content-Length"} if path == "/" else {"Date"}  # HEAD counts nothing, so the length is unknown
             assert {name: get.headers[name] for name in get.headers.keys() - varying} == {
                 name: head.headers[name] for name in head.headers.keys() - varying
             }
         await wire.send(request("HEAD", "/nowhere"), request("GET"))
         assert (await wire.reply(head=True)).status == 404
-        assert (await wire.reply()).status == 200  # so no body stood between them
+        assert (await wire.reply()).status == 200  # this answer was parsed, so HEAD had no body
 
 
 async def test_path_accepts_its_methods_and_lists_them(served: Served) -> None:
@@ -70,7 +70,7 @@ async def test_no_other_path_is_found(served: Served, path: str) -> None:
             await wire.send(request(method, path))
             reply = await wire.reply(head=method == "HEAD")
             if path.startswith("/?"):
-                assert reply.status in (200, 204, 405)  # the root, with a query
+                assert reply.status in (200, 204, 405)  # this path is the root with a query
             elif reply.status == 400:
                 return
             elif method == "HEAD":
@@ -92,7 +92,7 @@ async def test_probes_and_version_answer_as_documented(served: Served) -> None:
     assert (await ask(served.port, request("GET", "/version"))).json == {"name": "sample", "version": "1.0"}
 
 
-async def test_unready_is_503_with_the_reason_while_alive(served: Served, valkey: Valkey) -> None:
+async def test_readyz_is_503_with_the_reason_while_livez_is_200(served: Served, valkey: Valkey) -> None:
     valkey.kill()
     reply = await ask(served.port, request("GET", "/readyz"))
     assert is_problem(reply, 503)
@@ -137,7 +137,7 @@ async def test_compressed_body_is_not_decompressed(served: Served) -> None:
 # --- the connection ---
 
 
-async def test_date_is_that_of_the_answer(served: Served) -> None:
+async def test_date_header_is_the_time_of_the_answer(served: Served) -> None:
     async def date() -> float:
         return parsedate_to_datetime((await ask(served.port, request("GET", "/livez"))).headers["Date"]).timestamp()
 
@@ -160,7 +160,7 @@ async def test_expected_continue_comes_before_the_body(served: Served, valkey: V
 
 
 @pytest.mark.parametrize("expectation", ["200-ok", "100-continued", "caf\u00e9", "\u00ff" * 300])
-async def test_other_expectation_is_417(
+async def test_unknown_expectation_is_417(
     served: Served, valkey: Valkey, expectation: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for method, path in (("GET", "/"), ("POST", "/"), ("GET", "/x"), ("PUT", "/livez")):
@@ -169,7 +169,7 @@ async def test_other_expectation_is_417(
     assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
 
 
-async def test_http_1_0_is_closed_unless_kept_alive(served: Served) -> None:
+async def test_http_1_0_connection_is_closed_unless_the_client_keeps_it_alive(served: Served) -> None:
     async with connected(served.port) as wire:
         for method, path in (("GET", "/"), ("HEAD", "/"), ("POST", "/"), ("GET", "/livez"), ("GET", "/x")):
             await wire.send(request(method, path, "Connection: keep-alive", version="1.0"))
@@ -179,7 +179,7 @@ async def test_http_1_0_is_closed_unless_kept_alive(served: Served) -> None:
         await wire.closed()
 
 
-async def test_http_1_1_is_kept_alive_unless_closed(served: Served) -> None:
+async def test_http_1_1_connection_is_kept_alive_unless_the_client_closes_it(served: Served) -> None:
     for method, path in (
         ("GET", "/"),
         ("HEAD", "/"),
@@ -227,7 +227,7 @@ async def test_request_may_come_in_pieces(served: Served) -> None:
 
 # --- malformed requests ---
 
-MARK = "zq7mark"  # is in each of these requests, and in no answer
+MARK = "zq7mark"  # each request below contains this mark, and no answer may contain it
 
 UNPARSED = {
     "garbage": (400, b"\x00\xff" + MARK.encode() + b"\r\n\r\n"),
@@ -236,10 +236,10 @@ UNPARSED = {
     "unknown method": (400, request(MARK.upper())),
     "path without a slash": (400, request("GET", MARK)),
     "path that is not ASCII": (400, request("GET", f"/\xff{MARK}")),
-    "port that is no number": (400, request("GET", f"http://localhost:{MARK}/")),
+    "port that is not a number": (400, request("GET", f"http://localhost:{MARK}/")),
     "unknown protocol": (400, f"GET /{MARK} FTP/1.1\r\nHost: x\r\n\r\n".encode()),
     "HTTP/2": (400, f"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n{MARK}".encode()),
-    "version that is no number": (400, f"GET /{MARK} HTTP/one\r\nHost: x\r\n\r\n".encode()),
+    "version that is not a number": (400, f"GET /{MARK} HTTP/one\r\nHost: x\r\n\r\n".encode()),
     "no host": (400, f"GET /{MARK} HTTP/1.1\r\n\r\n".encode()),
     "two hosts": (400, request("GET", "/", f"Host: {MARK}")),
     "header without a colon": (400, request("GET", "/", MARK)),
@@ -251,7 +251,7 @@ UNPARSED = {
     "long header": (431, request("GET", "/", f"X: {MARK}" + "a" * 9000)),
     "long name of a header": (431, request("GET", "/", f"{MARK}" + "a" * 9000 + ": x")),
     "many headers": (431, request("GET", "/", *(f"X-{number}: {MARK}" for number in range(200)))),
-    "length that is no number": (400, request("POST", "/", f"Content-Length: {MARK}")),
+    "length that is not a number": (400, request("POST", "/", f"Content-Length: {MARK}")),
     "negative length": (400, request("POST", f"/?{MARK}", "Content-Length: -1")),
     "two lengths": (400, request("POST", f"/?{MARK}", "Content-Length: 1", "Content-Length: 2")),
     "length and chunks": (400, request("POST", f"/?{MARK}", "Content-Length: 5", "Transfer-Encoding: chunked") + b"0\r\n\r\n"),
@@ -264,7 +264,7 @@ UNPARSED = {
 
 
 @pytest.mark.parametrize("name", UNPARSED)
-async def test_malformed_request_is_a_problem_and_closed(served: Served, name: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_malformed_request_is_answered_and_closed(served: Served, name: str, caplog: pytest.LogCaptureFixture) -> None:
     status, data = UNPARSED[name]
     for port in (served.port, served.admin_port):
         async with connected(port) as wire:
@@ -296,7 +296,7 @@ async def test_body_that_becomes_malformed_is_a_problem_and_counts_nothing(
     assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
 
 
-async def test_client_that_goes_away_within_a_body_counts_nothing_and_is_not_logged(
+async def test_client_that_disconnects_within_a_body_counts_nothing_and_is_not_logged(
     served: Served, valkey: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
     for header in ("Content-Length: 9", "Transfer-Encoding: chunked"):
@@ -319,7 +319,7 @@ async def test_malformed_request_is_measured(served: Served) -> None:
     for _ in range(3):
         assert (await ask(served.port, b"nonsense\r\n\r\n")).status == 400
     after = await metric(served, "http_request_duration_seconds_count")
-    assert after - before == 3 + 1  # the first scrape is measured too
+    assert after - before == 3 + 1  # the scrape for `before` is measured too
 
 
 async def test_requests_before_a_malformed_one_are_answered(served: Served) -> None:
@@ -371,12 +371,12 @@ async def test_metrics_stay_bounded_whatever_clients_invent(served: Served) -> N
     assert {line.split('route="')[1].split('"')[0] for line in requests} == {"/", "/metrics", "unmatched"}
 
 
-# --- mistakes of handlers ---
+# --- errors of handlers ---
 
 
 def _failing(app: web.Application, config: config.Config) -> None:
     async def refused(request: web.Request) -> web.Response:
-        raise ConnectionRefusedError("something else than Redis")
+        raise ConnectionRefusedError("another server than Redis")
 
     async def missing(request: web.Request) -> web.Response:
         raise FileNotFoundError("a file of the handler")

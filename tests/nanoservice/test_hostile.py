@@ -1,4 +1,4 @@
-"""Hostile clients: malformed requests, slow requests, too many connections. The service reveals nothing, and goes on."""
+"""Attack with malformed requests, slow requests and too many connections: the service reveals nothing, and keeps serving."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ SAMPLE = "tests.nanoservice.sample"
 async def test_ten_thousand_hostile_requests_leave_nothing_behind(spawn: Spawn, valkey: Valkey, tmp_path: Path) -> None:
     errors = tmp_path / "errors"
     process = spawn(valkey.environ(**PATIENT), command=telling(SAMPLE, errors))
-    await survive(process, errors, 10_000, connections=16)  # those of the pool
+    await survive(process, errors, 10_000, connections=16)  # the pool has 16
 
 
 # --- slow clients ---
@@ -37,7 +37,7 @@ async def silent(wire: Wire) -> None:
 
 
 async def drip(wire: Wire, *data: bytes) -> None:
-    """Send `data`, the last piece a byte now and then."""
+    """Send `data`, the last piece one byte every 0.2 s, then send nothing more."""
     await wire.send(*data[:-1])
     for byte in data[-1]:
         await asyncio.sleep(0.2)
@@ -81,7 +81,7 @@ SLOW: dict[str, tuple[Callable[[Wire], Awaitable[None]], int]] = {
 
 
 async def time_to_close(port: int, way: str, limit: float) -> float:
-    """Be slow in this way, and return the seconds until the server closes the connection."""
+    """Run the slow client `SLOW[way]`, and return the seconds until the server closes its connection."""
     slow, answers = SLOW[way]
     began = time.monotonic()
     async with connected(port) as wire:
@@ -98,13 +98,13 @@ async def time_to_close(port: int, way: str, limit: float) -> float:
 
 
 async def stays_open(port: int, seconds: float, data: tuple[bytes, ...], answers: int) -> None:
-    """Send `data`, get the answers, wait for `seconds`, and do it again."""
+    """Send `data` and read the answers, twice; fail if the server closes the connection in the `seconds` between."""
     async with connected(port) as wire:
         await wire.send(*data)
         for _ in range(answers):
             await wire.reply()
         with pytest.raises(TimeoutError):
-            await wire.more(seconds)  # no answer comes, and the connection stays open
+            await wire.more(seconds)  # no answer arrives, and the connection stays open
         await wire.send(*data)
         for _ in range(answers):
             await wire.reply()
@@ -121,11 +121,11 @@ IDLE: dict[str, tuple[tuple[bytes, ...], int]] = {
 
 
 async def check_times(port: int, limit: float) -> None:
-    """Be slow in all ways at once, and idle in all ways: the former are closed after `limit` seconds, the latter are not."""
+    """Run all slow and all idle clients at once; fail unless only the slow clients are closed, each after `limit` seconds."""
     slow = [time_to_close(port, way, limit + 5 * SLACK) for way in SLOW]
     kept = [stays_open(port, limit + 2, *way) for way in IDLE.values()]
     times, _ = await asyncio.gather(asyncio.gather(*slow), asyncio.gather(*kept))
-    # The sweep runs once a second. The client may have begun up to half a second before the measurement.
+    # The chassis closes overdue connections once a second. A client may begin up to half a second before it is measured.
     assert {
         way: seconds for way, seconds in zip(SLOW, times, strict=True) if not limit - 0.1 <= seconds <= limit + 2 * SLACK
     } == {}
@@ -144,14 +144,14 @@ async def test_slow_clients_are_closed_after_ten_seconds_and_idle_ones_are_not(
 
 @pytest.fixture
 async def short(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
-    """The sample service, which waits for a request, and for an answer to be taken, one second only."""
+    """Serve the sample service with a limit of one second for receiving a request, and for a client that reads no answer."""
     monkeypatch.setattr(connection, "RECEIVE_SECONDS", 1.0)
     monkeypatch.setattr(connection, "SEND_SECONDS", 1.0)
     async with serving(SERVICE, valkey.environ(REDIS_TIMEOUT="60")) as served:
         yield served
 
 
-# Each event loop has transports of its own, and the sweep reads how much they have buffered.
+# Test both event loops: each has its own transports, and the chassis reads how many bytes a transport has buffered.
 @pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 async def test_slow_clients_are_closed_on_either_event_loop(short: Served) -> None:
     await check_times(short.port, 1)
@@ -175,7 +175,7 @@ async def test_request_that_waits_for_its_number_is_not_closed(short: Served, va
 async def test_client_that_reads_no_answer_is_closed(short: Served) -> None:
     server = short.running._factories[0]
     async with connected(short.port) as wire:
-        wire.reader._transport.pause_reading()  # type: ignore[attr-defined] # streams cannot be paused otherwise
+        wire.reader._transport.pause_reading()  # type: ignore[attr-defined] # only a private name can pause a stream
         with pytest.raises((TimeoutError, ConnectionError)):
             while True:
                 wire.writer.write(request("GET", "/openapi.json") * 1000)
@@ -185,10 +185,10 @@ async def test_client_that_reads_no_answer_is_closed(short: Served) -> None:
 
 async def test_client_that_reads_its_answer_slowly_is_not_closed(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "SEND_SECONDS", 3)
-    size = 32 * MIB  # the kernel buffers 10 of them at once
+    size = 32 * MIB  # the kernel buffers 10 MiB of the answer at once
 
     async def large(request: web.Request) -> Answer:
-        return Answer(b"x" * size)  # one write
+        return Answer(b"x" * size)  # the answer is sent in one write
 
     def setup(app: web.Application, config: config.Config) -> None:
         app.router.add_get("/", large)
@@ -200,7 +200,7 @@ async def test_client_that_reads_its_answer_slowly_is_not_closed(valkey: Valkey,
             assert await wire.more()
             if len(wire.received) > (time.monotonic() - began) * 4 * MIB:
                 await asyncio.sleep(0.05)
-        assert time.monotonic() - began > 3  # longer than a client may read nothing
+        assert time.monotonic() - began > 3  # longer than `SEND_SECONDS`
 
 
 async def test_slow_request_is_logged_without_any_of_its_text(served: Served, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,11 +1,11 @@
-"""The modules of the chassis import downwards only: there is no import cycle, and no module depends on one above it."""
+"""Check that each module of the chassis imports only modules of lower layers, so there is no import cycle."""
 
 from pathlib import Path
 
 from tests.support import ROOT
 from tests.support.imports import imported, modules, violations
 
-# From the bottom up. A module may import modules of the layers before its own, and none of its own layer.
+# The layers, the lowest first. A module may import modules of lower layers, but no module of its own layer.
 LAYERS = [
     "errors",
     "config logs answer listen negotiation embedded",
@@ -15,7 +15,7 @@ LAYERS = [
     "connection",
     "service",
     "server reload",
-    # For tests alone, so nothing below imports it.
+    # The last two layers are for tests alone, so no lower layer imports them.
     "testing testing.waiting testing.proxy",
     "testing.valkey testing.served",
 ]

@@ -1,4 +1,4 @@
-"""The log: one JSON object a line, readable text on a terminal, no secret."""
+"""The log has one JSON object a line, or readable text on a terminal, and never a secret."""
 
 import io
 import json
@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    """Leave logging as it was."""
+    """Restore the configuration of `logging` after each test."""
     root = logging.getLogger()
     handlers, level, others = root.handlers[:], root.level, logging.getLogger("asyncio").level
     yield
@@ -62,7 +62,7 @@ def test_terminal_gets_text() -> None:
     assert stream.getvalue().rstrip().endswith("INFO    listening port=80")
 
 
-def test_format_can_be_chosen_against_the_terminal() -> None:
+def test_json_can_be_chosen_on_a_terminal() -> None:
     stream = Terminal()
     logs.configure("info", "json", stream)
     logging.getLogger("x").info("listening")
@@ -79,7 +79,7 @@ def test_records_below_the_level_are_not_written(level: str, lines: int) -> None
     assert stream.getvalue().count("\n") == lines
 
 
-def test_warning_of_python_is_a_line() -> None:
+def test_python_warning_is_logged_as_a_line() -> None:
     stream = io.StringIO()
     logs.configure("info", "json", stream)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The OpenAPI document of the chassis's routes is valid, complete, and true of the answers."""
+"""The OpenAPI document of the chassis's routes is valid and complete, and matches the service's answers."""
 
 from collections.abc import AsyncIterator
 
@@ -15,7 +15,7 @@ from tests.support import openapi
 
 @pytest.fixture
 async def served(valkey: Valkey) -> AsyncIterator[Served]:
-    """A service without a route of its own."""
+    """Serve a service that has only the routes of the chassis."""
     async with serving(Service("bare", "1.0", Config, lambda app, config: None), valkey.environ()) as it:
         yield it
 
@@ -41,7 +41,7 @@ async def test_every_operation_has_a_name_of_its_own_and_a_summary(served: Serve
     openapi.check_names(await openapi.document(served))
 
 
-async def test_every_503_is_documented_with_when_to_try_again(served: Served, valkey: Valkey) -> None:
+async def test_every_503_is_documented_with_retry_after(served: Served, valkey: Valkey) -> None:
     valkey.kill()
     await openapi.check_503(served, await openapi.document(served))
 

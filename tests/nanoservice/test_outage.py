@@ -1,4 +1,4 @@
-"""Redis is down, hung, full or read-only: the service answers 503 with the cause, logs one line, and recovers by itself."""
+"""While Redis is down, hung, full or read-only, the service answers 503 with the cause and logs one line; then it recovers."""
 
 import asyncio
 import gc
@@ -19,7 +19,7 @@ from tests.support.refusals import Act, refusals
 
 
 async def get(served: Served, path: str = "/") -> tuple[int, dict[str, Any], float]:
-    """Send a GET; return the status, the problem details (if any) and the seconds it took."""
+    """Send a GET; return the status, the problem details (if any) and the duration in seconds."""
     began = time.monotonic()
     async with served.client.get(path) as answer:
         body = await answer.json() if answer.content_type.endswith("json") else {}
@@ -33,7 +33,7 @@ async def is_ready(served: Served, ready: bool = True) -> bool:
     return (await get(served, "/readyz"))[0] == (200 if ready else 503)
 
 
-async def test_redis_that_is_down_at_start_is_waited_for(valkey: Valkey) -> None:
+async def test_service_starts_while_redis_is_down_and_becomes_ready_later(valkey: Valkey) -> None:
     valkey.end()
     async with serving(SERVICE, valkey.environ()) as served:
         assert (await get(served, "/livez"))[0] == 200
@@ -44,7 +44,7 @@ async def test_redis_that_is_down_at_start_is_waited_for(valkey: Valkey) -> None
 
 
 @pytest.mark.parametrize("hung", [False, True], ids=["down", "hung"])
-async def test_requests_get_503_in_time_and_probes_tell_the_truth(served: Served, valkey: Valkey, hung: bool) -> None:
+async def test_requests_get_503_in_time_and_readyz_fails_until_redis_is_back(served: Served, valkey: Valkey, hung: bool) -> None:
     assert await is_ready(served)
     assert (await get(served))[0] == 200
     (valkey.freeze if hung else valkey.kill)()
@@ -147,18 +147,18 @@ async def test_slow_requests_are_one_warning_a_second_and_the_others_are_lines_a
             valkey.freeze()
             waiting = [asyncio.create_task(get(served)) for _ in range(20)]
             await eventually(lambda: _pending(served, 20), 5)
-            await asyncio.sleep(1.1)  # for them to be slow
+            await asyncio.sleep(1.1)  # a request is slow after one second
             valkey.thaw()
             assert {status for status, *_ in await asyncio.gather(*waiting)} == {200}
             await eventually(lambda: told().total() == 20 * lines, 5)
-            # One more if answering them all takes over a second.
+            # There is one more warning if all answers together take over a second.
             assert lines <= told()["slow request"] <= 2 * lines
 
 
 async def test_failed_lookup_of_an_abandoned_connection_is_not_logged_again(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def leave(error: Exception) -> None:  # as uvloop leaves the look-up of an abandoned connection
+    def leave(error: Exception) -> None:  # uvloop leaves a failed look-up like this
         asyncio.get_running_loop().create_future().set_exception(error)
         gc.collect()
 

@@ -1,4 +1,4 @@
-"""The connection to Redis: users, passwords, files that change, TLS, and what is logged and answered when it fails."""
+"""Test connections to Redis: users, passwords, password files, TLS, and the log and the answers when a connection fails."""
 
 import asyncio
 import ssl
@@ -26,7 +26,7 @@ from tests.support.process import metric
 
 @pytest.fixture
 def secured(valkey: Valkey) -> Valkey:
-    """A Valkey that knows one user, by one password."""
+    """Return a Valkey with the users `svc` (password `first`) and `admin`; its default user is off."""
     valkey.run("ACL", "SETUSER", "svc", "on", ">first", "~*", "+@all")
     with valkey.client() as client:
         client.execute_command("ACL", "SETUSER", "admin", "on", ">admin", "~*", "+@all")
@@ -50,7 +50,7 @@ async def test_user_and_password_are_used_and_nothing_is_logged(secured: Valkey,
     assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
 
 
-async def test_password_without_a_user_is_the_default_users(valkey: Valkey) -> None:
+async def test_password_without_a_user_name_is_used_for_the_default_user(valkey: Valkey) -> None:
     valkey.run("CONFIG", "SET", "requirepass", "first")
     async with serving(SERVICE, valkey.environ(REDIS_PASSWORD="first")) as served:
         assert await status(served) == 200
@@ -92,7 +92,7 @@ async def test_password_that_redis_quotes_is_not_logged(tmp_path: Path, caplog: 
 async def test_readiness_fails_when_the_password_is_changed_although_the_probes_connection_is_open(secured: Valkey) -> None:
     environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD="first")
     async with serving(SERVICE, environ) as served:
-        async with served.client.get("/readyz") as answer:  # opens the connection of the probe
+        async with served.client.get("/readyz") as answer:  # the probe opens its connection
             assert answer.status == 200
         as_admin(secured, "ACL", "SETUSER", "svc", "resetpass", ">second")
         assert await status(served) == 503
@@ -116,7 +116,7 @@ async def test_password_file_is_read_again_at_each_connection(secured: Valkey, t
     async with serving(SERVICE, environ) as served:
         assert await status(served) == 200
         as_admin(secured, "ACL", "SETUSER", "svc", "resetpass", ">second")
-        assert await status(served) == 200  # an open connection stays
+        assert await status(served) == 200  # the open connection still works
         file.write_text("second")
         as_admin(secured, "CLIENT", "KILL", "USER", "svc")
         assert await status(served) == 200
@@ -168,7 +168,7 @@ async def test_command_and_pipeline_say_that_redis_is_unavailable(store: Store, 
             await work
     assert store.health.reason
     assert await client.pipeline().execute() == []
-    assert store.health.reason  # nothing to do shows nothing
+    assert store.health.reason  # an empty pipeline does not end the outage
     valkey.start()
     await client.pipeline().incr("n").execute()
     assert not store.health.reason
@@ -180,7 +180,7 @@ async def test_errors_that_a_handler_expects_or_causes_are_not_blamed_on_redis(
     client: Any = store.client
     script = client.register_script("return 7")
     for _ in range(2):
-        assert await script() == 7  # the driver loads the script when Redis does not have it
+        assert await script() == 7  # the driver loads the script when Redis lacks it
         valkey.run("SCRIPT", "FLUSH")
     with pytest.raises(exceptions.DataError):
         await client.set("n", None)
@@ -215,13 +215,13 @@ def test_same_cause_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, cap
     assert lines() == 2
     health.failed("work", exceptions.ReadOnlyError())
     health.worked("work")
-    assert lines() == 4  # other words
-    health.failed("work", OSError())  # an outage that begins soon after the last
+    assert lines() == 4  # a different cause is logged at once
+    health.failed("work", OSError())  # this outage begins less than a minute after the last line
     now += 61
     assert lines() == 4
     for _ in range(100):
         health.failed("work", OSError())
-    assert lines() == 5  # and lasts
+    assert lines() == 5  # the outage lasts longer than the minute
     health.worked("work")
     assert [record.getMessage() for record in caplog.records][-2:] == ["Redis fails: it cannot be reached", "Redis works again"]
 
@@ -271,7 +271,7 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 @pytest.fixture
 async def tls(valkey: Valkey, tmp_path: Path) -> AsyncIterator[TlsFront]:
-    """TLS in front of Valkey, asking for a client's certificate."""
+    """Yield a TLS server that requires a client certificate and passes the bytes on to Valkey; the test starts it."""
     front = TlsFront(valkey, tmp_path)
     yield front
     front.server.close()

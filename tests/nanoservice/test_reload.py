@@ -1,4 +1,4 @@
-"""The reloader restarts the service when a file changes, and stops together with it."""
+"""The reloader restarts the service when a file changes; the reloader and the service stop together."""
 
 import os
 import pty
@@ -48,12 +48,12 @@ from nanoservice.service import Service
 sys.exit(main(Service("thing", "1", Config, lambda app, config: None), os.environ, []))
 """
 
-# Runs a command with its standard input as its controlling terminal.
+# This program runs a command, and makes standard input the controlling terminal of the command.
 ON_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 class Reloader:
-    """The reloader of a copy of the chassis, beside a package called `thing`."""
+    """A reloader that runs in a folder with a copy of the chassis and a package called `thing`."""
 
     def __init__(self, folder: Path) -> None:
         shutil.copytree(ROOT / "nanoservice", folder / "nanoservice", ignore=shutil.ignore_patterns("__pycache__"))
@@ -104,7 +104,7 @@ def test_change_restarts_the_service_without_a_drain(reloader: Reloader) -> None
     assert popen.wait(5 * SLACK) == 0
 
 
-def test_mistake_waits_for_the_change_that_fixes_it(reloader: Reloader) -> None:
+def test_reloader_waits_for_a_change_after_a_syntax_error(reloader: Reloader) -> None:
     reloader.file.write_text("print('one'\n")
     popen = reloader.start()
     reloader.says("SyntaxError")
@@ -119,7 +119,7 @@ def test_bad_settings_stop_the_reloader(reloader: Reloader) -> None:
     assert reloader.start().wait(5 * SLACK) == os.EX_CONFIG
 
 
-async def test_request_between_two_runs_waits_for_the_next(reloader: Reloader, valkey: Valkey) -> None:
+async def test_request_between_two_runs_waits_for_the_next_run(reloader: Reloader, valkey: Valkey) -> None:
     reloader.file.write_text(LISTENS)
     port = free_port()
     popen = reloader.start(None, **valkey.environ(BIND_PORT=str(port)))
@@ -135,7 +135,7 @@ async def test_request_between_two_runs_waits_for_the_next(reloader: Reloader, v
         except aiohttp.ClientConnectorError:
             refused += 1
         except aiohttp.ClientConnectionError:
-            pass  # the old process accepted it, too late to answer
+            pass  # the old process accepted the connection too late to answer
         return reloader.output.read_text().count("listening") > runs
 
     for runs in range(1, 4):
@@ -144,12 +144,12 @@ async def test_request_between_two_runs_waits_for_the_next(reloader: Reloader, v
     assert (refused, answered > 0) == (0, True)
     popen.send_signal(signal.SIGTERM)
     assert popen.wait(5 * SLACK) == 0
-    with pytest.raises(aiohttp.ClientConnectorError):  # nothing is left that listens
+    with pytest.raises(aiohttp.ClientConnectorError):  # nothing listens on the port any more
         async with aiohttp.request("GET", url):
             pass
 
 
-def test_ctrl_c_on_a_terminal_cuts_nothing_off(reloader: Reloader) -> None:
+def test_ctrl_c_on_a_terminal_cuts_off_no_request(reloader: Reloader) -> None:
     reloader.file.write_text(ASKED_ONCE)
     terminal, stdin = pty.openpty()
     with open(terminal, "wb", buffering=0) as keys, open(stdin, "rb"):

@@ -1,4 +1,4 @@
-"""What a second service gets for its few lines: probes, metrics, drain, errors, settings, logs, exit status."""
+"""Test what the chassis gives a second service: probes, metrics, drain, errors, settings, logs and exit statuses."""
 
 import ast
 import asyncio
@@ -24,7 +24,7 @@ from tests.nanoservice import second_service
 from tests.support import ROOT
 from tests.support.process import Spawn, environment, metric
 
-# The service in a process: all that its own `__main__` needs.
+# The `__main__` of a service needs no more than this.
 MAIN = """
 import os, sys
 from nanoservice.server import main
@@ -36,7 +36,7 @@ COMMAND = sys.executable, "-c", MAIN
 
 @pytest.fixture
 async def greeter(valkey: Valkey) -> AsyncIterator[Served]:
-    """The second service."""
+    """Serve the second service."""
     async with serving(second_service.SERVICE, valkey.environ(GREET_WITH="Hi")) as served:
         yield served
 
@@ -46,7 +46,7 @@ async def status(served: Served, path: str) -> int:
         return answer.status
 
 
-def test_it_has_at_most_thirty_lines_of_code() -> None:
+def test_second_service_has_at_most_thirty_lines_of_code() -> None:
     source = (ROOT / "tests" / "nanoservice" / "second_service.py").read_text()
     docstrings = {
         line
@@ -58,13 +58,13 @@ def test_it_has_at_most_thirty_lines_of_code() -> None:
     assert len(code) <= 30
 
 
-async def test_its_routes_counter_and_setting_are_its_own(greeter: Served) -> None:
+async def test_second_service_has_its_own_route_counters_and_setting(greeter: Served) -> None:
     for name, number in (("ada", 1), ("ada", 2), ("bob", 1)):
         async with greeter.client.get(f"/greet/{name}") as answer:
             assert await answer.text() == f"Hi {name}, number {number}\n"
 
 
-async def test_it_has_probes_version_document_and_options(greeter: Served) -> None:
+async def test_second_service_has_probes_version_document_and_options(greeter: Served) -> None:
     assert [await status(greeter, path) for path in ("/livez", "/readyz", "/version", "/openapi.json")] == [200] * 4
     async with greeter.client.get("/version") as answer:
         assert await answer.json() == {"name": "greeter", "version": "1.0"}
@@ -72,14 +72,14 @@ async def test_it_has_probes_version_document_and_options(greeter: Served) -> No
         assert (answer.status, answer.headers["Allow"]) == (204, "GET,HEAD,OPTIONS")
 
 
-async def test_its_errors_are_problem_details(greeter: Served) -> None:
+async def test_errors_of_the_second_service_are_problem_details(greeter: Served) -> None:
     for method, path, expected in (("GET", "/", 404), ("GET", "/greet/1", 404), ("POST", "/greet/ada", 405)):
         async with greeter.client.request(method, path) as answer:
             assert (answer.status, answer.content_type) == (expected, "application/problem+json")
             assert (await answer.json())["status"] == expected
 
 
-async def test_redis_that_fails_is_503_and_recovered_from(
+async def test_failing_redis_is_503_until_redis_works_again(
     greeter: Served, valkey: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
     valkey.kill()
@@ -122,7 +122,7 @@ async def test_handlers_wait_for_a_connection_when_all_are_in_use(valkey: Valkey
     assert set(answers) == {200}
 
 
-async def test_its_requests_are_measured_by_route_template(greeter: Served) -> None:
+async def test_requests_are_measured_by_route_template(greeter: Served) -> None:
     for name in ("ada", "bob"):
         assert await status(greeter, f"/greet/{name}") == 200
     async with greeter.client.get(f"http://127.0.0.1:{greeter.admin_port}/metrics") as answer:
@@ -131,14 +131,14 @@ async def test_its_requests_are_measured_by_route_template(greeter: Served) -> N
     assert 'build_info{service="greeter",version="1.0"} 1.0' in page
 
 
-async def test_it_drains(greeter: Served) -> None:
+async def test_second_service_drains(greeter: Served) -> None:
     greeter.running.drain()
     assert await status(greeter, "/readyz") == 503
     async with greeter.client.get("/greet/ada") as answer:
         assert (answer.status, answer.headers["Connection"]) == (200, "close")
 
 
-def test_its_setting_is_checked_with_the_others() -> None:
+def test_setting_of_the_second_service_is_checked_with_all_others() -> None:
     with pytest.raises(ConfigError) as caught:
         second_service.Config.read({"GREET_WTH": "x", "BIND_PORT": "x"})
     assert caught.value.problems == [
@@ -147,13 +147,13 @@ def test_its_setting_is_checked_with_the_others() -> None:
     ]
 
 
-async def test_it_runs_logs_json_drains_and_exits_with_status_0(spawn: Spawn, valkey: Valkey) -> None:
+async def test_second_service_logs_json_drains_and_exits_with_status_0(spawn: Spawn, valkey: Valkey) -> None:
     process = spawn(valkey.environ(BIND_HOST="127.0.0.1"), command=COMMAND)
     for number in (1, 2):
         async with aiohttp.request("GET", f"{process.url}greet/ada") as answer:
             assert await answer.text() == f"Hello ada, number {number}\n"
     assert process.end() == 0
-    log = [line for line in process.log if line["message"] != "slow request"]  # a busy machine may log one
+    log = [line for line in process.log if line["message"] != "slow request"]  # on a busy machine a request may be slow
     assert [line["message"].partition(";")[0] for line in log] == ["listening", "draining", "stopped"]
     assert all(line["level"] == "info" and line["time"] for line in log)
 
@@ -179,7 +179,7 @@ def _plain(app: web.Application, config: config.Config) -> None:
 
     async def early(request: web.Request) -> web.StreamResponse:
         answer = Answer(b"early")
-        await answer.prepare(request)  # as one may with aiohttp's own
+        await answer.prepare(request)  # handlers may also prepare aiohttp's answers
         return answer
 
     async def moved(request: web.Request) -> web.Response:
@@ -191,7 +191,7 @@ def _plain(app: web.Application, config: config.Config) -> None:
 
 @pytest.fixture
 async def plain(valkey: Valkey) -> AsyncIterator[Served]:
-    """A service that uses nothing of the chassis in its handlers."""
+    """Serve a service whose handlers do what aiohttp allows: raise, redirect, or prepare the answer themselves."""
     async with serving(Service("plain", "1", config.Config, _plain), valkey.environ()) as served:
         yield served
 

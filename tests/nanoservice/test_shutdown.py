@@ -20,7 +20,7 @@ from tests.support.wire import connected, request
 
 
 async def load_until_not_ready(process: Process) -> tuple[int, list[str]]:
-    """Send requests over eight connections until `/readyz` is 503; return how many were answered, and what failed."""
+    """Send requests over eight connections until `/readyz` is 503; return the number of answers, and the failures."""
     answered, failures = 0, []
     stop = asyncio.Event()
 
@@ -56,7 +56,7 @@ async def test_no_request_fails_over_twenty_restarts_with_a_drain(valkey: Valkey
         nonlocal total
         process = await asyncio.to_thread(spawn, valkey.environ(DRAIN_SECONDS="2"))
         load = asyncio.create_task(load_until_not_ready(process))
-        await asyncio.sleep(0.3)  # of load before the shutdown begins
+        await asyncio.sleep(0.3)  # the load runs before the shutdown begins
         ending = asyncio.create_task(asyncio.to_thread(process.end))
         answered, failures = await load
         assert not failures
@@ -128,18 +128,18 @@ async def test_requests_that_never_finish_are_waited_for_once(valkey: Valkey, mo
                 (
                     served.admin_port,
                     request("GET", "/metrics", "Content-Length: 9"),
-                ),  # answered before its body is complete
+                ),  # the answer is sent before the body is complete
             ):
                 await (await stack.enter_async_context(connected(port))).send(data)
-            deaf = await stack.enter_async_context(connected(served.port))  # reads none of its answers
-            deaf.reader._transport.pause_reading()  # type: ignore[attr-defined] # streams cannot be paused otherwise
+            deaf = await stack.enter_async_context(connected(served.port))  # this client reads no answers
+            deaf.reader._transport.pause_reading()  # type: ignore[attr-defined] # only a private name can pause a stream
             with pytest.raises(TimeoutError):
                 while True:
                     deaf.writer.write(request("GET", "/openapi.json") * 1000)
                     await asyncio.wait_for(deaf.writer.drain(), 0.3)
             await eventually(lambda: pending(served, 1), 5)
             began = time.monotonic()
-        assert 3 <= time.monotonic() - began < 5.9  # not twice as long
+        assert 3 <= time.monotonic() - began < 5.9  # the limit of 3 s is waited for once
 
 
 async def test_second_signal_stops_at_once(valkey: Valkey, spawn: Spawn) -> None:
@@ -152,7 +152,7 @@ async def test_second_signal_stops_at_once(valkey: Valkey, spawn: Spawn) -> None
 
 
 async def test_dns_lookup_that_hangs_does_not_delay_the_exit(spawn: Spawn) -> None:
-    # On asyncio's own event loop, whose DNS look-up can be made to hang. For uvloop's, a cluster without DNS is needed.
+    # This test makes a DNS look-up of asyncio's own event loop hang. uvloop's look-up hangs only on a cluster without DNS.
     hangs = "import runpy, socket, time; socket.getaddrinfo = lambda *_, **__: time.sleep(60);"
     hangs += "runpy.run_module('tests.nanoservice.sample', run_name='__main__')"
     environ = {"REDIS_HOST": "redis", "REDIS_TIMEOUT": "0.1", "BIND_PORT": "0", "ADMIN_PORT": "0"}
@@ -165,7 +165,8 @@ async def test_dns_lookup_that_hangs_does_not_delay_the_exit(spawn: Spawn) -> No
     assert process.log[-1]["message"] == "stopped"
 
 
-# A connection that asyncio accepts after the shutdown stays open until the process exits. This process goes on.
+# If asyncio accepts a connection after the shutdown, the connection stays open until the process exits. The process of the tests
+# does not exit then, so Python warns about the open connection.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("iterations", range(4))
 async def test_connection_that_was_just_accepted_does_not_delay_the_shutdown(valkey: Valkey, iterations: int) -> None:
@@ -174,7 +175,7 @@ async def test_connection_that_was_just_accepted_does_not_delay_the_shutdown(val
             for _ in range(5):
                 client = clients.enter_context(socket.create_connection(("127.0.0.1", it.port)))
                 client.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
-            for _ in range(iterations):  # of the event loop, from the connection to its answer
+            for _ in range(iterations):  # each is one iteration of the event loop; an answer needs several
                 await asyncio.sleep(0)
             began = time.monotonic()
             await it.running.close()

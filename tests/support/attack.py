@@ -1,4 +1,4 @@
-"""Hostile requests, many at a time, and checks that they leave nothing behind."""
+"""Send many hostile requests at a time, and check that the requests leave nothing behind."""
 
 import asyncio
 import contextlib
@@ -14,9 +14,9 @@ from tests.support.process import Process, resident
 from tests.support.wire import ask, request
 
 MIB = 1 << 20
-MARK = b"zq7"  # begins a mark that is in each hostile request, and must be in no answer and no log line
+MARK = b"zq7"  # each hostile request has a mark that begins with this; no answer and no log line may contain it
 
-# Timeouts so long that a busy machine does not reach them.
+# The timeout is so long that even a busy machine does not reach it.
 PATIENT = {"BIND_HOST": "127.0.0.1", "REDIS_TIMEOUT": "30"}
 
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE", "CONNECT", "PROPFIND", "get", "G\u00cbT", "A" * 300, "")
@@ -157,7 +157,7 @@ def hostile(rng: random.Random, mark: bytes) -> list[bytes]:
 
 
 class Attack:
-    """Sends hostile requests, many at a time, and records the answers."""
+    """Sends many hostile requests at a time, and records the statuses of the answers and the answers that reveal something."""
 
     def __init__(self, port: int, seed: int) -> None:
         self.port = port
@@ -178,7 +178,7 @@ class Attack:
             pieces = hostile(self.rng, MARK + b"%d" % self.sent)
             patience, reset = self.rng.choice((0.05, 0.15)), self.rng.random() < 0.3
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            if reset:  # as soon as this side closes the connection
+            if reset:  # closing the connection will send a RST
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             received = b""
             with contextlib.suppress(ConnectionError, TimeoutError):
@@ -213,21 +213,21 @@ def idle(process: Process) -> bool:
 
 
 def telling(module: str, errors: Path, before: str = "") -> tuple[str, ...]:
-    """Return a command that runs `module` with its standard error in a file; `before` is a shell command to run first."""
+    """Return a command that runs the shell command `before`, then `module` with standard error in the file `errors`."""
     return "sh", "-c", f'{before} exec "$@" 2>"$0"', str(errors), sys.executable, "-m", module
 
 
 async def hit(port: int) -> int:
-    """Count a hit, and return how many there were."""
+    """Count a hit, and return its number."""
     reply = await ask(port, request("GET", "/", "Accept: application/json"))
     assert reply.status == 200
     return int(reply.json["hits"])
 
 
 async def survive(process: Process, errors: Path, number: int, *, connections: int) -> None:
-    """Attack a service whose standard error goes to `errors`; fail if it leaks memory, descriptors or text, or loses a hit.
+    """Attack a service whose standard error goes to the file `errors`. Fail if it leaks memory, descriptors or text, or loses a hit.
 
-    `connections` is how many to Redis it may open in the attack because it did not need them before.
+    During the attack the service may open up to `connections` more connections to Redis, which it did not need before.
     """
     await Attack(process.port, seed=0).run(1_000)  # fills caches, metrics, and connections to Redis
     await Attack(process.admin_port, seed=2).run(100)
@@ -239,7 +239,7 @@ async def survive(process: Process, errors: Path, number: int, *, connections: i
     assert attack.sent == number
     assert not attack.leaks, attack.leaks[0]
     assert attack.statuses.keys() <= {100, 200, 204, 400, 404, 405, 406, 413, 417, 431}
-    # The attack must provoke these. On a busy machine many answers come after the client has given up.
+    # The attack must provoke these statuses. Not all answers are seen: on a busy machine many clients give up too early.
     assert attack.statuses.keys() >= {200, 400, 404, 431}
     assert attack.statuses.total() > number / 100
     await eventually(lambda: idle(process), 20 * SLACK)

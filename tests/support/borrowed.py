@@ -8,24 +8,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-DOCUMENTED = {"_exit", "_asdict"}  # names of the standard library that look private
+DOCUMENTED = {"_exit", "_asdict"}  # these names of the standard library look private
 
 _ENTRY = re.compile(r"- ((?:`[^`]+`, )*`[^`]+`)[^:`]*: (.+)")
 
 
 class Borrowed:
-    """The names that `module` lists as borrowed; `owners` has the object that each one begins with."""
+    """The names that `module` lists as borrowed; `owners` has the library's object for the first part of each name."""
 
     def __init__(self, module: ModuleType, owners: Mapping[str, Any]) -> None:
         self.module = module
         self.owners = owners
-        self.reasons: dict[str, str] = {}  # by name: the sentences that follow it in the list
-        for entry in (module.__doc__ or "").replace("\n  ", " ").splitlines():  # an entry goes on in lines that are indented
+        self.reasons: dict[str, str] = {}  # the sentences that follow each name in the list
+        for entry in (module.__doc__ or "").replace("\n  ", " ").splitlines():  # indented lines continue an entry
             if found := _ENTRY.fullmatch(entry):
                 self.reasons |= dict.fromkeys(re.findall(r"`([^`]+)`", found[1]), found[2])
 
     def missing(self, name: str) -> str:
-        """Return a sentence that says what is lost with `name`, or nothing if the library still has it."""
+        """Return a sentence that says what breaks without `name`, or an empty string if the library still has `name`."""
         owner, _, attribute = name.partition(".")
         if owner in self.owners and (not attribute or hasattr(self.owners[owner], attribute)):
             return ""
@@ -46,7 +46,7 @@ class Without:
 
 
 def changed_parameters(own: type, base: type, names: Iterator[str]) -> Iterator[str]:
-    """Yield a sentence for each of `names` that `own` overrides with other parameters than `base` has."""
+    """Yield a sentence for each method of `names` whose parameters in the class `own` differ from those in the class `base`."""
     for name in names:
         if name in vars(own):
             ours, theirs = (list(inspect.signature(getattr(one, name)).parameters) for one in (own, base))
@@ -55,7 +55,7 @@ def changed_parameters(own: type, base: type, names: Iterator[str]) -> Iterator[
 
 
 def foreign_private_names(package: Path) -> Iterator[tuple[str, str]]:
-    """Yield each private attribute that a module of `package` reads or sets, and that no module of it defines."""
+    """Yield each private attribute that `package` reads or sets but does not define, after the file that uses the attribute."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(package.glob("*.py"))}
     defined = set()
     for tree in trees.values():

@@ -1,7 +1,7 @@
-"""A cluster with the service on it, as `make deploy` leaves it.
+"""Deploy the service on a cluster with `make deploy`, and run commands there.
 
-`make e2e` says which cluster: the current context of kubectl. All lies in namespaces of this run, which it deletes;
-but for a pod in `monitoring`, a namespace that is made, and deleted again, where there is none.
+`make e2e` uses the cluster of kubectl's current context. The tests create namespaces of their own, and delete these namespaces.
+Only one pod is in the namespace `monitoring`. If the cluster has no such namespace, the tests create it, and delete it again.
 """
 
 import atexit
@@ -46,7 +46,7 @@ class Namespace:
         return run("make", "--no-print-directory", f"NAMESPACE={self.name}", *arguments, **options)
 
     def get(self, *what: str) -> Any:
-        """Return an object, or the list of those that are selected."""
+        """Return one object, or the list of the selected objects."""
         found = json.loads(self.kubectl("get", *what, "--output=json"))
         return found["items"] if found["kind"] == "List" else found
 
@@ -70,11 +70,11 @@ class Namespace:
         self.kubectl("apply", "--filename=-", input=text)
 
     def python(self, pod: str, script: str, *arguments: str, **options: Any) -> str:
-        """Run a Python script in a pod that has the service's image, which has nothing else to run."""
+        """Run a Python script in a pod of the service's image, which contains no shell."""
         return self.kubectl("exec", pod, "--", "/usr/bin/python3.13", "-c", script, *arguments, **options)
 
     def counts(self) -> tuple[int, int]:
-        """Count a hit from within the service's pod, and return hits and posts."""
+        """Count a hit from within the service's pod, and return the counted hits and posts."""
         script = (
             "import urllib.request as u; r = u.Request('http://localhost:8080/', headers={'Accept': 'application/json'});"
             "print(u.urlopen(r, timeout=5).read().decode())"
@@ -83,13 +83,13 @@ class Namespace:
         return content["hits"], content["posts"]
 
     def answered(self) -> tuple[int, int] | None:
-        """Return the counts as `counts` does; None for a 503, or if no pod is ready."""
+        """Count a hit and return the counts, as `counts` does; return None if the answer is 503 or no pod is ready."""
         with suppress(AssertionError, IndexError):
             return self.counts()
         return None
 
     def create(self, level: str = "restricted") -> None:
-        """Make it, with Pod Security of this level."""
+        """Create the namespace, with Pod Security of this level."""
         run(KUBECTL, "create", "namespace", self.name)
         run(KUBECTL, "label", "namespace", self.name, f"pod-security.kubernetes.io/enforce={level}")
 
@@ -97,7 +97,7 @@ class Namespace:
         run(KUBECTL, "delete", "namespace", self.name, "--ignore-not-found", "--wait=false")
 
     def valkey(self, *command: str, user: str = "operator", password: str | None = None) -> str:
-        """Return Valkey's answer to a command that is sent in its pod, through the socket, as `user`."""
+        """Send Valkey a command as `user`, through the socket in its pod, and return the answer."""
         script = (
             'export REDISCLI_AUTH="${2:-$(tail -n 1 "/run/secrets/redis/$1")}"; user=$1; shift 2;'
             'exec valkey-cli -s /run/valkey/socket --user "$user" "$@"'
@@ -105,26 +105,26 @@ class Namespace:
         return self.kubectl("exec", "redis-0", "--", "sh", "-c", script, "sh", user, password or "", *command).strip()
 
 
-RUN = f"hitcounter-e2e-{secrets.token_hex(3)}"  # how the namespaces of this run begin
+RUN = f"hitcounter-e2e-{secrets.token_hex(3)}"  # the name of each namespace of this run begins like this
 
 
 @dataclass
 class Deployed:
-    """What `make deploy` left."""
+    """The result of `make deploy`."""
 
     namespace: Namespace
     url: str
-    image: str  # as the cluster knows it
+    image: str  # the name that the Deployment has for the image
     valkey: str
-    warnings: list[tuple[str, str]]  # the events that it brought: reason, message
+    warnings: list[tuple[str, str]]  # reason and message of each warning event of the deployment
 
 
 @functools.cache
 def deployed() -> Deployed:
-    """Deploy the service and its Redis with `make deploy`, once in a run of the tests, and return them; undeploy at its end."""
+    """Run `make deploy` once for all tests, and return the result; run `make undeploy` when the tests are finished."""
     namespace = Namespace(RUN)
     atexit.register(namespace.make, "undeploy")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as on Ctrl-C: everything is deleted
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # delete everything, as on Ctrl-C
     url = namespace.make("deploy", seconds=900).splitlines()[-1]
     image, valkey = [
         namespace.get(kind, name)["spec"]["template"]["spec"]["containers"][0]["image"]
@@ -136,7 +136,7 @@ def deployed() -> Deployed:
 
 @contextmanager
 def namespace(name: str, level: str = "restricted") -> Iterator[Namespace]:
-    """Create a namespace of this run, and delete it afterwards, without waiting for that."""
+    """Create a namespace of this run; delete it afterwards, without waiting until it is gone."""
     one = Namespace(f"{RUN}-{name}-{secrets.token_hex(2)}")
     one.create(level)
     try:
@@ -146,14 +146,14 @@ def namespace(name: str, level: str = "restricted") -> Iterator[Namespace]:
 
 
 def compose(deployed: Deployed, namespace: Namespace, *lines: str) -> str:
-    """Return the objects that Kustomize renders from the lines, in `namespace` and with the images of this run."""
+    """Render a kustomization of `lines`, in `namespace` and with the images of this run; return the rendered objects."""
     folder = ROOT / "manifests" / f".{namespace.name}"
     folder.mkdir(exist_ok=True)
     images = {"hitcounter": deployed.image, "docker.io/valkey/valkey": deployed.valkey}
     try:
         text = [f"namespace: {namespace.name}", *lines, "images:"]
         for name, image in images.items():
-            if "@" not in image:  # else it is the image of the manifests
+            if "@" not in image:  # an image with a digest is in the manifests already
                 new, tag = image.rsplit(":", 1)
                 text.append(f'  - {{name: {name}, newName: {new}, newTag: "{tag}"}}')
         (folder / "kustomization.yaml").write_text("\n".join(text))
@@ -163,8 +163,9 @@ def compose(deployed: Deployed, namespace: Namespace, *lines: str) -> str:
 
 
 def install(deployed: Deployed, namespace: Namespace, *lines: str) -> None:
-    """Have the service and its Redis run in `namespace`: not on a port of the node, which there is once. `lines` go on with the
-    kustomization, such as `components: [../components/redis-tls]`.
+    """Install the service and its Redis in `namespace`, without a port of the node, because the node has this port only once.
+
+    `lines` are more lines of the kustomization, such as `components: [../components/redis-tls]`.
     """
     namespace.make("secret")
     namespace.apply(compose(deployed, namespace, "resources: [../hitcounter, ../redis]", *lines))

@@ -1,4 +1,4 @@
-"""The command lines that every user of this machine can see."""
+"""Collect the command lines that every user of this machine can see."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def processes() -> Iterator[list[str]]:
-    """Collect the command lines, as `ps` would show them, of all processes that run during the block."""
+    """Collect the command lines of all processes that run during the block, as `ps` would show them."""
     seen: dict[str, None] = {}
     ended = threading.Event()
 
@@ -18,7 +18,7 @@ def processes() -> Iterator[list[str]]:
             for file in Path("/proc").glob("[0-9]*/cmdline"):
                 with suppress(OSError):
                     seen[file.read_bytes().replace(b"\0", b" ").decode(errors="replace")] = None
-            time.sleep(0.005)  # commands run longer than that
+            time.sleep(0.005)  # every command runs for longer than 5 ms
 
     thread = threading.Thread(target=watch)
     thread.start()

@@ -1,6 +1,7 @@
-"""What the tests of the image share: how to build it and read it, and how to run containers.
+"""Build the image, read its content, and run containers, for the tests of the image.
 
-`make test-image` says which engine and which options; the first engine there is builds and runs what a test asks for.
+The variables of `make test-image` choose the engines and the options of the build. The first engine that is found builds and
+runs the images of the tests.
 """
 
 import atexit
@@ -28,11 +29,11 @@ WHEELS = Path(os.environ.get("WHEELS", ROOT / "wheels")).absolute()
 
 
 class BuildError(Exception):
-    """A build failed; the text is its whole output."""
+    """A build failed; the text of this error is the whole output of the build."""
 
 
 class Layout:
-    """An image as it lies in an OCI layout."""
+    """An image in an OCI layout."""
 
     def __init__(self, folder: Path) -> None:
         self._blobs = folder / "blobs" / "sha256"
@@ -44,16 +45,16 @@ class Layout:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """The image's configuration: how to run it, and how it was made."""
+        """The image's configuration, which says how to run the image and how the image was built."""
         return dict(self._json(self.config_digest))
 
     @property
     def config_digest(self) -> str:
-        """The name by which some engines know an image."""
+        """The digest of the configuration, which some engines use as the name of an image."""
         return str(self._manifest["config"]["digest"])
 
     def manifests(self) -> dict[str, str]:
-        """Return the digest for each platform of an index."""
+        """Return the digest of each platform's image, if this image is an index."""
         return {
             f"{one['platform']['os']}/{one['platform']['architecture']}": one["digest"] for one in self._manifest["manifests"]
         }
@@ -65,7 +66,7 @@ class Layout:
         return self._blobs / digest.removeprefix("sha256:")
 
     def layers(self, first: int = 0) -> Iterator[tarfile.TarFile]:
-        """Yield the layers from number `first` on, from below; negative numbers count from above."""
+        """Yield the layers in order, the lowest first, from index `first` on; a negative index counts from the highest layer."""
         for layer in self._manifest["layers"][first:]:
             with tarfile.open(self._blob(layer["digest"])) as tar:
                 yield tar
@@ -76,7 +77,7 @@ def engines() -> list[str]:
 
 
 def layout(context: Path, folder: Path, *, options: str = "", wheels: Path = WHEELS, **environ: str) -> Layout:
-    """Build from `context`, with further options of the engine's build, into `folder`."""
+    """Build an image from `context`, with more `options` for the engine's build; return the OCI layout in `folder`."""
     environ = {"PLATFORMS": PLATFORM, "ENGINE": engine(), "WHEELS": str(wheels), **environ}
     environ["BUILD_OPTIONS"] = f"{os.environ.get('BUILD_OPTIONS', '')} {options}"
     _script("image-multiarch", context, LAYOUT=str(folder), **environ)
@@ -84,7 +85,7 @@ def layout(context: Path, folder: Path, *, options: str = "", wheels: Path = WHE
 
 
 def loaded(name: str, context: Path = ROOT, *, options: str = "", **environ: str) -> str:
-    """Build from `context` and give the image to the engine as `name`."""
+    """Build an image from `context`, load it into the engine as `name`, and return the name."""
     environ = {"ENGINE": engine(), "WHEELS": str(WHEELS), **environ}
     environ["BUILD_OPTIONS"] = f"{os.environ.get('BUILD_OPTIONS', '')} {options}"
     _script("image", context, IMAGE=name, **environ)
@@ -101,7 +102,7 @@ def _script(name: str, context: Path, **environ: str) -> str:
 
 
 def sources(folder: Path) -> Path:
-    """Copy the files that a build may use into `folder`."""
+    """Copy the files that a build may use into `folder`, and return `folder`."""
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for name in ("Containerfile", ".dockerignore", *allowed):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,7 @@ def sources(folder: Path) -> Path:
 
 @functools.cache
 def scratch() -> Path:
-    """Return a folder that lasts as long as the tests."""
+    """Return a temporary folder, which is deleted when the tests are finished."""
     folder = tempfile.mkdtemp(prefix="image-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -122,13 +123,13 @@ def scratch() -> Path:
 
 @functools.cache
 def tree() -> Path:
-    """Return a copy of the sources, so that a change of them during the tests does no harm."""
+    """Return a copy of the sources, so that you may change the sources while the tests run."""
     return sources(scratch() / "sources")
 
 
 @functools.cache
 def built() -> tuple[Layout, float]:
-    """Return the image, built from nothing, and how long that took in seconds."""
+    """Build the image without a cache; return the image and the duration of the build in seconds."""
     began = time.monotonic()
     image = layout(tree(), scratch() / "image", options="--no-cache")
     return image, time.monotonic() - began
@@ -136,7 +137,7 @@ def built() -> tuple[Layout, float]:
 
 @functools.cache
 def image() -> str:
-    """Return the name by which the engine knows the image."""
+    """Load the image into the engine, and return its name there."""
     built()
     return loaded("hitcounter-test", tree())
 
@@ -147,7 +148,7 @@ def engine() -> str:
 
 
 def run(*arguments: str, check: bool = True, **options: Any) -> str:
-    """Return the output of a command of the engine."""
+    """Run a command of the engine; return its output, or with `check=False` its exit status and its output."""
     ended = subprocess.run([engine(), *arguments], capture_output=True, timeout=120, **{"text": True, **options})
     assert not check or ended.returncode == 0, ended.stderr
     return str(ended.stdout.strip()) if check else f"{ended.returncode}\n{ended.stdout}{ended.stderr}"

@@ -1,4 +1,4 @@
-"""The import graph of a package, held against an order of layers."""
+"""Check the imports between the modules of a package against an order of layers."""
 
 import ast
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Return the modules in `package` by their dotted names; a package's own name stands for its `__init__.py`."""
+    """Return the file of each module in `package`, by dotted name; the name of a package leads to its `__init__.py`."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -15,7 +15,7 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def imported(name: str, path: Path) -> Iterator[str]:
-    """Yield the dotted names that the module `name` imports, also inside functions; of `from a import b`, both `a` and `a.b`."""
+    """Yield the dotted names that the module `name` imports, also inside functions; `from a import b` yields `a` and `a.b`."""
     package = name if path.stem == "__init__" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -29,9 +29,10 @@ def imported(name: str, path: Path) -> Iterator[str]:
 
 
 def violations(package: Path, layers: list[str], where: str) -> list[str]:
-    """Return a sentence for each module of `package` that breaks the order: each layer imports only from the layers before it.
+    """Return a sentence for each violation of the order: a module of `package` may import only modules of lower layers.
 
-    A layer names its modules without the package, which itself is below all of them. `where` says where the order stands.
+    `layers` has the lowest layer first, and names the modules without the name of the package. `__init__.py` of the package is
+    below all layers. The sentences name `where` as the file that has the layers.
     """
     found = modules(package)
     level = {package.name: 0} | {

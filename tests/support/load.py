@@ -1,4 +1,4 @@
-"""A load of requests over many connections, and a tally of the answers."""
+"""Send a load of requests over many connections, and keep a tally of the answers."""
 
 import asyncio
 import itertools
@@ -20,16 +20,16 @@ _POST = b"POST " + _HEAD + b"Content-Length: 0\r\n"
 
 @dataclass
 class Tally:
-    """The outcome of the requests: the number that each got, or its failure."""
+    """The outcome of the requests: the number that each request got, or its failure."""
 
-    hits: list[int] = field(default_factory=list)  # answered to a GET
-    posts: list[int] = field(default_factory=list)  # answered to a POST without a key
+    hits: list[int] = field(default_factory=list)  # the numbers that GETs got
+    posts: list[int] = field(default_factory=list)  # the numbers that POSTs without a key got
     keys: dict[str, set[tuple[int, int]]] = field(default_factory=dict)  # the answers to each Idempotency-Key that was sent
-    repeated: int = 0  # POSTs with a key that had been sent before
+    repeated: int = 0  # how many POSTs had a key that had been sent before
     failed_hits: int = 0
     failed_posts: int = 0
-    statuses: Counter[int] = field(default_factory=Counter)  # 0: the connection closed without an answer
-    highest_hits: int = 0  # in any answer
+    statuses: Counter[int] = field(default_factory=Counter)  # 0 means that the connection closed without an answer
+    highest_hits: int = 0  # the highest number of hits in any answer
     highest_posts: int = 0
 
     @property
@@ -37,7 +37,7 @@ class Tally:
         return self.statuses[200]
 
     def add(self, kind: str | None, status: int, body: bytes) -> None:
-        """Note an answer; `kind` is None for a GET, else the POST's key, which may be empty."""
+        """Record an answer. `kind` is None for a GET; for a POST it is the key, or empty if the POST has no key."""
         self.statuses[status] += 1
         if status != 200:
             if kind is None:
@@ -57,27 +57,27 @@ class Tally:
             self.keys[kind].add((hits, posts))
 
     def check(self, hits: int, posts: int) -> None:
-        """Fail unless each number was answered once, and Redis counted every answered request and none that was not sent."""
+        """Fail if a number was answered twice, or if Redis did not count an answered request, or counted more than was sent."""
         assert len(set(self.hits)) == len(self.hits), "a hit's number was answered twice"
         counted = len(self.hits)
-        assert self.highest_hits <= hits, "the store is behind an answered hit"
+        assert self.highest_hits <= hits, "Redis has fewer hits than an answer"
         assert counted <= hits <= counted + self.failed_hits, "a hit was lost, or counted twice"
-        # Numbers missing below the highest belong to failed requests.
+        # The numbers that are missing below the highest number belong to failed requests.
         assert max(self.hits, default=0) - counted <= self.failed_hits
 
-        assert all(len(answers) <= 1 for answers in self.keys.values()), "a key was answered in two ways"
+        assert all(len(answers) <= 1 for answers in self.keys.values()), "a key got two different answers"
         numbers = self.posts + [number for answers in self.keys.values() for _, number in answers]
         unknown = self.failed_posts + sum(not answers for answers in self.keys.values())
         assert len(set(numbers)) == len(numbers), "a post's number was answered twice"
         counted = len(numbers)
-        assert self.highest_posts <= posts, "the store is behind an answered post"
+        assert self.highest_posts <= posts, "Redis has fewer posts than an answer"
         assert counted <= posts <= counted + unknown, "a post was lost, or counted twice"
         assert max(numbers, default=0) - counted <= unknown
-        print(f"by status {dict(self.statuses)}; in the store {hits} hits, {posts} posts; {self.repeated} keys came again")
+        print(f"by status {dict(self.statuses)}; in Redis {hits} hits, {posts} posts; {self.repeated} keys were repeated")
 
 
 class Load:
-    """Sends requests to `ports` of loopback over `connections` keep-alive connections: GETs, POSTs, and POSTs with keys."""
+    """Sends GETs, POSTs, and POSTs with keys to `ports` of loopback, over `connections` keep-alive connections."""
 
     def __init__(self, ports: list[int], connections: int, *, most: int = 1_000_000) -> None:
         self.tally = Tally()
@@ -87,9 +87,10 @@ class Load:
         self._requests = itertools.islice(self._mix(), most)
 
     def _mix(self) -> Iterator[tuple[str | None, bytes]]:
-        """Yield the requests: of each eight, six are GETs, one is a POST, and one is a POST with a key.
+        """Yield requests: of every eight, six are GETs, one is a POST without a key, and one is a POST with a key.
 
-        A key comes three times close together, so that some meet in one batch; every fourth key is one from long before.
+        Each key is sent three times in short succession, so that some repetitions share a batch. Every fourth POST with a key
+        repeats a key that was first sent long before.
         """
         for number in itertools.count():
             group = number // 3
@@ -103,8 +104,8 @@ class Load:
             yield key, _POST + b"Idempotency-Key: %s\r\n\r\n" % key.encode()
 
     async def run(self, seconds: float, *, patience: float = 20) -> Tally:
-        """Send for `seconds`, wait at most `patience` seconds for the last answers, and return the tally."""
-        max_connections()  # raises the limit on open files
+        """Send requests for `seconds`, wait at most `patience` seconds for the last answers, and return the tally."""
+        max_connections()  # this call raises the limit on open files
         loop = asyncio.get_running_loop()
         self._until = time.monotonic() + seconds
         clients = []
@@ -121,16 +122,16 @@ class Load:
         return self.tally
 
     def stop(self) -> None:
-        """Stop sending."""
+        """Stop sending requests."""
         self._until = 0.0
 
     def next(self) -> tuple[str | None, bytes] | None:
-        """Return the next request, or None at the end."""
+        """Return the next request, or None when the load is over."""
         return next(self._requests, None) if time.monotonic() < self._until else None
 
 
 class _Client(asyncio.Protocol):
-    """One connection, one request at a time."""
+    """A connection that sends one request at a time."""
 
     transport: asyncio.Transport
 

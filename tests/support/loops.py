@@ -1,4 +1,4 @@
-"""The event loop that the tests run on: uvloop, as in production, or asyncio's own with `EVENT_LOOP=asyncio`."""
+"""Choose the event loop of the tests: uvloop, as in production, or asyncio's own event loop with `EVENT_LOOP=asyncio`."""
 
 import asyncio
 import os
@@ -18,5 +18,5 @@ _HIDES_UVLOOP = Path(__file__).parent / "asyncio_loop"
 
 
 def python_path(*folders: Path, loop: str = EVENT_LOOP) -> str:
-    """Return the PYTHONPATH of a process that finds what is in `folders` and runs on the event loop `loop`."""
+    """Return the PYTHONPATH for a process that imports modules from `folders` and runs on the event loop `loop`."""
     return os.pathsep.join(str(folder) for folder in ((_HIDES_UVLOOP, *folders) if loop == "asyncio" else folders))

@@ -1,4 +1,4 @@
-"""The OpenAPI document that a service serves, and what must hold of it whichever service that is."""
+"""Check the OpenAPI document that a service serves; the checks are the same for every service."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from nanoservice.testing.served import Served
 
 
 async def document(served: Served) -> dict[str, Any]:
-    """Return the document."""
+    """Return the OpenAPI document that the service serves."""
     async with served.client.get("/openapi.json") as answer:
         assert (answer.status, answer.content_type) == (200, "application/json")
         found: dict[str, Any] = await answer.json()
@@ -16,17 +16,17 @@ async def document(served: Served) -> dict[str, Any]:
 
 
 def operations(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return the documented operations by path and method."""
+    """Return the documented operations, by path and method."""
     return {(path, method): operation for path, methods in found["paths"].items() for method, operation in methods.items()}
 
 
 def routes(served: Served) -> set[tuple[str, str]]:
-    """Return path and method of each route of the service."""
+    """Return the path and the method of each route of the service."""
     return {(route.resource.canonical, route.method.lower()) for route in served.running.app.router.routes() if route.resource}
 
 
 def check_validity(found: dict[str, Any]) -> None:
-    """Fail unless it is valid OpenAPI 3.1, and understood to its last operation."""
+    """Fail unless the document is valid OpenAPI 3.1, and schemathesis finds all its operations."""
     assert found["openapi"].startswith("3.1.")
     schema = schemathesis.openapi.from_dict(found)
     schema.validate()
@@ -34,7 +34,7 @@ def check_validity(found: dict[str, Any]) -> None:
 
 
 def check_references(found: dict[str, Any]) -> None:
-    """Fail unless every reference leads somewhere, and every component is used."""
+    """Fail unless every reference leads to a component, and every component is used."""
     used = set()
 
     def walk(node: Any) -> None:
@@ -48,14 +48,14 @@ def check_references(found: dict[str, Any]) -> None:
 
 
 def check_names(found: dict[str, Any]) -> None:
-    """Fail unless every operation has a name of its own, and a summary."""
+    """Fail unless every operation has a unique `operationId`, and a summary."""
     documented = operations(found)
     assert len({operation["operationId"] for operation in documented.values()}) == len(documented)
     assert all(operation["summary"] for operation in documented.values())
 
 
 async def check_417(served: Served, found: dict[str, Any]) -> None:
-    """Fail unless each operation answers an unknown `Expect` with 417, and says so."""
+    """Fail unless each operation answers an unknown `Expect` with 417, and documents this answer."""
     for (path, method), operation in operations(found).items():
         async with served.client.request(method, path, headers={"Expect": "x"}) as answer:
             assert (answer.status, answer.content_type) == (417, "application/problem+json"), (path, method)
@@ -64,7 +64,7 @@ async def check_417(served: Served, found: dict[str, Any]) -> None:
 
 
 async def check_503(served: Served, found: dict[str, Any]) -> None:
-    """Fail unless the operations that answer 503 now, while Redis is down, are those that say so, with when to try again."""
+    """While Redis is down, fail unless the operations that answer 503 are those that document a 503 with `Retry-After`."""
     unavailable = set()
     for path, method in operations(found):
         async with served.client.request(method, path) as answer:

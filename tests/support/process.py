@@ -1,4 +1,4 @@
-"""A service in a process of its own: a test sees its signals, its exit status and its log, as users do."""
+"""Run a service in a separate process, so that a test can send signals and read the exit status and the log, as users do."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from tests.support.loops import EVENT_LOOP, python_path
 
 
 def environment(settings: dict[str, str], loop: str = EVENT_LOOP) -> dict[str, str]:
-    """Return the whole environment of a service with these settings: it finds the code, the event loop, and coverage."""
+    """Return the complete environment for a service: `settings`, and the variables for imports, event loop and coverage."""
     coverage = {name: value for name, value in os.environ.items() if name.startswith(("COVERAGE", "COV_"))}
     return {"PATH": os.environ["PATH"], "PYTHONPATH": python_path(ROOT, loop=loop), **coverage, **settings}
 
@@ -34,7 +34,7 @@ def without(package: str, module: str) -> tuple[str, ...]:
 
 @dataclass
 class Process:
-    """A service that runs in a process of its own."""
+    """A service that runs in a separate process."""
 
     popen: subprocess.Popen[str]
     port: int = 0
@@ -55,11 +55,11 @@ class Process:
             self.log.append(json.loads(line))
 
     def logged(self, message: str) -> bool:
-        """Return whether a line of the log has this message."""
+        """Return whether a line of the service's log has this message."""
         return any(line["message"] == message for line in self.log)
 
     def wait_until_it_listens(self) -> None:
-        """Wait for the line of the log that names the ports."""
+        """Wait for the log line that names the ports, and set `port` and `admin_port`."""
 
         def listening() -> dict[str, Any] | None:
             assert self.popen.poll() is None, f"it stopped with status {self.popen.returncode}"
@@ -69,7 +69,7 @@ class Process:
         self.port, self.admin_port = line["port"], line["admin_port"]
 
     def end(self, how: int = signal.SIGTERM, seconds: float = 30) -> int:
-        """Send the signal `how` (0: it was asked to stop already), and return the exit status."""
+        """Send the signal `how`, or none if `how` is 0; wait until the process exits, and return its exit status."""
         if self.popen.poll() is None:
             self.popen.send_signal(how)
         status = self.popen.wait(seconds)
@@ -78,7 +78,7 @@ class Process:
 
 
 class Spawn(Protocol):
-    """Starts a service with the settings `environ`, and returns when it listens."""
+    """A function that starts a service with the settings `environ`, and returns when the service listens."""
 
     def __call__(
         self, environ: dict[str, str], cwd: Path = ROOT, command: Sequence[str] = (), loop: str = EVENT_LOOP
@@ -87,7 +87,7 @@ class Spawn(Protocol):
 
 @contextlib.contextmanager
 def spawning(module: str) -> Iterator[Spawn]:
-    """Start services by `python -m module`, or by the command that a test gives; stop those that still run at the end."""
+    """Yield a function that starts services with `python -m module` or another command; stop all these services afterwards."""
     processes: list[Process] = []
 
     def spawn(environ: dict[str, str], cwd: Path = ROOT, command: Sequence[str] = (), loop: str = EVENT_LOOP) -> Process:
@@ -115,17 +115,17 @@ def spawning(module: str) -> Iterator[Spawn]:
 
 
 def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Return the exit status of a process that was sent a signal, and what it printed."""
+    """Wait until a process that got a signal exits; return its exit status and its output."""
     try:
         output, errors = process.communicate(timeout=10 * SLACK)
     finally:
-        process.kill()  # else leaving its context would wait for a process that goes on
+        process.kill()  # if the process ignored the signal, `with` would wait for it for ever
     return process.returncode, output + errors
 
 
 def interrupted_at(imported: str, module: str, how: int, settings: dict[str, str], cwd: Path) -> tuple[int, str]:
-    """Run `module`, and send it the signal `how` when it has imported `imported`; return its exit status and what it printed."""
-    command = [sys.executable, "-X", "importtime", "-m", module]  # which reports each import on standard error
+    """Run `module`, and send it the signal `how` when it has imported `imported`; return exit status and output."""
+    command = [sys.executable, "-X", "importtime", "-m", module]  # standard error names each import
     with subprocess.Popen(
         command, env=environment(settings), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -136,12 +136,12 @@ def interrupted_at(imported: str, module: str, how: int, settings: dict[str, str
 
 
 def resident(process: Process) -> int:
-    """Return how many bytes of memory the process uses."""
+    """Return the resident memory of the process, in bytes."""
     return int(Path(f"/proc/{process.popen.pid}/statm").read_text().split()[1]) * 4096
 
 
 async def metric(service: Served | Process, name: str) -> float:
-    """Return the sum of the samples of `name` on the admin port."""
+    """Return the sum of all samples of the metric `name`, from the admin port."""
     async with aiohttp.request("GET", f"http://127.0.0.1:{service.admin_port}/metrics") as answer:
         lines = (await answer.text()).splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)

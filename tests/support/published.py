@@ -1,4 +1,4 @@
-"""The image as a release publishes it, by the commands of its workflow, into two repositories of a registry."""
+"""Publish the image with the commands of the release workflow, into two repositories of a registry."""
 
 import functools
 import os
@@ -15,18 +15,18 @@ REGISTRY = os.environ.get("REGISTRY", "").strip()
 
 @dataclass(frozen=True)
 class Published:
-    """The results of the workflow: the folders that it wrote, and where the image is."""
+    """The results of the release workflow: its folders, its output, and the repositories and digest of the image."""
 
     layout: Path
     dist: Path
     repositories: tuple[str, str]
     digest: str
-    said: dict[str, str]  # the output of each command, of its last run
+    said: dict[str, str]  # the output of the last run of each command
 
 
 @functools.cache
 def published() -> Published:
-    """Run the commands of each job of a release, in order, except those that this machine cannot run."""
+    """Run the commands of all jobs of a release, in order, except the commands that this machine cannot run."""
     folder = Path(tempfile.mkdtemp(prefix="published-"))
     layout, dist, output = folder / "hitcounter.oci", folder / "dist", folder / "output"
     run = f"{REGISTRY}/tests-{secrets.token_hex(4)}"
@@ -41,7 +41,7 @@ def published() -> Published:
     }
     said = {}
     for one in runs(RELEASE):
-        if not one.here or one.line == "make wheels":  # it must have been run before, and needs the internet
+        if not one.here or one.line == "make wheels":  # it needs the internet, and must have run before
             continue
         environ = {name: text.replace("ghcr.io/$", f"{run}/ghcr.io/$") for name, text in one.environ}
         said[one.line] = execute(

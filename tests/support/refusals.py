@@ -1,4 +1,4 @@
-"""The ways in which a Redis that answers refuses to work."""
+"""Make Redis refuse to work while it still answers, in several ways."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +43,7 @@ def refusals(command: str, key: str) -> list[Any]:
 
 
 def _fail_to_save(valkey: Valkey) -> None:
-    """Have Valkey refuse writes as it does when a snapshot fails: here because a folder is where it would write one."""
+    """Make Valkey refuse writes because its last snapshot failed: the file of the snapshot is a folder."""
     (valkey.data / "dump.rdb" / "x").mkdir(parents=True)
     valkey.run("CONFIG", "SET", "save", "1 1000000", "stop-writes-on-bgsave-error", "yes")
     valkey.run("BGSAVE")

@@ -1,4 +1,4 @@
-"""A constant load on a URL, and a record of each request."""
+"""Send requests to a URL at a constant rate, and record the outcome of each request."""
 
 import asyncio
 import itertools
@@ -19,8 +19,9 @@ _ports = itertools.cycle(range(10_000, 30_000))
 def own_port(address: Any) -> socket.socket:
     """Return a socket with a local port that no recent connection used.
 
-    This runs on the node, or beside it. A connection that is refused there, since the service has no pod at the moment, leaves an
-    entry in the kernel's table of connections for two minutes, and another one from the same port would be refused by that.
+    The client runs on the node, or next to it. While the service has no pod, the node refuses a connection, and the refusal
+    leaves an entry in the kernel's table of connections for two minutes. This entry would make the node refuse another
+    connection from the same local port.
     """
     family, kind, protocol, *_ = address
     while True:
@@ -28,7 +29,7 @@ def own_port(address: Any) -> socket.socket:
         one.setblocking(False)
         try:
             one.bind(("", next(_ports)))
-        except OSError:  # in use
+        except OSError:  # the port is in use
             one.close()
         else:
             return one
@@ -36,7 +37,7 @@ def own_port(address: Any) -> socket.socket:
 
 @dataclass
 class Failure:
-    """A request without an answer 200: when it was sent, how long it took, and the status or error."""
+    """A request that was not answered with 200: when it was sent, how long it took, and the status or error."""
 
     at: float
     seconds: float
@@ -45,7 +46,7 @@ class Failure:
 
 @dataclass
 class Traffic:
-    """Requests at a constant rate: nine GETs to one POST. Each is sent once, so no retry hides a failure."""
+    """Sends requests at a constant rate: one of ten is a POST, the others are GETs. No request is sent twice, which could hide a failure."""
 
     url: str
     rate: float
@@ -53,7 +54,7 @@ class Traffic:
     failures: list[Failure] = field(default_factory=list)
     slowest: float = 0.0
     sent: int = 0
-    last_answered: float = 0.0  # when the last request was sent that was answered with 200
+    last_answered: float = 0.0  # when the last request that got 200 was sent
 
     async def _ask(self, session: aiohttp.ClientSession, kind: str | None) -> None:
         began = time.monotonic()
@@ -72,10 +73,10 @@ class Traffic:
             self.failures.append(Failure(began, seconds, what))
 
     async def run(self, ended: asyncio.Event, least: int) -> None:
-        """Send requests until `ended` is set, and at least `least` of them."""
+        """Send requests until `ended` is set, and at least `least` requests."""
         connector = aiohttp.TCPConnector(
             limit=0, socket_factory=own_port
-        )  # else requests would wait here while Redis is away, not at the service
+        )  # with a limit, requests would wait here instead of at the service while Redis is away
         timeout = aiohttp.ClientTimeout(total=10, connect=5)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers={"Accept": "application/json"}) as session:
             session._retry_connection = False
@@ -93,9 +94,9 @@ class Traffic:
                 await asyncio.wait(under_way, timeout=15)
 
     def check(self, before: tuple[int, int], after: tuple[int, int]) -> None:
-        """Fail unless each number was answered once, and Redis counted every answered request and none that was not sent.
+        """Fail if a number was answered twice, or if Redis did not count an answered request, or counted more than was sent.
 
-        `before` and `after`: the counts, each with a hit of its own.
+        `before` and `after` are the results of `counts`, and each of these two calls has counted a hit itself.
         """
         tally = self.tally
         for kind, numbers, failed, first, last in (
@@ -103,11 +104,11 @@ class Traffic:
             ("posts", tally.posts, tally.failed_posts, before[1], after[1]),
         ):
             assert len(set(numbers)) == len(numbers), f"{kind}: a number was answered twice"
-            assert max(numbers, default=first) <= last, f"{kind}: the store is behind what was answered"
+            assert max(numbers, default=first) <= last, f"{kind}: Redis has a lower number than an answer"
             assert len(numbers) <= last - first <= len(numbers) + failed, f"{kind}: {first} to {last}, {len(numbers)} answered"
 
     def statuses(self) -> str:
-        """Return a summary of the requests in one line."""
+        """Return a one-line summary of the requests."""
         counts: dict[str, int] = {}
         for failure in self.failures:
             counts[failure.what] = counts.get(failure.what, 0) + 1
@@ -116,7 +117,7 @@ class Traffic:
 
 @asynccontextmanager
 async def traffic(url: str, rate: float, *, least: int = 0) -> AsyncIterator[Traffic]:
-    """Send requests to `url` during the block, and at least `least` of them."""
+    """Send `rate` requests a second to `url` during the block, and at least `least` requests."""
     one = Traffic(url, rate)
     ended = asyncio.Event()
     task = asyncio.create_task(one.run(ended, least))
@@ -128,12 +129,12 @@ async def traffic(url: str, rate: float, *, least: int = 0) -> AsyncIterator[Tra
 
 
 async def step(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Run a blocking function in a thread, while the load goes on."""
+    """Run a blocking function in a thread, so that the load continues meanwhile."""
     return await asyncio.to_thread(work, *arguments, **options)
 
 
 async def counts(url: str) -> tuple[int, int]:
-    """Count a hit, and return hits and posts."""
+    """Count a hit, and return the counted hits and posts."""
     async with (
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=own_port)) as session,
         session.get(url, headers={"Accept": "application/json"}) as answer,
@@ -144,7 +145,7 @@ async def counts(url: str) -> tuple[int, int]:
 
 
 async def reachable(url: str) -> bool:
-    """Return whether a new connection is answered."""
+    """Return whether the service answers on a new connection."""
     try:
         async with (
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=own_port)) as session,

@@ -1,6 +1,6 @@
-"""Environment variables that are not the service's."""
+"""Environment variables that do not belong to the service."""
 
-# Of shells, terminals, desktops, containers, languages, CI, databases, clouds, and of Kubernetes for other Services.
+# Shells, terminals, desktops, containers, languages, CI, databases and clouds set them, and Kubernetes for other Services.
 OTHERS = """
     PATH HOME USER LOGNAME SHELL PWD OLDPWD SHLVL _ TERM COLORTERM LINES COLUMNS LANG LANGUAGE LC_ALL LC_CTYPE TZ TMPDIR
     EDITOR PAGER MAIL DISPLAY SSH_AUTH_SOCK SSH_CLIENT XDG_RUNTIME_DIR DBUS_SESSION_BUS_ADDRESS HISTSIZE LS_COLORS PS1

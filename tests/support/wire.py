@@ -1,4 +1,4 @@
-"""A client that sends any bytes, also those that no HTTP library would send."""
+"""A client that sends any bytes, also bytes that no HTTP library would send."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ LIMIT = 5 * SLACK  # seconds that an answer may take
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer."""
+    """An answer of the server."""
 
     status: int
     headers: dict[str, str]
@@ -27,7 +27,7 @@ class Reply:
 
 @dataclass
 class Wire:
-    """A connection; `received` has all bytes that the server has sent."""
+    """A connection to the server; `received` has all bytes that the server has sent."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -48,7 +48,7 @@ class Wire:
         return bool(data)
 
     async def reply(self, *, head: bool = False) -> Reply:
-        """Return the next answer; set `head` if the request was a HEAD."""
+        """Return the next answer; set `head` if the request was a HEAD, whose answer has no body."""
         while b"\r\n\r\n" not in self.received[self._parsed :]:
             assert await self.more(), f"closed after {self.received[self._parsed :]!r}"
         text, _, _ = self.received[self._parsed :].partition(b"\r\n\r\n")
@@ -63,7 +63,7 @@ class Wire:
         return Reply(status, headers, self.received[begin : self._parsed])
 
     async def closed(self, seconds: float = LIMIT) -> None:
-        """Wait until the server closes the connection; fail if it sends more, or stays open for `seconds`."""
+        """Wait until the server closes the connection; fail if the server sends more, or nothing for `seconds`."""
         while await self.more(seconds):
             pass
         assert not self.received[self._parsed :]
@@ -71,7 +71,7 @@ class Wire:
 
 @asynccontextmanager
 async def connected(port: int) -> AsyncIterator[Wire]:
-    """Connect to `port` of loopback."""
+    """Connect to `port` of loopback, and abort the connection after the block."""
     wire = Wire(*await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), LIMIT))
     try:
         yield wire
@@ -80,7 +80,7 @@ async def connected(port: int) -> AsyncIterator[Wire]:
 
 
 def request(method: str = "GET", path: str = "/", *headers: str, body: bytes = b"", version: str = "1.1") -> bytes:
-    """Return a request; one with a body gets a `Content-Length`."""
+    """Return a request; a body gets a `Content-Length`, unless `headers` has a `Transfer-Encoding`."""
     lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *headers]
     if body and not any(header.lower().startswith("transfer-encoding") for header in headers):
         lines.append(f"Content-Length: {len(body)}")
@@ -96,14 +96,14 @@ def chunked(body: bytes, size: int = 1 << 16) -> Iterator[bytes]:
 
 
 async def ask(port: int, *data: bytes, head: bool = False) -> Reply:
-    """Return the first answer to `data` on a connection of its own."""
+    """Send `data` on a new connection, and return the first answer."""
     async with connected(port) as wire:
         await wire.send(*data)
         return await wire.reply(head=head)
 
 
 def is_problem(reply: Reply, status: int) -> bool:
-    """Check that `reply` is a problem with this status that reveals nothing about the server."""
+    """Check that `reply` is a problem document with this status, and reveals nothing about the server."""
     assert reply.status == status
     assert reply.headers["Content-Type"] == "application/problem+json"
     assert reply.headers["Cache-Control"] == "no-store"

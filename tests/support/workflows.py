@@ -1,4 +1,4 @@
-"""The commands of the workflows, and a way to run those that this machine can run."""
+"""Read the commands of the workflows, and run the commands that this machine can run."""
 
 import os
 import re
@@ -14,16 +14,16 @@ from tests.support import ROOT
 
 CI, RELEASE = (yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text()) for name in ("ci", "release"))
 
-# The beginnings of commands that this machine cannot run, each with the reason.
+# This machine cannot run a command that begins like one of these keys; the value is the reason.
 NOT_HERE = {
-    "make builder": "BuildKit's image is not reached; the engine's own makes the same image with another digest",
-    "make tools": "fetches Skaffold from a site that is not reached",
-    "make render-check": "needs Skaffold",
-    "skaffold": "is on a site that is not reached; its file is checked against its schema",
-    "curl": "asks minikube, which does not run here; make e2e asks the node's port of another cluster",
-    "kubectl wait": "waits for what Skaffold took away",
-    "make sign": "signs as the workflow, which is an identity that GitHub alone gives",
-    "gh release create": "makes a release on GitHub",
+    "make builder": "BuildKit's image cannot be pulled; the engine's own builder makes the same image with another digest",
+    "make tools": "the target fetches Skaffold from a site that cannot be reached",
+    "make render-check": "the target needs Skaffold",
+    "skaffold": "Skaffold is on a site that cannot be reached; `skaffold.yaml` is checked against its schema",
+    "curl": "the command asks minikube, which does not run here; `make e2e` asks the node's port of another cluster",
+    "kubectl wait": "the command waits for objects that Skaffold deletes",
+    "make sign": "the target signs with the identity of the workflow, which only GitHub gives",
+    "gh release create": "the command makes a release on GitHub",
 }
 
 
@@ -40,18 +40,18 @@ class Run:
 
     @property
     def here(self) -> bool:
-        """Whether this machine can run it."""
+        """Whether this machine can run the command."""
         return not self.line.startswith(tuple(NOT_HERE))
 
     @property
     def targets(self) -> list[str]:
-        """The make targets that it calls; empty for another command."""
+        """The targets of the command if it calls make, otherwise empty."""
         words = self.line.partition(" >>")[0].split()
         return [word for word in words[1:] if "=" not in word] if words[0] == "make" else []
 
 
 def runs(workflow: Any) -> Iterator[Run]:
-    """Yield each `run:` in order, and each `runCmd:` of an action."""
+    """Yield each `run:` of a workflow, and each `runCmd:` of its actions, in order."""
     for name, job in workflow["jobs"].items():
         for step in job.get("steps", []):
             line = step.get("run", step.get("with", {}).get("runCmd"))
@@ -61,12 +61,12 @@ def runs(workflow: Any) -> Iterator[Run]:
 
 
 def execute(run: Run, expressions: dict[str, str], **environ: str) -> str:
-    """Run the command as a runner does, with each `${{ }}` replaced from `expressions`; return its standard output."""
+    """Run the command as a GitHub runner does, with each `${{ }}` replaced from `expressions`; return its standard output."""
 
     def value(expression: "re.Match[str]") -> str:
         return expressions[expression[1]]
 
-    # These would make it a part of the make that runs the tests.
+    # With these variables, the command would run as a part of the make that runs the tests.
     outer = {name: text for name, text in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     given = {name: re.sub(r"\$\{\{ (.+?) \}\}", value, text) for name, text in run.environ}
     ended = subprocess.run(

@@ -1,3 +1,3 @@
-"""Stands before uvloop on the path of a process that is to run on asyncio's own event loop."""
+"""Hide uvloop from a process that must run on asyncio's own event loop: its PYTHONPATH names this folder first."""
 
 raise ImportError("uvloop is hidden")
