@@ -1,10 +1,10 @@
-"""The counter's batches as the proxy sees them on their way to Redis."""
+"""Recognise the counter's batches among the requests that the proxy passes on to Redis, and read them."""
 
 from nanoservice.testing.proxy import Request
 
 
 def is_batch(request: Request) -> bool:
-    """Return whether it calls the script."""
+    """Return whether the request calls the script."""
     return request.words[0].upper() == b"EVALSHA"
 
 
@@ -14,10 +14,10 @@ def writer(batch: Request) -> bytes:
 
 
 def sequence(batch: Request) -> int:
-    """Return the number that the lane gave the batch."""
+    """Return the sequence number that the lane gave the batch."""
     return int(batch.words[8])
 
 
 def is_newer(kept: Request, request: Request) -> bool:
-    """Return whether `request` is a batch of the lane that sent the batch `kept`, and a newer one."""
+    """Return whether `request` is a newer batch of the lane that sent the batch `kept`."""
     return is_batch(request) and writer(request) == writer(kept) and sequence(request) > sequence(kept)

@@ -1,4 +1,4 @@
-"""The hitcounter, served in the test's process or in one of its own."""
+"""Serve the hitcounter, in the test's process or in a separate process."""
 
 from collections.abc import AsyncIterator, Iterator
 
@@ -12,13 +12,13 @@ from tests.support.process import Spawn, spawning
 
 @pytest.fixture
 async def served(valkey: Valkey) -> AsyncIterator[Served]:
-    """The hitcounter in this process, on a Valkey of its own."""
+    """Serve the hitcounter in the test's process, with the test's own Valkey."""
     async with serving(SERVICE, valkey.environ()) as it:
         yield it
 
 
 @pytest.fixture
 def spawn() -> Iterator[Spawn]:
-    """Start a hitcounter in a process of its own, with the settings that a test gives."""
+    """Yield a function that starts a hitcounter in a separate process, with the settings that the test passes."""
     with spawning("hitcounter") as start:
         yield start

@@ -1,4 +1,4 @@
-"""The name that the counter borrows from hiredis; tests/nanoservice/test_borrowed.py has those of the chassis."""
+"""Check the name that the counter borrows from hiredis; tests/nanoservice/test_borrowed.py checks the chassis's names."""
 
 from typing import Any
 

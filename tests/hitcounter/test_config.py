@@ -1,4 +1,4 @@
-"""The settings that the counter adds to those of every service."""
+"""Test the settings that the counter adds to the settings of every service."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.support.variables import OTHERS
 
 
 def problems(environ: dict[str, str]) -> list[str]:
-    """Return what is wrong with `environ`."""
+    """Return the problems that are reported for `environ`."""
     with pytest.raises(ConfigError) as caught:
         CounterConfig.read(environ)
     return caught.value.problems
@@ -33,7 +33,7 @@ def test_defaults_need_no_variable() -> None:
         ("IDEMPOTENCY_KEYS", "0", "a whole number from 1"),
     ],
 )
-def test_wrong_value_is_named_with_what_it_should_be(name: str, value: str, should_be: str) -> None:
+def test_report_of_a_wrong_value_says_what_is_valid(name: str, value: str, should_be: str) -> None:
     [line] = problems({"REDIS_HOST": "h", name: value})
     assert line.startswith(f"{name} must be {should_be}")
 
@@ -46,7 +46,7 @@ def test_misspelt_variable_is_reported_with_the_nearest_one(name: str, nearest: 
     assert problems({name: "s3cret"}) == [f"{name} is not a setting; the nearest is {nearest}"]
 
 
-def test_variables_of_others_are_ignored() -> None:
+def test_variables_of_other_programs_are_ignored() -> None:
     assert CounterConfig.read(dict.fromkeys(OTHERS, "x")) == CounterConfig.read({})
 
 

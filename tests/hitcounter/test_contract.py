@@ -1,4 +1,4 @@
-"""What the counter answers on `/`, to each method, media type, body and Idempotency-Key."""
+"""Test the counter's answers on `/` to each method, media type, body and Idempotency-Key."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ JSON = "Accept: application/json"
 
 
 async def counts(served: Served) -> tuple[int, int]:
-    """Count a hit, and return how many hits there were before, and posts."""
+    """Count a hit; return the number of hits before this one, and the number of posts."""
     numbers = (await ask(served.port, request("GET", "/", JSON))).json
     return numbers["hits"] - 1, numbers["posts"]
 
@@ -69,13 +69,13 @@ async def test_head_has_the_headers_of_get(served: Served, headers: tuple[str, .
             await wire.send(request("GET", path, *headers), request("HEAD", path, *headers))
             get, head = await wire.reply(), await wire.reply(head=True)
             assert head.status == get.status == 200
-            varying = {"Date", "Content-Length"} if path == "/" else {"Date"}  # no length, because an uncounted hit has no number
+            varying = {"Date", "Content-Length"} if path == "/" else {"Date"}  # HEAD counts nothing, so the length is unknown
             assert {name: get.headers[name] for name in get.headers.keys() - varying} == {
                 name: head.headers[name] for name in head.headers.keys() - varying
             }
         await wire.send(request("HEAD", "/nowhere"), request("GET"))
         assert (await wire.reply(head=True)).status == 404
-        assert (await wire.reply()).status == 200  # so the answer to HEAD had no body
+        assert (await wire.reply()).status == 200  # this answer was parsed, so HEAD had no body
 
 
 async def test_every_answer_on_the_root_forbids_caching(served: Served) -> None:
@@ -106,7 +106,7 @@ async def test_path_accepts_its_methods_and_lists_them(served: Served) -> None:
 async def test_body_up_to_a_mebibyte_is_discarded(served: Served, size: int, framing: str) -> None:
     body = b"x" * size
     async with connected(served.port) as wire:
-        for number in (1, 2):  # on one connection: the first body was read to its end
+        for number in (1, 2):  # on one connection, so the first body must have been read completely
             if framing == "chunked":
                 await wire.send(request("POST", "/", JSON, "Transfer-Encoding: chunked"), *chunked(body, 60_000))
             else:
@@ -147,25 +147,25 @@ async def test_chunked_body_without_end_is_413(served: Served) -> None:
         assert is_problem(await reply, 413)
 
 
-async def test_bodies_are_not_held(spawn: Spawn, valkey: Valkey) -> None:
+async def test_bodies_are_not_kept_in_memory(spawn: Spawn, valkey: Valkey) -> None:
     patient = "import runpy; from nanoservice import connection; connection.RECEIVE_SECONDS = 120;"
     command = sys.executable, "-c", patient + "runpy.run_module('hitcounter', run_name='__main__')"
     process = spawn(valkey.environ(BIND_HOST="127.0.0.1"), command=command)
 
     def received() -> bool:
-        """Return whether the process has read everything: no socket on its port has a byte in its queues."""
+        """Return whether the process has read everything: no socket on its port has a byte in a queue."""
         sockets = [line.split()[1:5] for line in Path("/proc/net/tcp").read_text().splitlines()]
         return all(
             queues == "00000000:00000000" for *ends, _, queues in sockets if any(f":{process.port:04X}" in end for end in ends)
         )
 
     async def upload(number: int) -> int:
-        """Send `number` bodies at a time; return the memory in use when all but the last byte of each has arrived."""
+        """Send `number` bodies at a time; return the memory in use when each body lacks only its last byte."""
         async with contextlib.AsyncExitStack() as stack:
             wires = [await stack.enter_async_context(connected(process.port)) for _ in range(number)]
             for wire in wires:
                 await wire.send(request("POST", "/", f"Content-Length: {MIB}"))
-            for piece in [MIB // 16] * 15 + [MIB // 16 - 1]:  # so that no more than one piece a body is in flight
+            for piece in [MIB // 16] * 15 + [MIB // 16 - 1]:  # at most one piece of each body is in flight
                 for wire in wires:
                     await wire.send(b"x" * piece)
                 await eventually(received, 10 * SLACK)
@@ -176,7 +176,7 @@ async def test_bodies_are_not_held(spawn: Spawn, valkey: Valkey) -> None:
         return used
 
     before = await upload(5)
-    assert await upload(200) - before < 80 * MIB  # instead of 200; this includes the event loop's read buffers
+    assert await upload(200) - before < 80 * MIB  # the bodies have 200 MiB; the read buffers of the event loop are included
 
 
 async def test_hit_with_a_body_is_a_hit(served: Served) -> None:
@@ -253,7 +253,7 @@ async def test_malformed_key_is_400_and_counts_nothing(served: Served, headers: 
             assert is_problem(reply, 400)
             assert reply.json["detail"] == "Idempotency-Key must be one header of 1 to 255 printable ASCII characters"
         await wire.send(request("GET", "/", *keys), request("GET", "/", JSON, *keys), request("HEAD", "/", *keys))
-        assert (await wire.reply()).status == 200  # it is ignored here
+        assert (await wire.reply()).status == 200  # a GET ignores the key
         assert (await wire.reply()).json == {"hits": 2, "posts": 0}
         assert (await wire.reply(head=True)).status == 200
 

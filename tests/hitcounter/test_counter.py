@@ -1,4 +1,4 @@
-"""The counter in this process, on a real Valkey: batches, lanes, bounds, cancelled requests, keys, and lost counts."""
+"""Test the counter in this process, on a real Valkey: batches, lanes, bounds, cancelled requests, keys, and lost counts."""
 
 import asyncio
 import contextlib
@@ -46,7 +46,7 @@ class Counting:
 
 @contextlib.asynccontextmanager
 async def counting(valkey: Valkey, port: int = 0, **options: Any) -> AsyncIterator[Counting]:
-    """Run a counter on `valkey`, or through the proxy that listens on `port`."""
+    """Run a counter that reaches `valkey` directly, or through the proxy that listens on `port`."""
     it = Counting(valkey, port, options)
     await it.counter.start()
     try:
@@ -63,7 +63,7 @@ async def outcomes(waiting: list[asyncio.Future[Counts]]) -> list[Counts | BaseE
 
 
 def hits(results: list[Counts | BaseException]) -> list[int]:
-    """Return the numbers of hits that were answered."""
+    """Return the number of hits that each answer has."""
     return [result.hits for result in results if isinstance(result, Counts)]
 
 
@@ -86,7 +86,7 @@ def writers(valkey: Valkey) -> list[str]:
     return sorted(valkey.run("KEYS", "{hitcounter}:writer:*"))
 
 
-# --- who goes away ---
+# --- clients that disconnect, and cancelled requests ---
 
 
 async def test_client_that_disconnects_disturbs_no_other_request_of_its_batch(valkey: Valkey) -> None:
@@ -102,7 +102,7 @@ async def test_client_that_disconnects_disturbs_no_other_request_of_its_batch(va
         await eventually(lambda: metric(served, "counter_pending"), 5 * SLACK)
         for wire in wires[::3]:
             wire.writer.transport.abort()
-        await asyncio.sleep(0.05)  # the service notices that they have disconnected
+        await asyncio.sleep(0.05)  # the service notices the disconnects
         valkey.thaw()
         numbers = [(await wire.reply()).json["hits"] for number, wire in enumerate(wires) if number % 3]
         assert len(set(numbers)) == 20
@@ -211,12 +211,12 @@ async def test_ten_thousand_wait_for_a_frozen_store_one_more_is_refused_at_once_
                     used.append(tracemalloc.get_traced_memory()[0])
         finally:
             tracemalloc.stop()
-        assert max(used[1:]) - used[0] < 2_000_000, used  # bytes; one fill takes about ten million
+        assert max(used[1:]) - used[0] < 2_000_000, used  # bytes; the 10,000 requests take about ten million
         valkey.thaw()
 
         async def counts() -> bool:
             with contextlib.suppress(UnavailableError):
-                return (await it.hit()).hits <= 5 * most + 20  # a hit that was answered 503 may have been counted
+                return (await it.hit()).hits <= 5 * most + 20  # hits that got 503 may have been counted
             return False
 
         await eventually(counts, 10 * SLACK)
@@ -226,7 +226,7 @@ async def test_all_are_answered_by_the_deadline_whatever_the_batch_waits_for(val
     async with counting(valkey, timeout=0.5, lanes=1) as it:
         valkey.freeze()
         began, waiting = time.monotonic(), []
-        for _ in range(10):  # some in the batch in flight, others in batches behind it
+        for _ in range(10):  # some requests are in the batch in flight, others in later batches
             waiting += [it.hit() for _ in range(20)]
             await asyncio.sleep(0.02)
         results = await outcomes(waiting)
@@ -277,7 +277,7 @@ async def test_stuck_batch_delays_only_its_own_lane(valkey: Valkey) -> None:
         proxy.fate = lambda _: Fate.PASS
         await proxy.release()
         assert totals(valkey) == [20, 0]
-        assert await within(first, 10 * SLACK) == Counts(20, 0)  # sent again after its timeout, it gets the first reply
+        assert await within(first, 10 * SLACK) == Counts(20, 0)  # sent again after a timeout, the batch gets its first reply
         assert totals(valkey) == [20, 0]
 
 
@@ -323,7 +323,7 @@ async def test_key_counts_once_over_batches_and_over_two_counters(valkey: Valkey
         assert totals(valkey) == [1, 102]
 
 
-async def test_key_that_got_no_answer_counts_once_when_it_comes_again(valkey: Valkey) -> None:
+async def test_key_that_got_no_answer_counts_once_when_it_is_sent_again(valkey: Valkey) -> None:
     async with Proxy(valkey.port) as proxy, counting(valkey, proxy.port, timeout=1.5, redis_timeout=0.5) as it:
         await it.hit()
         proxy.fate = lambda request: Fate.SWALLOW_REPLY if is_batch(request) else Fate.PASS
@@ -333,7 +333,7 @@ async def test_key_that_got_no_answer_counts_once_when_it_comes_again(valkey: Va
         assert await within(it.post("a")) == await within(it.post("a")) == Counts(1, 1)
 
 
-async def test_try_that_its_deadline_cuts_short_says_nothing_of_redis(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+async def test_try_that_is_cut_off_by_its_deadline_is_not_logged(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
     valkey.run("ACL", "SETUSER", "default", "-evalsha")
     tries = itertools.count()
 
@@ -343,7 +343,7 @@ async def test_try_that_its_deadline_cuts_short_says_nothing_of_redis(valkey: Va
     async with Proxy(valkey.port, fate) as proxy, counting(valkey, proxy.port, timeout=1.5, redis_timeout=3.0) as it:
         with pytest.raises(UnavailableError, match="NOPERM"):
             await within(it.hit())
-        await asyncio.sleep(0.1)  # for the try to be cancelled
+        await asyncio.sleep(0.1)  # the try is cancelled meanwhile
         assert next(tries) == 2
         assert caplog.messages == ["Redis fails: its user may not do this (NOPERM)"]
 
@@ -396,11 +396,11 @@ async def test_memory_of_the_store_is_bounded(valkey: Valkey) -> None:
                 usage = [client.memory_usage(key, samples=0) for key in client.keys()]
             sizes.append(sum(usage))
             assert len(usage) <= 4 + 4
-        # This includes the reply to each lane's last batch: at most 1,000 numbers.
+        # The limit includes the reply to each lane's last batch, which Redis keeps; a reply has at most 1,000 numbers.
         assert max(sizes) < 400_000, sizes
 
 
-# --- a store that lost something ---
+# --- counts that Redis has lost ---
 
 
 async def test_emptied_store_is_logged_once_and_counting_goes_on(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
@@ -566,10 +566,10 @@ async def test_programming_error_fails_its_batch_and_not_the_lane(
     assert caplog.messages == ["a batch failed"]
 
 
-# --- the end ---
+# --- close ---
 
 
-@pytest.mark.parametrize("wait", [0, 0.05], ids=["before it is sent", "while it is under way"])
+@pytest.mark.parametrize("wait", [0, 0.05], ids=["before the batch is sent", "while the batch is in flight"])
 async def test_close_answers_all_waiters_at_once(valkey: Valkey, wait: float) -> None:
     failed: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
@@ -584,7 +584,7 @@ async def test_close_answers_all_waiters_at_once(valkey: Valkey, wait: float) ->
         assert time.monotonic() - began < 1 * SLACK
         assert {type(result) for result in await outcomes(waiting)} == {UnavailableError}
         assert it.metric("counter_pending") == 0
-        await asyncio.sleep(0.05)  # a later event finds the counter closed
+        await asyncio.sleep(0.05)  # late events find a closed counter
     valkey.thaw()
     assert not failed
 

@@ -1,4 +1,4 @@
-"""Each hit and post counts once, and each number is answered once: under load, over crashes of Redis, on a bad network."""
+"""Each hit and post counts once, and each number is answered once: under load, across crashes of Redis, on a bad network."""
 
 import asyncio
 import contextlib
@@ -17,13 +17,13 @@ from tests.support.load import Load, Tally
 from tests.support.process import Process, Spawn
 
 CONNECTIONS = 1000
-SECONDS = 10  # that each load lasts
-LOST_REPLIES = 100  # at least, in the test of a bad network
+SECONDS = 10  # the duration of each load
+LOST_REPLIES = 100  # the fewest lost replies in the test of a bad network
 
 
 @pytest.fixture
 def valkey(valkey: Valkey) -> Valkey:
-    """A Valkey configured as a system of record: it answers when the disk has the write."""
+    """Return a Valkey that is configured as a system of record: Valkey answers a write after the disk has stored it."""
     valkey.options = "--appendfsync", "always"
     valkey.kill()
     valkey.start()
@@ -31,19 +31,19 @@ def valkey(valkey: Valkey) -> Valkey:
 
 
 def totals(valkey: Valkey) -> tuple[int, int]:
-    """Return the hits and posts that Redis has."""
+    """Return the hits and posts that Redis has counted."""
     hits, posts = valkey.run("MGET", "{hitcounter}:hits", "{hitcounter}:posts")
     return int(hits or 0), int(posts or 0)
 
 
 @contextlib.asynccontextmanager
 async def watching(valkey: Valkey, tally: Tally) -> AsyncIterator[None]:
-    """Fail if the counts in Redis are ever below the numbers that were answered before they were read."""
+    """Fail if the counts in Redis are ever lower than a number that was answered before the counts were read."""
 
     async def watch() -> None:
         while True:
             answered = tally.highest_hits, tally.highest_posts
-            with contextlib.suppress(redis.RedisError):  # it is down
+            with contextlib.suppress(redis.RedisError):  # Redis is down
                 hits, posts = await asyncio.to_thread(totals, valkey)
                 assert answered[0] <= hits
                 assert answered[1] <= posts
@@ -51,13 +51,13 @@ async def watching(valkey: Valkey, tally: Tally) -> AsyncIterator[None]:
 
     watcher = asyncio.create_task(watch())
     yield
-    assert not watcher.done() or watcher.result()  # raises the failed assertion
+    assert not watcher.done() or watcher.result()  # `result()` raises the failed assertion
     watcher.cancel()
     await asyncio.gather(watcher, return_exceptions=True)
 
 
 def end(processes: list[Process]) -> None:
-    """Stop the services. No batch is in flight afterwards."""
+    """Stop the services, so that no batch is in flight any more."""
     assert [process.end() for process in processes] == [0] * len(processes)
 
 
@@ -99,7 +99,7 @@ async def test_no_hit_is_lost_or_counted_twice_while_the_store_is_killed_three_t
 
 
 async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_and_repeats(valkey: Valkey, spawn: Spawn) -> None:
-    # The wanted number of each fault, spread over the whole time, so that a busy machine with few batches gets them too.
+    # The wanted number of each fault. The faults are spread over time, so that a busy machine with few batches gets all faults.
     faults = {
         Fate.LOSE_REPLY: 2 * LOST_REPLIES, Fate.REPEAT_LATE: 150, Fate.REPEAT: 60, Fate.LOSE_REQUEST: 40,
         Fate.SWALLOW_REPLY: 15, Fate.STALL: 15,
@@ -113,7 +113,7 @@ async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_an
             return Fate.PASS
         began = began or time.monotonic()
         spent = (time.monotonic() - began) / SECONDS
-        # The more of a fault are due, the likelier it is chosen.
+        # The further a fault is behind its wanted number, the more often it is chosen.
         due = [max(0.0, number * spent - proxy.fates[fault]) for fault, number in faults.items()]
         return dice.choices([Fate.PASS, *faults], [1.0, *due])[0]
 
@@ -123,7 +123,7 @@ async def test_no_hit_is_lost_or_counted_twice_on_a_network_that_loses_delays_an
             await proxy.release()
 
     def enough() -> bool:
-        """Return whether there were enough faults, and duplicates that arrived after newer batches."""
+        """Return whether there were enough faults, and enough duplicates that arrived after newer batches."""
         lost = proxy.fates[Fate.LOSE_REPLY] + proxy.fates[Fate.SWALLOW_REPLY]
         repeated = min(proxy.repeated["late"], proxy.repeated["counted"])
         return lost >= LOST_REPLIES and repeated > 10 and all(proxy.fates[fault] for fault in faults)

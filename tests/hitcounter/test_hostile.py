@@ -1,4 +1,4 @@
-"""Hostile requests to the counter: they reach its handling of bodies, `Accept` and `Idempotency-Key`."""
+"""Attack the counter with hostile requests, which reach the code for bodies, `Accept` and `Idempotency-Key`."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""The modules of the counter import downwards only, and of the chassis nothing that is for tests or for development."""
+"""Check that the counter's modules import only lower layers, and no module of the chassis for tests or development."""
 
 from tests.support import ROOT
 from tests.support.imports import imported, modules, violations
 
-# From the bottom up. A module may import modules of the layers before its own, and any of the chassis's that serves.
+# The layers, the lowest first. A module may import modules of lower layers, and modules of the chassis that are in the image.
 LAYERS = ["counter", "app", "__main__"]
 
 

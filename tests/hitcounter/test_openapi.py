@@ -1,4 +1,4 @@
-"""The counter's OpenAPI document is valid, complete, and true of the answers."""
+"""The counter's OpenAPI document is valid and complete, and matches the counter's answers."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from nanoservice.testing.waiting import SLACK
 from tests.support import openapi
 from tests.support.process import Process, Spawn
 
-SECONDS = 40 * SLACK  # for one run of schemathesis
+SECONDS = 40 * SLACK  # the time limit for one run of schemathesis
 
 
 async def test_document_is_valid_openapi_3_1(served: Served) -> None:
@@ -33,11 +33,11 @@ async def test_every_operation_has_a_name_of_its_own_and_a_summary(served: Serve
 
 async def test_counts_are_64_bit_numbers(served: Served) -> None:
     counts = (await openapi.document(served))["components"]["schemas"]["Counts"]
-    # Without the format, generated Java, Go, C# and Rust clients hold 32 bits.
+    # Without this format, generated clients in Java, Go, C# and Rust have numbers of 32 bits.
     assert counts["properties"] == {name: {"type": "integer", "format": "int64", "minimum": 0} for name in ("hits", "posts")}
 
 
-async def test_every_503_is_documented_with_when_to_try_again(valkey: Valkey) -> None:
+async def test_every_503_is_documented_with_retry_after(valkey: Valkey) -> None:
     async with serving(SERVICE, valkey.environ(REQUEST_TIMEOUT="0.3")) as served:
         found = await openapi.document(served)
         valkey.kill()
@@ -68,8 +68,8 @@ def test_schemathesis_finds_nothing(spawn: Spawn, valkey: Valkey, tmp_path: Path
     check(process, tmp_path, "--header", "Accept: application/json", "--include-path", "/")
     with urllib.request.urlopen(f"http://127.0.0.1:{process.admin_port}/metrics") as answer:
         page = answer.read().decode()
-    # It has sent valid requests, invalid requests, and undocumented methods.
+    # The labels show that schemathesis has sent valid requests, invalid requests, and undocumented methods.
     for labels in ('"GET",route="/",status="200"', '"POST",route="/",status="400"', '"PATCH",route="unmatched",status="405"'):
         assert f"http_request_duration_seconds_count{{method={labels}}}" in page
     told = {line["message"].partition(";")[0] for line in process.log if line["level"] not in ("debug", "info")}
-    assert told <= {"slow request"}  # a busy machine may log one
+    assert told <= {"slow request"}  # on a busy machine a request may be slow

@@ -1,4 +1,4 @@
-"""Redis is down, hung, full, read-only or emptied: the counter answers 503 in time, logs one line, and recovers by itself."""
+"""If Redis is down, hung, full, read-only or emptied, the counter answers 503 in time, logs one line, and recovers by itself."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ from tests.support.wire import request
 
 
 async def get(served: Served, path: str = "/") -> tuple[int, dict[str, Any], float]:
-    """Send a GET; return the status, the problem details (if any) and the seconds it took."""
+    """Send a GET; return the status, the problem details (if any) and the duration in seconds."""
     began = time.monotonic()
     async with served.client.get(path) as answer:
         body = await answer.json() if answer.content_type.endswith("json") else {}
@@ -63,7 +63,7 @@ async def test_short_restart_is_waited_out_without_a_503(
 async def test_redis_that_refuses_is_named_once_and_recovered_from(
     valkey: Valkey, caplog: pytest.LogCaptureFixture, breaks: Act, mends: Act, cause: str
 ) -> None:
-    # With one lane, Redis answers its second batch that the writer is unknown. That is an answer, but not successful work.
+    # With one lane, Redis answers to the second batch that the writer is unknown. Such an answer is not successful work.
     async with serving(SERVICE, valkey.environ(REQUEST_TIMEOUT="1", LANES="1")) as served:
         breaks(valkey)
         answers = await asyncio.gather(*(get(served) for _ in range(30)))
@@ -99,7 +99,7 @@ async def test_lanes_need_the_current_password_for_each_new_connection(valkey: V
         await eventually(works, 2 * SLACK)
 
 
-async def test_scripts_flushed_from_the_server_are_not_noticed(served: Served, valkey: Valkey) -> None:
+async def test_no_request_fails_when_redis_has_lost_the_script(served: Served, valkey: Valkey) -> None:
     for number in range(1, 6):
         valkey.run("SCRIPT", "FLUSH")
         async with served.client.get("/", headers={"Accept": "application/json"}) as answer:

@@ -1,8 +1,7 @@
-"""A model of the protocol between lanes and the script, over the worst possible network and Redis.
+"""Test a model of the protocol between lanes and the script, with the worst possible network and Redis.
 
-The lane's side is `WriterState`, which decides in production too; the store's side is `count.lua` on a real Valkey.
-Between them is a
-network in which whatever was sent may arrive never, late, more than once and in any order.
+The lanes of the model use `WriterState`, which decides in production too. The script is `count.lua` on a real Valkey.
+The network between lanes and script loses, delays, repeats and reorders messages.
 """
 
 import itertools
@@ -30,7 +29,7 @@ examples = itertools.count()
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client of a Valkey that does not sync, since nothing kills it here."""
+    """Yield a client of a Valkey that does not fsync, because no test of this file crashes Valkey."""
     server = Valkey(tmp_path_factory.mktemp("valkey"), "--appendfsync", "no")
     server.start()
     client = Redis(port=server.port, protocol=2)
@@ -40,7 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def call(store: Any, keys: tuple[str, ...], *arguments: Any) -> list[Any]:
-    """Call the script as a lane does."""
+    """Call the script as a lane calls it, and return the reply."""
     try:
         reply: list[Any] = store.evalsha(SHA, len(keys), *keys, *arguments)
     except NoScriptError:
@@ -49,23 +48,23 @@ def call(store: Any, keys: tuple[str, ...], *arguments: Any) -> list[Any]:
     return reply
 
 
-# --- at random, with all that can happen ---
+# --- random sequences of all events ---
 
 
 @dataclass(eq=False)
 class Batch:
-    """Hits and posts for a lane to count, and what happened to them."""
+    """Hits and posts that a lane has to count, and what happened to the batch."""
 
     hits: int
     posts: int
     keys: list[bytes]
-    counted: list[tuple[int, int]] = field(default_factory=list)  # the totals afterwards, for each time that it was counted
-    reply: list[Any] | None = None  # from which its waiters were answered
+    counted: list[tuple[int, int]] = field(default_factory=list)  # the totals after each time that the batch was counted
+    reply: list[Any] | None = None  # the reply from which the requests of the batch were answered
 
 
 @dataclass(eq=False)
 class Message:
-    """A batch as it was sent once."""
+    """One transmission of a batch, which may arrive several times."""
 
     batch: Batch
     writer: str
@@ -86,11 +85,11 @@ class Lane:
 
 
 lanes = st.integers(0, LANES - 1)
-recent = st.integers(0, 30)  # how many messages ago
+recent = st.integers(0, 30)  # the last 31 messages; 0 is the newest
 
 
 class Protocol(RuleBasedStateMachine):
-    """Lanes, a network and a store."""
+    """A model with lanes, a network and Redis."""
 
     def __init__(self, store: Any) -> None:
         super().__init__()
@@ -98,9 +97,9 @@ class Protocol(RuleBasedStateMachine):
         self.name = f"model{next(examples)}"
         self.lanes = [Lane(WriterState()) for _ in range(LANES)]
         self.batches: list[Batch] = []
-        self.messages: list[Message] = []  # that may arrive once more
-        self.answers: dict[bytes, tuple[int, int]] = {}  # to each Idempotency-Key
-        self.totals = 0, 0  # in the store
+        self.messages: list[Message] = []  # all messages that may arrive, also again
+        self.answers: dict[bytes, tuple[int, int]] = {}  # the answer to each Idempotency-Key
+        self.totals = 0, 0  # the hits and posts in Redis
 
     def read_totals(self) -> tuple[int, int]:
         hits, posts = self.store.mget(_keys(self.name, "")[:2])
@@ -115,7 +114,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(number=lanes, hits=st.integers(1, 3), posts=st.integers(0, 2), keys=st.lists(st.sampled_from(KEYS), max_size=3))
     def send_or_send_again(self, number: int, hits: int, posts: int, keys: list[bytes]) -> None:
-        """A lane sends its batch. One without a batch takes one first; one that waits for a reply gives up on it first."""
+        """A lane sends its batch. A lane without a batch begins one first; a lane that waits for a reply stops waiting first."""
         lane = self.lanes[number]
         if lane.sent:
             lane.writer.failed(TimeoutError(), sent=True)
@@ -141,13 +140,13 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(number=lanes)
     def crash(self, number: int) -> None:
-        """The process of a lane ends, and another takes its place."""
+        """The process of a lane crashes, and a new process replaces it."""
         self.lanes[number] = Lane(WriterState())
 
     @precondition(lambda self: any(lane.reply is not None for lane in self.lanes))
     @rule(number=lanes)
     def receive(self, number: int) -> None:
-        """A lane gets its reply."""
+        """A lane receives the reply to its message."""
         lane = self.lanes[number]
         if isinstance(lane.reply, ResponseError):
             lane.writer.failed(lane.reply, sent=True)
@@ -162,14 +161,14 @@ class Protocol(RuleBasedStateMachine):
                 lane.batch.reply = lane.reply
             lane.settled()
 
-    # --- the store ---
+    # --- Redis ---
 
     @precondition(lambda self: self.messages)
     @rule(ago=recent, full=st.sampled_from([False, False, False, True]))
     def deliver(self, ago: int, full: bool) -> None:
-        """A message reaches Redis, maybe not for the first time; the reply goes to the lane if it still waits for it.
+        """A message reaches Redis, perhaps not for the first time. The lane gets the reply if it still waits for one.
 
-        `full`: while the store is out of memory.
+        `full` means that Redis is out of memory.
         """
         message = self.messages[-1 - ago % len(self.messages)]
         batch, before = message.batch, self.totals
@@ -201,7 +200,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """Redis restarts: it has no script, and every connection is lost."""
+        """Redis restarts: the script and every connection are lost."""
         self.store.script_flush()
         for number in range(LANES):
             self.fail(number)
@@ -211,14 +210,15 @@ class Protocol(RuleBasedStateMachine):
     def forget(self, ago: int) -> None:
         """Redis forgets a writer.
 
-        That is a day after its last batch: its first is on its way no more, else it could count again. `count.lua` says so.
+        Redis does this a day after the last batch of the writer. By then the first batch of this writer is no longer on its way;
+        otherwise that batch could be counted again, as `count.lua` says.
         """
         writer = self.messages[-1 - ago % len(self.messages)].writer
         if not any(lane.batch and lane.writer.name == writer and lane.writer.sequence == 1 for lane in self.lanes):
             self.messages = [message for message in self.messages if (message.writer, message.sequence) != (writer, 1)]
             self.store.delete(_keys(self.name, writer)[2])
 
-    # --- what must hold ---
+    # --- invariants ---
 
     @invariant()
     def each_batch_is_counted_once_at_most(self) -> None:
@@ -249,7 +249,7 @@ class Protocol(RuleBasedStateMachine):
 
 def test_no_order_of_events_counts_a_batch_twice_or_answers_one_that_is_not_counted(store: Any) -> None:
     run_state_machine_as_test(
-        lambda: Protocol(store),  # type: ignore[arg-type] # it takes any factory
+        lambda: Protocol(store),  # type: ignore[arg-type] # the function accepts any factory
         settings=settings(
             max_examples=200,
             stateful_step_count=30,
@@ -263,12 +263,12 @@ def test_no_order_of_events_counts_a_batch_twice_or_answers_one_that_is_not_coun
     )
 
 
-# --- all there is, of two batches of one lane ---
+# --- all states that a few batches of one lane can reach ---
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A batch as it was sent once, and how often it arrived."""
+    """One transmission of a batch, and how often it arrived."""
 
     batch: int
     writer: int
@@ -278,39 +278,39 @@ class Sent:
 
 @dataclass(frozen=True)
 class State:
-    """The state of lane, network and Redis; names are represented by numbers."""
+    """The state of the lane, the network and Redis; numbers represent the names of the lane."""
 
-    begun: int = 0  # batches
-    busy: bool = False  # with the last of them
-    tries: int = 0  # of it
+    begun: int = 0  # how many batches the lane has begun
+    busy: bool = False  # whether the lane still tries to count the last batch
+    tries: int = 0  # how often the last batch was sent under its name
     writer: int = 0
     sequence: int = 0
     in_doubt: bool = False
-    waits_for: int | None = None  # in `sent`: the reply to it
+    waits_for: int | None = None  # index in `sent` of the message whose reply the lane waits for
     reply: tuple[Any, ...] | None = None
     sent: tuple[Sent, ...] = ()
-    hits: int = 0  # in the store
-    known: tuple[bytes | None, ...] = (None,) * 5  # what the store knows of each writer
-    counted: tuple[int, ...] = (0, 0, 0)  # how often each batch was
+    hits: int = 0  # the hits in Redis
+    known: tuple[bytes | None, ...] = (None,) * 5  # what Redis remembers of each writer
+    counted: tuple[int, ...] = (0, 0, 0)  # how often each batch was counted
     forgot: bool = False
 
 
 class Exhaustive:
     """Visits every state that any sequence of events can reach.
 
-    `batches` are sent, each up to `tries` times under one name; what was sent arrives up to `arrivals` times.
+    The lane sends `batches` batches, each up to `tries` times under one name. Each message arrives up to `arrivals` times.
     """
 
     def __init__(self, store: Any, batches: int, tries: int, arrivals: int) -> None:
         self.store = store
-        self.sizes = [1, 2, 4][:batches]  # hits of each batch: the total shows which ones were counted
+        self.sizes = [1, 2, 4][:batches]  # the hits of each batch; the total shows which batches were counted
         self.tries = tries
         self.arrivals = arrivals
         self.memory: dict[Any, tuple[tuple[Any, ...], int, bytes | None]] = {}
         self.ends: set[tuple[int, ...]] = set()
 
     def script(self, state: State, message: Sent) -> tuple[tuple[Any, ...], int, bytes | None]:
-        """Return the script's reply, and the hits and the writer's record that it leaves in Redis."""
+        """Return the script's reply, and the hits and the writer's record that Redis has after the call."""
         known = state.known[message.writer]
         situation = state.hits, known, message.sequence, message.batch
         if situation not in self.memory:
@@ -324,7 +324,7 @@ class Exhaustive:
         return self.memory[situation]
 
     def decided(self, state: State, writer: WriterState, **changes: Any) -> State:
-        """Return the state after the lane's writer decided something; a new name gets the next number."""
+        """Return the state after a decision of the lane's writer; a new name gets the next number."""
         number = state.writer + (writer.name != "now")
         return replace(state, writer=number, sequence=writer.sequence, in_doubt=writer.in_doubt, **changes)
 
@@ -333,7 +333,7 @@ class Exhaustive:
         return replace(state, sent=(*state.sent, message), waits_for=len(state.sent), reply=None, tries=state.tries + 1)
 
     def steps(self, state: State) -> Iterator[State]:
-        """Yield the states that may be next."""
+        """Yield every state that can follow `state`."""
         writer = WriterState()
         writer.name, writer.sequence, writer.in_doubt = "now", state.sequence, state.in_doubt
         if not state.busy and state.begun < len(self.sizes):
@@ -381,7 +381,7 @@ class Exhaustive:
         return replace(state, reply=reply) if state.waits_for == index and state.reply is None else state
 
     def explore(self) -> int:
-        """Visit every state; return how many there are."""
+        """Visit every state, and return the number of states."""
         seen, left = {State()}, [State()]
         while left:
             state = left.pop()
@@ -398,5 +398,5 @@ def test_no_interleaving_of_a_few_batches_counts_one_twice_or_answers_one_that_i
     store: Any, batches: int, tries: int, arrivals: int
 ) -> None:
     exhaustive = Exhaustive(store, batches, tries, arrivals)
-    assert exhaustive.explore() > 1000  # states
+    assert exhaustive.explore() > 1000  # the number of states
     assert {counted[:batches] for counted in exhaustive.ends} == set(itertools.product((0, 1), repeat=batches))

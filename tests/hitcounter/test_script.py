@@ -1,4 +1,4 @@
-"""`count.lua` on a real Valkey: each step of the argument at its top, its keys, and the permissions that it needs."""
+"""Test `count.lua` on a real Valkey: each step of the argument in its first comment, its keys, and its permissions."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from nanoservice.testing.served import serving
 from nanoservice.testing.valkey import Valkey
 
 DAY = 86400
-COMMANDS = "get set expire incrby time hget hset hdel zadd zcard zrange zrem zscore".split()  # of the script
+COMMANDS = "get set expire incrby time hget hset hdel zadd zcard zrange zrem zscore".split()  # the commands of the script
 RIGHTS = ["~{hitcounter}:*", "resetchannels", "-@all", "+evalsha", "+script|load", "+ping", *(f"+{name}" for name in COMMANDS)]
 
 HITS, POSTS, WRITER, ANSWERS, ORDER = _keys("hitcounter", "w")
@@ -42,7 +42,7 @@ class Script:
         return int(self.client.get(HITS) or 0), int(self.client.get(POSTS) or 0)
 
     def age(self, seconds: int) -> None:
-        """Make all remembered keys older by this much."""
+        """Make all remembered keys older by `seconds`."""
         for digest, score in self.client.zrange(ORDER, 0, -1, withscores=True):
             self.client.zadd(ORDER, {digest: score - seconds * 1000000})
 
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 
 @pytest.fixture
 def valkey(server: Valkey) -> Valkey:
-    """One server for all tests of this file, which are many and short; it is emptied for each."""
+    """Return an empty server. All tests of this file share one server, because the tests are many and short."""
     server.run("FLUSHALL")
     server.run("ACL", "DELUSER", "svc")
     return server
@@ -127,7 +127,7 @@ def test_d_first_batch_of_a_writer_is_counted(script: Script) -> None:
 
 def test_d_residue_is_a_first_batch_that_comes_after_its_writer_was_forgotten(script: Script) -> None:
     script(1, 3, 1)
-    script.client.delete(WRITER)  # as a day without a batch would do
+    script.client.delete(WRITER)  # Redis does this after a day without a batch
     assert script(1, 3, 1) == counted(6, 2)
 
 
@@ -137,7 +137,7 @@ def test_batches_of_one_writer_may_skip_numbers_that_were_given_up(script: Scrip
     assert script(4, 1) == [b"late"]
 
 
-# --- what it keeps ---
+# --- what the script keeps in Redis ---
 
 
 def test_writer_is_remembered_for_a_day_from_each_batch(script: Script) -> None:
@@ -230,7 +230,7 @@ def test_large_totals_are_counted_exactly(script: Script) -> None:
     assert script.totals() == (10**15 - 8, 10**14 + 3)
 
 
-# --- what it does not understand ---
+# --- keys with unexpected content ---
 
 
 def _spoil(client: Any, key: str, content: str) -> None:
@@ -262,7 +262,7 @@ def test_key_that_holds_something_else_is_an_error_and_nothing_changes(script: S
         assert script.all() == before
 
 
-# --- the rights that it needs ---
+# --- the permissions that the script needs ---
 
 
 def exercise(script: Script) -> None:
@@ -287,12 +287,12 @@ def refused() -> "pytest.RaisesExc[ResponseError]":
 
 
 def make_old(valkey: Valkey) -> None:
-    """Leave a key in Redis that is old enough to be forgotten."""
+    """Store an Idempotency-Key in Redis that is old enough to be forgotten."""
     valkey.run("ZADD", ORDER, 1, "old")
     valkey.run("HSET", ANSWERS, "old", "x")
 
 
-def test_user_with_the_least_rights_can_do_all(valkey: Valkey) -> None:
+def test_user_with_the_least_rights_can_run_the_whole_script(valkey: Valkey) -> None:
     make_old(valkey)
     script = Script(valkey, **make_user(valkey))
     exercise(script)

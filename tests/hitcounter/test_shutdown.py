@@ -1,4 +1,4 @@
-"""The shutdown of the counter: requests that wait for their number get it, or a 503 in time."""
+"""When the counter shuts down, each request that waits for its number gets the number, or a 503 in time."""
 
 import asyncio
 import signal

@@ -1,4 +1,4 @@
-"""The start of the counter, and its first answer."""
+"""Test the start of the counter, and its first answer."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ EMBEDDED = {"BIND_PORT": "0", "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1"}
 
 
 def run(settings: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a hitcounter that stops by itself."""
+    """Run a hitcounter until it exits by itself."""
     command = [sys.executable, "-m", "hitcounter", *arguments]
     return subprocess.run(command, env=environment(settings), cwd=ROOT, text=True, capture_output=True, timeout=30)
 
@@ -47,14 +47,15 @@ def test_help_shows_every_setting() -> None:
 
 
 @pytest.mark.parametrize(("how", "expected"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_signal_while_it_imports_stops_it_at_once(tmp_path: Path, how: int, expected: int) -> None:
+def test_signal_during_imports_stops_the_process_at_once(tmp_path: Path, how: int, expected: int) -> None:
     status, printed = interrupted_at("aiohttp.hdrs", "hitcounter", how, EMBEDDED, tmp_path)
-    # 0: it had imported everything by then. A negative status would be the kernel's, which spares process 1.
+    # The status is 0 if all imports were finished. A negative status would mean that the kernel stopped the process. The kernel
+    # does not do this to process 1 of a container.
     assert status in (expected, 0)
     assert "Traceback" not in printed
 
 
-def test_start_takes_little(valkey: Valkey, spawn: Spawn) -> None:
+def test_start_is_fast(valkey: Valkey, spawn: Spawn) -> None:
     began = time.monotonic()
     assert "seen 1 times" in get(spawn(valkey.environ()))
     assert time.monotonic() - began < 3 * SLACK

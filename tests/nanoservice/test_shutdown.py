@@ -175,7 +175,7 @@ async def test_connection_that_was_just_accepted_does_not_delay_the_shutdown(val
             for _ in range(5):
                 client = clients.enter_context(socket.create_connection(("127.0.0.1", it.port)))
                 client.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
-            for _ in range(iterations):  # each is one iteration of the event loop; an answer needs several
+            for _ in range(iterations):  # iterations of the event loop between the connection and its answer
                 await asyncio.sleep(0)
             began = time.monotonic()
             await it.running.close()

@@ -225,7 +225,7 @@ async def hit(port: int) -> int:
 
 
 async def survive(process: Process, errors: Path, number: int, *, connections: int) -> None:
-    """Attack a service whose standard error goes to the file `errors`. Fail if it leaks memory, descriptors or text, or loses a hit.
+    """Attack a service whose standard error goes to `errors`; fail if it leaks memory, descriptors or text, or loses a hit.
 
     During the attack the service may open up to `connections` more connections to Redis, which it did not need before.
     """

@@ -70,7 +70,7 @@ class Namespace:
         self.kubectl("apply", "--filename=-", input=text)
 
     def python(self, pod: str, script: str, *arguments: str, **options: Any) -> str:
-        """Run a Python script in a pod of the service's image, which contains no shell."""
+        """Run a Python script in a pod of the service's image, whose only program is Python."""
         return self.kubectl("exec", pod, "--", "/usr/bin/python3.13", "-c", script, *arguments, **options)
 
     def counts(self) -> tuple[int, int]:

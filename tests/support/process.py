@@ -69,7 +69,7 @@ class Process:
         self.port, self.admin_port = line["port"], line["admin_port"]
 
     def end(self, how: int = signal.SIGTERM, seconds: float = 30) -> int:
-        """Send the signal `how`, or none if `how` is 0; wait until the process exits, and return its exit status."""
+        """Send the signal `how` (0 sends none: the process was already asked to stop), and return the exit status."""
         if self.popen.poll() is None:
             self.popen.send_signal(how)
         status = self.popen.wait(seconds)
@@ -119,7 +119,7 @@ def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
         output, errors = process.communicate(timeout=10 * SLACK)
     finally:
-        process.kill()  # if the process ignored the signal, `with` would wait for it for ever
+        process.kill()  # the caller's `with` would wait for ever for a process that ignores the signal
     return process.returncode, output + errors
 
 

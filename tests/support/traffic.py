@@ -46,7 +46,7 @@ class Failure:
 
 @dataclass
 class Traffic:
-    """Sends requests at a constant rate: one of ten is a POST, the others are GETs. No request is sent twice, which could hide a failure."""
+    """Sends nine GETs for each POST, at a constant rate. Each request is sent once, because a retry could hide a failure."""
 
     url: str
     rate: float
