@@ -1,4 +1,4 @@
-"""Recognise the counter's batches among the requests that the proxy passes on to Redis, and read them."""
+"""Recognise the counter's batches among the requests that the proxy passes on to Redis, and read a batch's lane and number."""
 
 from nanoservice.testing.proxy import Request
 

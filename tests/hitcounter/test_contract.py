@@ -75,7 +75,7 @@ async def test_head_has_the_headers_of_get(served: Served, headers: tuple[str, .
             }
         await wire.send(request("HEAD", "/nowhere"), request("GET"))
         assert (await wire.reply(head=True)).status == 404
-        assert (await wire.reply()).status == 200  # this answer was parsed, so HEAD had no body
+        assert (await wire.reply()).status == 200  # a body after HEAD would break this answer
 
 
 async def test_every_answer_on_the_root_forbids_caching(served: Served) -> None:
@@ -106,7 +106,7 @@ async def test_path_accepts_its_methods_and_lists_them(served: Served) -> None:
 async def test_body_up_to_a_mebibyte_is_discarded(served: Served, size: int, framing: str) -> None:
     body = b"x" * size
     async with connected(served.port) as wire:
-        for number in (1, 2):  # on one connection, so the first body must have been read completely
+        for number in (1, 2):  # both use one connection, so the service must read the first body completely
             if framing == "chunked":
                 await wire.send(request("POST", "/", JSON, "Transfer-Encoding: chunked"), *chunked(body, 60_000))
             else:
@@ -176,7 +176,7 @@ async def test_bodies_are_not_kept_in_memory(spawn: Spawn, valkey: Valkey) -> No
         return used
 
     before = await upload(5)
-    assert await upload(200) - before < 80 * MIB  # the bodies have 200 MiB; the read buffers of the event loop are included
+    assert await upload(200) - before < 80 * MIB  # the bodies have 200 MiB; the event loop has read buffers
 
 
 async def test_hit_with_a_body_is_a_hit(served: Served) -> None:

@@ -57,13 +57,13 @@ async def counting(valkey: Valkey, port: int = 0, **options: Any) -> AsyncIterat
 
 
 async def outcomes(waiting: list[asyncio.Future[Counts]]) -> list[Counts | BaseException]:
-    """Return the result or the exception of each future; fail if that takes too long."""
+    """Return the result or the exception of each future; fail if the futures take too long."""
     async with asyncio.timeout(10 * SLACK):
         return await asyncio.gather(*waiting, return_exceptions=True)
 
 
 def hits(results: list[Counts | BaseException]) -> list[int]:
-    """Return the number of hits that each answer has."""
+    """Return the hits of each answer, without the answers that are errors."""
     return [result.hits for result in results if isinstance(result, Counts)]
 
 
@@ -182,7 +182,7 @@ async def test_numbers_are_given_in_order_of_arrival(valkey: Valkey) -> None:
 # --- bounds ---
 
 
-async def test_ten_thousand_wait_for_a_frozen_store_one_more_is_refused_at_once_and_memory_stays_flat(valkey: Valkey) -> None:
+async def test_request_beyond_max_pending_is_refused_at_once_and_memory_stays_flat(valkey: Valkey) -> None:
     timeout, most = 0.6, 10000
     async with counting(valkey, timeout=timeout, max_pending=most) as it:
         await it.hit()
@@ -211,7 +211,7 @@ async def test_ten_thousand_wait_for_a_frozen_store_one_more_is_refused_at_once_
                     used.append(tracemalloc.get_traced_memory()[0])
         finally:
             tracemalloc.stop()
-        assert max(used[1:]) - used[0] < 2_000_000, used  # bytes; the 10,000 requests take about ten million
+        assert max(used[1:]) - used[0] < 2_000_000, used  # bytes; 10,000 waiting requests need about ten million bytes
         valkey.thaw()
 
         async def counts() -> bool:
@@ -277,7 +277,7 @@ async def test_stuck_batch_delays_only_its_own_lane(valkey: Valkey) -> None:
         proxy.fate = lambda _: Fate.PASS
         await proxy.release()
         assert totals(valkey) == [20, 0]
-        assert await within(first, 10 * SLACK) == Counts(20, 0)  # sent again after a timeout, the batch gets its first reply
+        assert await within(first, 10 * SLACK) == Counts(20, 0)  # the batch was sent again, after a timeout
         assert totals(valkey) == [20, 0]
 
 
@@ -343,7 +343,7 @@ async def test_try_that_is_cut_off_by_its_deadline_is_not_logged(valkey: Valkey,
     async with Proxy(valkey.port, fate) as proxy, counting(valkey, proxy.port, timeout=1.5, redis_timeout=3.0) as it:
         with pytest.raises(UnavailableError, match="NOPERM"):
             await within(it.hit())
-        await asyncio.sleep(0.1)  # the try is cancelled meanwhile
+        await asyncio.sleep(0.1)  # the counter cancels the try meanwhile
         assert next(tries) == 2
         assert caplog.messages == ["Redis fails: its user may not do this (NOPERM)"]
 
@@ -396,7 +396,7 @@ async def test_memory_of_the_store_is_bounded(valkey: Valkey) -> None:
                 usage = [client.memory_usage(key, samples=0) for key in client.keys()]
             sizes.append(sum(usage))
             assert len(usage) <= 4 + 4
-        # The limit includes the reply to each lane's last batch, which Redis keeps; a reply has at most 1,000 numbers.
+        # The limit includes the remembered reply to the last batch of each lane. A reply has at most 1,000 numbers.
         assert max(sizes) < 400_000, sizes
 
 
@@ -428,7 +428,7 @@ async def test_batches_in_flight_together_log_one_loss_once(valkey: Valkey) -> N
         waiting = []
         for _ in range(2):
             waiting += [it.hit() for _ in range(10)]
-            await asyncio.sleep(0.05)  # the batch is sent; the next one uses the other lane
+            await asyncio.sleep(0.05)  # the batch is sent, so the next batch uses the other lane
         valkey.thaw()
         assert sorted(hits(await outcomes(waiting))) == list(range(1, 21))
         assert it.metric("counter_batch_size_count") >= 3
@@ -584,7 +584,7 @@ async def test_close_answers_all_waiters_at_once(valkey: Valkey, wait: float) ->
         assert time.monotonic() - began < 1 * SLACK
         assert {type(result) for result in await outcomes(waiting)} == {UnavailableError}
         assert it.metric("counter_pending") == 0
-        await asyncio.sleep(0.05)  # late events find a closed counter
+        await asyncio.sleep(0.05)  # late events reach the closed counter
     valkey.thaw()
     assert not failed
 

@@ -51,7 +51,7 @@ async def watching(valkey: Valkey, tally: Tally) -> AsyncIterator[None]:
 
     watcher = asyncio.create_task(watch())
     yield
-    assert not watcher.done() or watcher.result()  # `result()` raises the failed assertion
+    assert not watcher.done() or watcher.result()  # `result()` raises the assertion that failed
     watcher.cancel()
     await asyncio.gather(watcher, return_exceptions=True)
 

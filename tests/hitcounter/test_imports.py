@@ -1,4 +1,4 @@
-"""Check that the counter's modules import only lower layers, and no module of the chassis for tests or development."""
+"""Check that the counter's modules import only lower layers, and nothing of the chassis that is for tests or development."""
 
 from tests.support import ROOT
 from tests.support.imports import imported, modules, violations

@@ -63,7 +63,7 @@ async def test_short_restart_is_waited_out_without_a_503(
 async def test_redis_that_refuses_is_named_once_and_recovered_from(
     valkey: Valkey, caplog: pytest.LogCaptureFixture, breaks: Act, mends: Act, cause: str
 ) -> None:
-    # With one lane, Redis answers to the second batch that the writer is unknown. Such an answer is not successful work.
+    # With one lane, the script replies "unknown" to the second batch. Such a reply is an answer, but not successful work.
     async with serving(SERVICE, valkey.environ(REQUEST_TIMEOUT="1", LANES="1")) as served:
         breaks(valkey)
         answers = await asyncio.gather(*(get(served) for _ in range(30)))

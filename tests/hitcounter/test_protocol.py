@@ -64,7 +64,7 @@ class Batch:
 
 @dataclass(eq=False)
 class Message:
-    """One transmission of a batch, which may arrive several times."""
+    """One transmission of a batch; the transmission may arrive several times."""
 
     batch: Batch
     writer: str
@@ -85,7 +85,7 @@ class Lane:
 
 
 lanes = st.integers(0, LANES - 1)
-recent = st.integers(0, 30)  # the last 31 messages; 0 is the newest
+recent = st.integers(0, 30)  # the age of a message: 0 is the newest
 
 
 class Protocol(RuleBasedStateMachine):
@@ -97,7 +97,7 @@ class Protocol(RuleBasedStateMachine):
         self.name = f"model{next(examples)}"
         self.lanes = [Lane(WriterState()) for _ in range(LANES)]
         self.batches: list[Batch] = []
-        self.messages: list[Message] = []  # all messages that may arrive, also again
+        self.messages: list[Message] = []  # all messages that may still arrive, or arrive again
         self.answers: dict[bytes, tuple[int, int]] = {}  # the answer to each Idempotency-Key
         self.totals = 0, 0  # the hits and posts in Redis
 

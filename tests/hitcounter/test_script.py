@@ -96,7 +96,7 @@ def test_b_late_duplicate_of_an_older_batch_counts_nothing(script: Script, late:
 
 
 @pytest.mark.parametrize("sequence", [2, 3, 1000])
-def test_c_batch_of_an_unknown_writer_counts_nothing_but_its_first(script: Script, sequence: int) -> None:
+def test_c_batch_of_an_unknown_writer_counts_nothing_unless_it_is_the_first(script: Script, sequence: int) -> None:
     script(1, 3, 1, "a", writer="another")
     before = script.all()
     assert script(sequence, 3, 1, "a", "b") == [b"unknown"]
@@ -287,7 +287,7 @@ def refused() -> "pytest.RaisesExc[ResponseError]":
 
 
 def make_old(valkey: Valkey) -> None:
-    """Store an Idempotency-Key in Redis that is old enough to be forgotten."""
+    """Store an Idempotency-Key in Redis; the key is old enough to be forgotten."""
     valkey.run("ZADD", ORDER, 1, "old")
     valkey.run("HSET", ANSWERS, "old", "x")
 
@@ -325,7 +325,7 @@ def test_each_of_the_rights_is_needed(valkey: Valkey, right: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_batch_that_fails_for_want_of_a_right_counts_at_most_once_however_often_it_is_sent(valkey: Valkey, command: str) -> None:
+def test_batch_that_fails_for_lack_of_a_right_counts_at_most_once_however_often_it_is_sent(valkey: Valkey, command: str) -> None:
     make_old(valkey)
     script = Script(valkey)
     script(1, 1, 1, "a")

@@ -37,7 +37,7 @@ async def silent(wire: Wire) -> None:
 
 
 async def drip(wire: Wire, *data: bytes) -> None:
-    """Send `data`, the last piece one byte every 0.2 s, then send nothing more."""
+    """Send `data`, of its last piece only one byte every 0.2 s; then send nothing more."""
     await wire.send(*data[:-1])
     for byte in data[-1]:
         await asyncio.sleep(0.2)
@@ -98,7 +98,7 @@ async def time_to_close(port: int, way: str, limit: float) -> float:
 
 
 async def stays_open(port: int, seconds: float, data: tuple[bytes, ...], answers: int) -> None:
-    """Send `data` and read the answers, twice; fail if the server closes the connection in the `seconds` between."""
+    """Send `data`, read the answers, and repeat both after `seconds`; fail if the server closes the connection."""
     async with connected(port) as wire:
         await wire.send(*data)
         for _ in range(answers):
@@ -125,7 +125,7 @@ async def check_times(port: int, limit: float) -> None:
     slow = [time_to_close(port, way, limit + 5 * SLACK) for way in SLOW]
     kept = [stays_open(port, limit + 2, *way) for way in IDLE.values()]
     times, _ = await asyncio.gather(asyncio.gather(*slow), asyncio.gather(*kept))
-    # The chassis closes overdue connections once a second. A client may begin up to half a second before it is measured.
+    # The chassis closes overdue connections once a second. A client may begin up to half a second before its measurement.
     assert {
         way: seconds for way, seconds in zip(SLOW, times, strict=True) if not limit - 0.1 <= seconds <= limit + 2 * SLACK
     } == {}

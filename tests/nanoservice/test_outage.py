@@ -1,4 +1,4 @@
-"""While Redis is down, hung, full or read-only, the service answers 503 with the cause and logs one line; then it recovers."""
+"""If Redis is down, hung, full or read-only, the service answers 503 with the cause, logs one line, and recovers by itself."""
 
 import asyncio
 import gc

@@ -216,18 +216,18 @@ def test_same_cause_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, cap
     health.failed("work", exceptions.ReadOnlyError())
     health.worked("work")
     assert lines() == 4  # a different cause is logged at once
-    health.failed("work", OSError())  # this outage begins less than a minute after the last line
+    health.failed("work", OSError())  # this outage begins less than a minute after the same cause was logged
     now += 61
     assert lines() == 4
     for _ in range(100):
         health.failed("work", OSError())
-    assert lines() == 5  # the outage lasts longer than the minute
+    assert lines() == 5  # the outage has lasted longer than a minute
     health.worked("work")
     assert [record.getMessage() for record in caplog.records][-2:] == ["Redis fails: it cannot be reached", "Redis works again"]
 
 
 class TlsFront:
-    """A TLS server in front of a Valkey without TLS: it decrypts the client's bytes and passes them on."""
+    """A TLS server that decrypts the client's bytes and passes these bytes on to a Valkey without TLS."""
 
     def __init__(self, valkey: Valkey, folder: Path) -> None:
         self.valkey = valkey
@@ -271,7 +271,7 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 @pytest.fixture
 async def tls(valkey: Valkey, tmp_path: Path) -> AsyncIterator[TlsFront]:
-    """Yield a TLS server that requires a client certificate and passes the bytes on to Valkey; the test starts it."""
+    """Yield a TLS server that requires a client certificate and passes the bytes on to Valkey. The test starts the server."""
     front = TlsFront(valkey, tmp_path)
     yield front
     front.server.close()

@@ -153,7 +153,7 @@ async def test_second_service_logs_json_drains_and_exits_with_status_0(spawn: Sp
         async with aiohttp.request("GET", f"{process.url}greet/ada") as answer:
             assert await answer.text() == f"Hello ada, number {number}\n"
     assert process.end() == 0
-    log = [line for line in process.log if line["message"] != "slow request"]  # on a busy machine a request may be slow
+    log = [line for line in process.log if line["message"] != "slow request"]  # a busy machine may have slow requests
     assert [line["message"].partition(";")[0] for line in log] == ["listening", "draining", "stopped"]
     assert all(line["level"] == "info" and line["time"] for line in log)
 

@@ -70,7 +70,7 @@ async def test_no_request_fails_over_twenty_restarts_with_a_drain(valkey: Valkey
     assert int(valkey.run("GET", HITS)) == total
 
 
-async def test_drain_goes_on_serving_and_closes_each_connection(valkey: Valkey, spawn: Spawn) -> None:
+async def test_service_keeps_serving_and_closes_each_connection_during_a_drain(valkey: Valkey, spawn: Spawn) -> None:
     process = spawn(valkey.environ(DRAIN_SECONDS=str(SLACK)))
     async with aiohttp.ClientSession() as client:
         async with client.get(process.url) as answer:
@@ -152,7 +152,7 @@ async def test_second_signal_stops_at_once(valkey: Valkey, spawn: Spawn) -> None
 
 
 async def test_dns_lookup_that_hangs_does_not_delay_the_exit(spawn: Spawn) -> None:
-    # This test makes a DNS look-up of asyncio's own event loop hang. uvloop's look-up hangs only on a cluster without DNS.
+    # This test makes a DNS look-up of asyncio's own event loop hang. A test with uvloop would need a cluster without DNS.
     hangs = "import runpy, socket, time; socket.getaddrinfo = lambda *_, **__: time.sleep(60);"
     hangs += "runpy.run_module('tests.nanoservice.sample', run_name='__main__')"
     environ = {"REDIS_HOST": "redis", "REDIS_TIMEOUT": "0.1", "BIND_PORT": "0", "ADMIN_PORT": "0"}

@@ -175,7 +175,7 @@ async def test_interrupt_of_the_process_group_lets_the_store_answer_requests_in_
             return await metric(process, "sample_pending") == 1
 
         await eventually(pending, 5 * SLACK)
-        os.killpg(popen.pid, signal.SIGINT)  # Ctrl-C signals the whole group
+        os.killpg(popen.pid, signal.SIGINT)  # Ctrl-C signals the whole process group
         await asyncio.to_thread(wait_for, lambda: process.logged("draining"), 5 * SLACK)
         os.kill(store, signal.SIGCONT)
         assert await waiting == 1

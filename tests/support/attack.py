@@ -227,7 +227,7 @@ async def hit(port: int) -> int:
 async def survive(process: Process, errors: Path, number: int, *, connections: int) -> None:
     """Attack a service whose standard error goes to `errors`; fail if it leaks memory, descriptors or text, or loses a hit.
 
-    During the attack the service may open up to `connections` more connections to Redis, which it did not need before.
+    During the attack the service may open up to `connections` more connections to Redis, which the service did not need before.
     """
     await Attack(process.port, seed=0).run(1_000)  # fills caches, metrics, and connections to Redis
     await Attack(process.admin_port, seed=2).run(100)

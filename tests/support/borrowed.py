@@ -1,4 +1,4 @@
-"""Reads the lists of borrowed names in docstrings, and finds the names that a library no longer has."""
+"""Read the lists of borrowed names in docstrings, and find the names that a library no longer has."""
 
 import ast
 import inspect
@@ -55,7 +55,7 @@ def changed_parameters(own: type, base: type, names: Iterator[str]) -> Iterator[
 
 
 def foreign_private_names(package: Path) -> Iterator[tuple[str, str]]:
-    """Yield each private attribute that `package` reads or sets but does not define, after the file that uses the attribute."""
+    """Yield the file and the name of each private attribute that `package` reads or sets but does not define."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(package.glob("*.py"))}
     defined = set()
     for tree in trees.values():

@@ -1,7 +1,7 @@
 """Deploy the service on a cluster with `make deploy`, and run commands there.
 
 `make e2e` uses the cluster of kubectl's current context. The tests create namespaces of their own, and delete these namespaces.
-Only one pod is in the namespace `monitoring`. If the cluster has no such namespace, the tests create it, and delete it again.
+One pod of the tests is in the namespace `monitoring`. If the cluster lacks this namespace, the tests create and delete it.
 """
 
 import atexit
@@ -70,7 +70,7 @@ class Namespace:
         self.kubectl("apply", "--filename=-", input=text)
 
     def python(self, pod: str, script: str, *arguments: str, **options: Any) -> str:
-        """Run a Python script in a pod of the service's image, whose only program is Python."""
+        """Run a Python script in a pod that has the service's image. The only program of this image is Python."""
         return self.kubectl("exec", pod, "--", "/usr/bin/python3.13", "-c", script, *arguments, **options)
 
     def counts(self) -> tuple[int, int]:
@@ -153,7 +153,7 @@ def compose(deployed: Deployed, namespace: Namespace, *lines: str) -> str:
     try:
         text = [f"namespace: {namespace.name}", *lines, "images:"]
         for name, image in images.items():
-            if "@" not in image:  # an image with a digest is in the manifests already
+            if "@" not in image:  # an image with a digest is the image that the manifests name
                 new, tag = image.rsplit(":", 1)
                 text.append(f'  - {{name: {name}, newName: {new}, newTag: "{tag}"}}')
         (folder / "kustomization.yaml").write_text("\n".join(text))
@@ -163,7 +163,7 @@ def compose(deployed: Deployed, namespace: Namespace, *lines: str) -> str:
 
 
 def install(deployed: Deployed, namespace: Namespace, *lines: str) -> None:
-    """Install the service and its Redis in `namespace`, without a port of the node, because the node has this port only once.
+    """Install the service and its Redis in `namespace`, without a port of the node, because only one service can have this port.
 
     `lines` are more lines of the kustomization, such as `components: [../components/redis-tls]`.
     """

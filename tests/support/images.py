@@ -1,4 +1,4 @@
-"""Build the image, read its content, and run containers, for the tests of the image.
+"""Build the image, read the image's content, and run containers: tools for the tests of the image.
 
 The variables of `make test-image` choose the engines and the options of the build. The first engine that is found builds and
 runs the images of the tests.
@@ -54,7 +54,7 @@ class Layout:
         return str(self._manifest["config"]["digest"])
 
     def manifests(self) -> dict[str, str]:
-        """Return the digest of each platform's image, if this image is an index."""
+        """Return the digests of the images in an index, by platform."""
         return {
             f"{one['platform']['os']}/{one['platform']['architecture']}": one["digest"] for one in self._manifest["manifests"]
         }

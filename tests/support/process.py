@@ -124,7 +124,7 @@ def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def interrupted_at(imported: str, module: str, how: int, settings: dict[str, str], cwd: Path) -> tuple[int, str]:
-    """Run `module`, and send it the signal `how` when it has imported `imported`; return exit status and output."""
+    """Run `module`, and send it the signal `how` when `imported` has been imported; return the exit status and the output."""
     command = [sys.executable, "-X", "importtime", "-m", module]  # standard error names each import
     with subprocess.Popen(
         command, env=environment(settings), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,6 +1,7 @@
 """Environment variables that do not belong to the service."""
 
-# Shells, terminals, desktops, containers, languages, CI, databases and clouds set them, and Kubernetes for other Services.
+# Shells, terminals, desktops, containers, languages, CI, databases and clouds set these variables. Kubernetes sets some of them
+# for other Services.
 OTHERS = """
     PATH HOME USER LOGNAME SHELL PWD OLDPWD SHLVL _ TERM COLORTERM LINES COLUMNS LANG LANGUAGE LC_ALL LC_CTYPE TZ TMPDIR
     EDITOR PAGER MAIL DISPLAY SSH_AUTH_SOCK SSH_CLIENT XDG_RUNTIME_DIR DBUS_SESSION_BUS_ADDRESS HISTSIZE LS_COLORS PS1
