@@ -1,4 +1,4 @@
-"""Checks of the files that make the image, without an engine."""
+"""The files that make the image are checked without an engine."""
 
 import importlib.util
 import struct
@@ -50,7 +50,7 @@ def test_missing_engine_is_reported_in_one_line(tmp_path: Path) -> None:
 def test_folder_that_is_no_layout_is_left_alone(tmp_path: Path) -> None:
     letter = tmp_path / "letter"
     letter.touch()
-    engine = tmp_path / "docker"  # an engine that does nothing
+    engine = tmp_path / "docker"  # a script that does nothing stands in for the engine
     engine.write_text("#!/bin/sh\n")
     engine.chmod(0o755)
     command = ["make", "image-multiarch", f"LAYOUT={tmp_path}", f"ENGINE={engine}"]
@@ -69,7 +69,9 @@ def test_stripping_changes_nothing_that_is_loaded() -> None:
         for header in range(table, table + size * count, size):
             (kind,), (begin,) = struct.unpack_from("<I", whole, header), struct.unpack_from("<Q", whole, header + 8)
             (length,) = struct.unpack_from("<Q", whole, header + 32)
-            if kind == 1:  # loaded; the first 64 bytes of the file have the position of the sections, which are left out
+            # Kind 1 is a segment that is loaded. Stripping removes the sections, so it changes their position, which is in the
+            # first 64 bytes of the file.
+            if kind == 1:
                 assert whole[max(begin, 64) : begin + length] == stripped[max(begin, 64) : begin + length], path
 
 

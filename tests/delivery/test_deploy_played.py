@@ -1,4 +1,4 @@
-"""The make targets for Kubernetes when kubectl and the engine answer in rare ways: scripts play both."""
+"""The make targets for Kubernetes handle rare answers of kubectl and the engine. Shell scripts play kubectl and the engine."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from tests.support import ROOT
 
 
 def played(folder: Path, name: str, script: str) -> str:
-    """Return the path of a program that runs this script, and logs its arguments to a file beside it."""
+    """Write a program that appends its arguments to NAME.told and then runs `script`. Return the program's path."""
     program = folder / name
     program.write_text(f'#!/bin/sh\necho "$*" >>"$0.told"\n{script}\n')
     program.chmod(0o755)
@@ -24,7 +24,7 @@ def played(folder: Path, name: str, script: str) -> str:
 
 
 def copied(folder: Path) -> Path:
-    """Return the folder of scripts in a copy of what they read and write."""
+    """Copy the scripts, and the manifests that they read and write, into `folder`. Return the copied folder of scripts."""
     shutil.copytree(ROOT / "manifests", folder / "manifests")
     return Path(shutil.copytree(ROOT / "scripts", folder / "scripts"))
 
@@ -37,7 +37,7 @@ def ran(script: str | Path, *arguments: str, **environ: str) -> "subprocess.Comp
 
 
 def cluster(*, minor: int | None = 30, default: str = "true", nodes: str = "", label: str | None = None) -> str:
-    """Return a script for kubectl: a cluster's version, default storage class, nodes and context; the label of the namespace."""
+    """Return a script that plays kubectl: it answers with these facts of a cluster. `label` is the label of the namespace."""
     version = f"""printf '{{"serverVersion": {{\\n "major": "1",\\n "minor": "{minor}",\\n "gitVersion": "v1"}}}}\\n'"""
     return f"""case "$*" in
   *version*) {"exit 1" if minor is None else version} ;;
@@ -52,7 +52,7 @@ esac"""
 
 
 def check(folder: Path, registry: str = "r.example", **options: int | str | None) -> tuple[int, str]:
-    """Return the exit status and the words of `make deploy`'s check on such a cluster."""
+    """Run the check of `make deploy` on a cluster with these `options`. Return its exit status and its error output."""
     kubectl, engine = played(folder, "kubectl", cluster(**options)), played(folder, "docker", "")  # type: ignore[arg-type]
     done = ran("deploy-check.sh", KUBECTL=kubectl, ENGINE=engine, REGISTRY=registry)
     return done.returncode, done.stderr
@@ -107,7 +107,7 @@ def test_namespace_of_somebody_else_is_left_alone(tmp_path: Path, command: str, 
 
 
 def test_names_that_look_like_numbers_are_taken_for_names(tmp_path: Path) -> None:
-    """The tag is the beginning of a digest: one in some hundreds is all digits, or as `12345678e123`."""
+    """The tag is the beginning of a digest. One such tag in some hundreds looks like a number: only digits, or `12345678e123`."""
     keeps = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
     kubectl = played(tmp_path, "kubectl", keeps)
     engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
@@ -133,9 +133,9 @@ def test_deploy_that_is_only_to_be_shown_does_nothing(tmp_path: Path) -> None:
 
 
 class Cluster:
-    """The scripts with the users of Redis `users`, and a cluster with the secrets `has`: what is in SECRET.KEY."""
+    """A copy of the scripts whose users.acl is `users`, and a fake kubectl. `has` maps each SECRET.KEY to its content."""
 
-    # Answers with the content of the files of `has`, and keeps each written secret in a folder of its name.
+    # The fake kubectl answers with the files in `has`. It stores each secret that is written in a folder with the secret's name.
     _KUBECTL = """case $* in
       *"get secret"*)
         key=$(expr "$*" : '.*index \\. "\\([a-z]*\\)"')
@@ -175,7 +175,7 @@ def test_passwords_are_made_only_where_there_are_none(tmp_path: Path, status: in
 
 
 def test_password_that_a_service_has_already_stays(tmp_path: Path) -> None:
-    """It is that of a Redis elsewhere, or the secret of the users alone was deleted."""
+    """The password may belong to a Redis outside the cluster, or somebody deleted only the secret `redis-users`."""
     users = "user default off\nuser hitcounter +get\nuser probe +ping\n"
     one = Cluster(tmp_path, users, {"hitcounter-redis.password": "theirs"})
     assert one.run("secret").returncode == 0
@@ -187,7 +187,7 @@ def test_password_that_a_service_has_already_stays(tmp_path: Path) -> None:
 
 def test_each_service_gets_its_own_password_whatever_its_name(tmp_path: Path) -> None:
     names = ["users", "new", "read", "services", "wanted", "last"]
-    # A comment, and a last line without a newline.
+    # The file begins with a comment, and its last line has no newline.
     one = Cluster(tmp_path, "# of all\nuser default off\n" + "\n".join(f"user {name} +get" for name in names), {})
     assert one.run("secret").returncode == 0
     written = one.written()
@@ -212,7 +212,7 @@ def test_passwords_go_with_the_terminal(tmp_path: Path) -> None:
     kubectl = played(tmp_path, "kubectl", 'case $* in *"get secret"*) echo >"$0.waits"; sleep 60 ;; esac')
     environ = {**os.environ, "NAMESPACE": "n", "KUBECTL": kubectl, "TMPDIR": str(temporary)}
     command = str(ROOT / "scripts" / "secret.sh")
-    heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # whatever these tests are run by
+    heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     with subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, preexec_fn=heeded) as popen:
         wait_for((tmp_path / "kubectl.waits").exists, 10 * SLACK)
         assert list(temporary.iterdir())
@@ -226,7 +226,7 @@ def test_passwords_go_with_the_terminal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("end", "whole"), [("", True), ("| head -c 40", False)], ids=["whole", "cut off"])
 def test_backup_that_is_interrupted_replaces_no_file(tmp_path: Path, end: str, whole: bool) -> None:
-    """kubectl does not report a stream that ends early as a failure."""
+    """kubectl succeeds even if the stream from the pod ends early."""
     file = tmp_path / "backup.rdb"
     file.write_text("yesterday's")
     kubectl = played(tmp_path, "kubectl", f"seq 2000 | gzip -c {end}")

@@ -1,4 +1,4 @@
-"""The content of the image: everything that it needs, and nothing else."""
+"""The image contains everything that the service needs, and nothing else."""
 
 import _imp
 import os
@@ -16,7 +16,7 @@ from tests.support.images import built, engine, run, tree
 
 pytestmark = pytest.mark.image
 
-OWN = -4  # the layers over the base: packages, their metadata, byte code of the standard library, the service
+OWN = -4  # the last four layers are not the base's: packages, their metadata, byte code of the standard library, the service
 PACKAGES = PurePosixPath("usr/local/lib/python3.13/dist-packages")
 LIBRARY = PurePosixPath("usr/lib/python3.13")
 SERVICE = PurePosixPath("app")
@@ -27,7 +27,7 @@ def members(first: int = 0) -> list[tarfile.TarInfo]:
 
 
 def contents() -> dict[PurePosixPath, bytes]:
-    """Return the files over the base."""
+    """Return the content of each file in the layers on top of the base."""
     files = {}
     for layer in built()[0].layers(OWN):
         for member in layer:
@@ -124,7 +124,7 @@ def test_libraries_have_no_debug_data() -> None:
 
 
 def test_files_come_in_the_same_order_by_every_engine() -> None:
-    """Some sort whole paths, some a folder at a time: `a`, `a-1`, `a/b` or `a`, `a/b`, `a-1`."""
+    """Some engines sort whole paths (`a`, `a-1`, `a/b`), others sort folder by folder (`a`, `a/b`, `a-1`)."""
     for layer in built()[0].layers(OWN):
         names = layer.getnames()
         assert sorted(names) == sorted(names, key=lambda name: name.split("/"))

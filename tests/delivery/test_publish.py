@@ -1,4 +1,4 @@
-"""The published image is the one that was built, with its SBOM; an image that was changed on the way is refused."""
+"""The published image is the image that was built, and has an SBOM. An image that was changed after the build is refused."""
 
 import contextlib
 import functools
@@ -47,7 +47,7 @@ def oras(*arguments: str, check: bool = True) -> str:
 
 
 def referrers(image: str) -> dict[str, str]:
-    """Return by its type the digest of each thing that refers to the image."""
+    """Return the digest of each referrer of the image, by artifact type."""
     found = json.loads(oras("discover", "--format", "json", image)).get("referrers", [])
     assert len(found) == len({one["artifactType"] for one in found})
     return {one["artifactType"]: one["digest"] for one in found}
@@ -59,7 +59,7 @@ def test_both_registries_have_the_version_under_the_same_digest() -> None:
     assert Layout(one.layout).digest == one.digest
     for repository in one.repositories:
         assert oras("resolve", f"{repository}:{VERSION}").strip() == one.digest
-        assert oras("repo", "tags", "--exclude-digest-tags", repository).split() == [VERSION]  # and no `latest`
+        assert oras("repo", "tags", "--exclude-digest-tags", repository).split() == [VERSION]  # there is no tag `latest`
     assert set(Layout(one.layout).manifests()) == {"linux/amd64", "linux/arm64"}
 
 
@@ -85,7 +85,7 @@ def test_what_is_known_of_the_image_refers_to_it_and_can_be_read_back(tmp_path: 
         assert (tmp_path / "sbom.spdx.json").read_bytes() == (one.dist / "release" / "sbom.spdx.json").read_bytes()
 
 
-# --- what is in it ---
+# --- the SBOM ---
 
 
 def contents() -> Any:
@@ -138,7 +138,7 @@ def test_list_of_contents_has_all_packages_of_each_platform() -> None:
 
 
 def platform_layers(platform: str) -> Iterator[list[str]]:
-    """Yield the names in the base of the image for one platform, which may be one layer or many, as one list."""
+    """Yield one list: the names of all files in the image for `platform`, from all its layers."""
     one = Layout(published().layout)
     child = Layout.__new__(Layout)
     child.__dict__.update(_blobs=published().layout / "blobs" / "sha256", digest=one.manifests()[platform])
@@ -209,7 +209,7 @@ def test_changes_of_a_release_are_those_of_its_version() -> None:
     assert (published().dist / "changes.md").read_text().strip() == section.strip()
 
 
-# --- what is refused ---
+# --- releases and images that are refused ---
 
 
 def test_publishing_again_changes_nothing() -> None:
@@ -221,7 +221,7 @@ def test_publishing_again_changes_nothing() -> None:
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Path:
-    """The layout of an image that differs in a comment."""
+    """The OCI layout of an image whose source has one more comment."""
     context = sources(tmp_path / "context")
     with open(context / "hitcounter" / "app.py", "a") as file:
         file.write("# another\n")
@@ -289,16 +289,16 @@ def tamper(file: Path) -> None:
 
 @contextlib.contextmanager
 def between(tampered: str, failing: str = "no tag") -> Iterator[str]:
-    """Stand between a client and the registry; yield the address.
+    """Run a proxy in front of the registry, and yield the proxy's address.
 
-    One bit of the content with the digest `tampered` is changed, and a request for the tag `failing` gets an error.
+    The proxy flips one bit of the content whose digest is `tampered`, and answers requests for the tag `failing` with status 500.
     """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def handle(self) -> None:
-            with contextlib.suppress(ConnectionError):  # a client that found it out does not wait for the rest
+            with contextlib.suppress(ConnectionError):  # a client that notices the flipped bit closes the connection at once
                 super().handle()
 
         def do_GET(self) -> None:
