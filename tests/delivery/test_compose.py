@@ -138,7 +138,7 @@ def running(ran: Project) -> Project:
     return ran
 
 
-def test_one_command_counts_and_keeps_its_counts_over_down_and_up(ran: Project) -> None:
+def test_one_command_starts_a_service_that_keeps_its_counts_over_down_and_up(ran: Project) -> None:
     first = ran.hits()
     assert ran.hits() == first + 1
     ran.compose("down")
@@ -147,13 +147,13 @@ def test_one_command_counts_and_keeps_its_counts_over_down_and_up(ran: Project) 
     assert ran.hits() == first + 2
 
 
-def test_command_again_leaves_what_runs_alone(running: Project) -> None:
+def test_second_up_restarts_no_running_container(running: Project) -> None:
     before = [running.inspect(service)["State"]["StartedAt"] for service in ("hitcounter", "redis")]
     running.compose("up", "--build", "--wait")
     assert [running.inspect(service)["State"]["StartedAt"] for service in ("hitcounter", "redis")] == before
 
 
-def test_public_port_is_published_on_loopback_alone_and_no_other(running: Project) -> None:
+def test_only_the_public_port_is_published_and_only_on_loopback(running: Project) -> None:
     published = {
         service: {port: bound for port, bound in running.inspect(service)["NetworkSettings"]["Ports"].items() if bound}
         for service in ("hitcounter", "redis")
@@ -173,7 +173,7 @@ WRITE = {
 
 
 @pytest.mark.parametrize(("service", "user"), [("hitcounter", 65532), ("redis", 65531)])
-def test_container_is_nobody_and_can_do_nothing_but_its_work(running: Project, service: str, user: int) -> None:
+def test_container_runs_without_privileges_and_cannot_write_to_its_root(running: Project, service: str, user: int) -> None:
     identity = running.container(service)
     status = dict(
         line.split(":\t", 1) for line in docker("exec", identity, *LOOK[service], "/proc/1/status").splitlines() if ":\t" in line
@@ -196,7 +196,7 @@ def test_container_is_nobody_and_can_do_nothing_but_its_work(running: Project, s
         docker("exec", identity, *WRITE[service], "/tmp/written")  # Valkey may write to /tmp
 
 
-def test_valkey_reaches_nothing_outside_and_is_reached_by_the_service(running: Project) -> None:
+def test_valkey_has_no_route_to_other_networks_but_the_service_has_one(running: Project) -> None:
     routes = [line.split()[1] for line in docker("exec", running.container("redis"), "cat", "/proc/net/route").splitlines()[1:]]
     assert routes
     assert "00000000" not in routes  # the destination of a default route
@@ -228,7 +228,7 @@ def test_secrets_are_made_once(running: Project) -> None:
     assert running.secrets() == before
 
 
-def test_secrets_show_nowhere(running: Project) -> None:
+def test_secrets_are_in_no_log_configuration_image_or_process(running: Project) -> None:
     running.compose("down", "--volumes")  # the next `up` makes new secrets, so the logs have everything about them
     with processes() as commands:
         running.compose("up", "--wait")
@@ -274,7 +274,7 @@ def again(project: Project, service: str, restarts: int, load: Traffic) -> None:
 
 
 @pytest.mark.parametrize("service", ["hitcounter", "redis"])
-async def test_kill_9_costs_no_answered_hit(running: Project, service: str) -> None:
+async def test_kill_9_loses_no_answered_hit(running: Project, service: str) -> None:
     before = await counts(running.url)
     times = []
     async with traffic(running.url, 100) as load:
@@ -292,7 +292,7 @@ async def test_kill_9_costs_no_answered_hit(running: Project, service: str) -> N
     load.check(before, after)
 
 
-def test_ends_in_time_and_in_order(running: Project) -> None:
+def test_stop_stops_the_service_before_redis_and_kills_neither(running: Project) -> None:
     running.compose("stop")
     for service in ("hitcounter", "redis"):
         container = running.inspect(service)
@@ -412,7 +412,7 @@ except OSError as error:
 """
 
 
-def test_tls_profile_leaves_nothing_in_clear_and_goes_on_with_the_counts(running: Project) -> None:
+def test_tls_profile_leaves_no_port_without_tls_and_keeps_the_counts(running: Project) -> None:
     def ping(service: str, how: str) -> str:
         return docker("exec", running.container(service), "/usr/bin/python3.13", "-c", _PING, how)
 

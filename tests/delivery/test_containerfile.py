@@ -23,7 +23,7 @@ def test_hadolint_finds_nothing(name: str) -> None:
     assert (ended.returncode, ended.stdout) == (0, "")
 
 
-def test_no_build_sees_what_is_for_tests_alone() -> None:
+def test_code_that_only_tests_use_is_not_part_of_a_build() -> None:
     patterns = (ROOT / ".dockerignore").read_text().splitlines()
     later = patterns[patterns.index("nanoservice/testing") :]
     assert not [pattern for pattern in later if pattern.startswith("!nanoservice")]  # the last pattern that matches decides
@@ -47,7 +47,7 @@ def test_missing_engine_is_reported_in_one_line(tmp_path: Path) -> None:
         assert ended.stderr.count("\n") == 1
 
 
-def test_folder_that_is_no_layout_is_left_alone(tmp_path: Path) -> None:
+def test_folder_that_is_not_a_layout_is_left_alone(tmp_path: Path) -> None:
     letter = tmp_path / "letter"
     letter.touch()
     engine = tmp_path / "docker"  # a script that does nothing stands in for the engine
@@ -60,7 +60,7 @@ def test_folder_that_is_no_layout_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the libraries of this platform are no ELF files")
-def test_stripping_changes_nothing_that_is_loaded() -> None:
+def test_stripping_changes_no_segment_that_is_loaded() -> None:
     libraries = sorted(Path(sys.prefix).rglob("*.so"))
     assert len(libraries) > 10
     for path in libraries:
@@ -75,7 +75,7 @@ def test_stripping_changes_nothing_that_is_loaded() -> None:
                 assert whole[max(begin, 64) : begin + length] == stripped[max(begin, 64) : begin + length], path
 
 
-def test_what_is_no_library_is_named(tmp_path: Path) -> None:
+def test_file_that_is_not_a_library_is_named_in_the_error(tmp_path: Path) -> None:
     path = tmp_path / "text.so"
     path.write_text("no library")
     with pytest.raises(ValueError, match=r"text\.so is not a 64-bit"):

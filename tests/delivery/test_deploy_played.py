@@ -58,7 +58,7 @@ def check(folder: Path, registry: str = "r.example", **options: int | str | None
     return done.returncode, done.stderr
 
 
-def test_cluster_that_will_do_is_taken_without_a_word(tmp_path: Path) -> None:
+def test_suitable_cluster_passes_the_check_without_output(tmp_path: Path) -> None:
     assert check(tmp_path) == (0, "")
 
 
@@ -72,7 +72,7 @@ def test_cluster_that_will_do_is_taken_without_a_word(tmp_path: Path) -> None:
     ],
     ids=["no cluster", "too old", "no storage class", "no registry"],
 )
-def test_cluster_that_will_not_do_is_refused_in_one_line(tmp_path: Path, options: dict[str, str], words: str) -> None:
+def test_unsuitable_cluster_is_refused_in_one_line(tmp_path: Path, options: dict[str, str], words: str) -> None:
     status, said = check(tmp_path, **options)
     assert status == 1
     assert words in said
@@ -85,7 +85,7 @@ def test_kubectl_that_is_missing_is_named() -> None:
     assert (done.returncode, done.stderr.startswith("make: kubectl is needed")) == (1, True)
 
 
-def test_engine_whose_images_minikube_does_not_take_is_refused(tmp_path: Path) -> None:
+def test_engine_whose_images_minikube_cannot_load_is_refused(tmp_path: Path) -> None:
     kubectl = played(tmp_path, "kubectl", cluster(nodes="node/minikube"))
     for name, status in (("docker", 0), ("podman", 1), ("buildah", 1)):
         engine = played(tmp_path, name, "")
@@ -96,7 +96,7 @@ def test_engine_whose_images_minikube_does_not_take_is_refused(tmp_path: Path) -
 
 @pytest.mark.parametrize("command", ["deploy-check", "deploy", "undeploy"])
 @pytest.mark.parametrize(("label", "taken"), [("hitcounter", True), ("", False), ("another", False)])
-def test_namespace_of_somebody_else_is_left_alone(tmp_path: Path, command: str, label: str, taken: bool) -> None:
+def test_foreign_namespace_is_left_alone(tmp_path: Path, command: str, label: str, taken: bool) -> None:
     kubectl = played(tmp_path, "kubectl", cluster(label=label))
     ended = ran(copied(tmp_path) / f"{command}.sh", KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""))
     told = (tmp_path / "kubectl.told").read_text()
@@ -106,7 +106,7 @@ def test_namespace_of_somebody_else_is_left_alone(tmp_path: Path, command: str, 
     assert ("delete" in told) == (taken and command == "undeploy")
 
 
-def test_names_that_look_like_numbers_are_taken_for_names(tmp_path: Path) -> None:
+def test_names_that_look_like_numbers_stay_texts(tmp_path: Path) -> None:
     """The tag is the beginning of a digest. One such tag in some hundreds looks like a number: only digits, or `12345678e123`."""
     keeps = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
     kubectl = played(tmp_path, "kubectl", keeps)
@@ -121,7 +121,7 @@ def test_names_that_look_like_numbers_are_taken_for_names(tmp_path: Path) -> Non
     ]
 
 
-def test_deploy_that_is_only_to_be_shown_does_nothing(tmp_path: Path) -> None:
+def test_dry_run_of_deploy_calls_nothing(tmp_path: Path) -> None:
     kubectl, engine = played(tmp_path, "kubectl", ""), played(tmp_path, "docker", "")
     command = ["make", "--dry-run", "deploy", f"KUBECTL={kubectl}", f"ENGINE={engine}", "REGISTRY=r.example"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=30).stdout
@@ -168,13 +168,13 @@ class Cluster:
 
 
 @pytest.mark.parametrize(("status", "written"), [(0, True), (1, False)], ids=["there is none", "it cannot be read"])
-def test_passwords_are_made_only_where_there_are_none(tmp_path: Path, status: int, written: bool) -> None:
+def test_passwords_are_made_only_if_the_cluster_has_none(tmp_path: Path, status: int, written: bool) -> None:
     kubectl = played(tmp_path, "kubectl", f"case $* in *'get secret'*) exit {status} ;; esac")
     assert ran("secret.sh", KUBECTL=kubectl).returncode == status
     assert ("create secret" in (tmp_path / "kubectl.told").read_text()) == written
 
 
-def test_password_that_a_service_has_already_stays(tmp_path: Path) -> None:
+def test_existing_password_of_a_service_stays(tmp_path: Path) -> None:
     """The password may belong to a Redis outside the cluster, or somebody deleted only the secret `redis-users`."""
     users = "user default off\nuser hitcounter +get\nuser probe +ping\n"
     one = Cluster(tmp_path, users, {"hitcounter-redis.password": "theirs"})
@@ -206,7 +206,7 @@ def test_rotation_does_not_wait_for_a_service_that_is_not_deployed(tmp_path: Pat
     assert re.findall("rollout restart (.+)", one.told.read_text()) == ["deployment/hitcounter"]
 
 
-def test_passwords_go_with_the_terminal(tmp_path: Path) -> None:
+def test_temporary_passwords_are_deleted_when_the_terminal_closes(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     kubectl = played(tmp_path, "kubectl", 'case $* in *"get secret"*) echo >"$0.waits"; sleep 60 ;; esac')
@@ -236,7 +236,7 @@ def test_backup_that_is_interrupted_replaces_no_file(tmp_path: Path, end: str, w
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backup.rdb", "kubectl", "kubectl.told"]
 
 
-def test_manifests_stay_where_new_ones_cannot_be_made(tmp_path: Path) -> None:
+def test_rendered_manifests_stay_if_rendering_fails(tmp_path: Path) -> None:
     script, rendered = copied(tmp_path) / "manifests.sh", tmp_path / "manifests" / "rendered"
     before = {path.name: path.read_text() for path in rendered.iterdir()}
     for kubectl in (played(tmp_path, "kubectl", "exit 1"), "no-such-kubectl"):

@@ -30,7 +30,7 @@ def context(tmp_path: Path) -> Path:
     return sources(tmp_path / "context")
 
 
-def test_two_builds_from_nothing_are_the_same_on_every_engine() -> None:
+def test_two_builds_without_a_cache_give_the_same_image_on_every_engine() -> None:
     assert len(engines()) > 1 or not os.environ.get("CI"), f"there is one engine alone to compare: {engines()}"
     environ = {**os.environ, "PLATFORMS": "linux/amd64,linux/arm64", "SERVICE": "hitcounter", "WHEELS": str(WHEELS)}
     ended = subprocess.run([ROOT / "scripts" / "image-check.sh"], cwd=ROOT, env=environ, text=True, capture_output=True)
@@ -133,7 +133,7 @@ def test_umask_changes_nothing(context: Path, tmp_path: Path) -> None:
     assert layout(context, tmp_path / "layout").digest == built()[0].digest
 
 
-def test_files_that_are_no_input_change_nothing(context: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_an_input_change_nothing(context: Path, tmp_path: Path) -> None:
     (context / "hitcounter" / "__pycache__").mkdir()
     for name in (
         "Makefile",
@@ -159,7 +159,7 @@ def test_clock_changes_nothing(context: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(
     sys.platform != "linux", reason="elsewhere the engine is in a machine that does not reach this one's loopback"
 )
-def test_without_wheels_they_come_from_the_index_and_give_the_same_image(context: Path, tmp_path: Path) -> None:
+def test_wheels_from_the_index_give_the_same_image(context: Path, tmp_path: Path) -> None:
     index = tmp_path / "index"
     for wheel in WHEELS.glob("*.whl"):
         name = wheel.name.split("-")[0].replace("_", "-").lower()

@@ -47,7 +47,7 @@ def get(identity: str, path: str = "/") -> str:
         return ""
 
 
-def test_restricted_container_is_soon_ready_counts_and_ends(network: str) -> None:
+def test_restricted_container_is_soon_ready_counts_and_stops(network: str) -> None:
     with container(network, *RESTRICTED) as identity:
         address = run("port", identity, "8080/tcp").splitlines()[0]
         began = time.monotonic()
@@ -76,7 +76,7 @@ def test_nothing_is_written(network: str) -> None:
         assert run("diff", identity) == ""
 
 
-def test_exactly_the_byte_code_is_there_that_is_loaded(network: str) -> None:
+def test_image_has_byte_code_of_exactly_the_modules_that_are_loaded(network: str) -> None:
     with container(network, "--env=PYTHONVERBOSE=1") as identity:
         wait_for(lambda: "seen" in get(identity), 30)
         get(identity, "/openapi.json")
@@ -111,7 +111,7 @@ def test_help_lists_the_settings(network: str) -> None:
     assert "| `REDIS_HOST` |" in run("run", "--rm", image(), "--help")
 
 
-def test_working_directory_is_no_place_for_modules(network: str, tmp_path: Path) -> None:
+def test_no_module_is_loaded_from_the_working_directory(network: str, tmp_path: Path) -> None:
     (tmp_path / "aiohttp.py").write_text("raise SystemExit('taken from the working directory')")
     tmp_path.chmod(0o755)
     assert "REDIS_HOST" in run("run", "--rm", f"--volume={tmp_path}:/work:ro", "--workdir=/work", image(), "--help")

@@ -98,7 +98,7 @@ def test_missing_python_is_reported_in_one_line(copy: Path, tmp_path: Path) -> N
     assert not (copy / ".venv").exists()
 
 
-def test_python_that_is_too_old_is_not_taken(copy: Path, tmp_path: Path) -> None:
+def test_python_that_is_too_old_is_not_used(copy: Path, tmp_path: Path) -> None:
     path = tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")
     # A version manager may put a `python3.12` on PATH that only fails.
     for name in ("python3", "python3.12"):
@@ -182,7 +182,7 @@ def locked(copy_with_environment: Path, tmp_path: Path) -> Locked:
     return Locked(copy_with_environment, tmp_path / "index")
 
 
-def test_environment_has_what_its_locks_have_and_outlives_an_install_that_fails(locked: Locked) -> None:
+def test_environment_has_the_locked_packages_and_survives_a_failed_install(locked: Locked) -> None:
     assert locked.make("can-run").stdout == ""
     assert locked.packages() == {"tiny==1.0"}
     assert locked.stale() == {"installed"}
@@ -291,7 +291,7 @@ def test_lock_on_another_python_is_refused(copy: Path, tmp_path: Path) -> None:
     assert "locks are made on Python 3.11" in ended.stderr
 
 
-def test_wheels_are_kept_until_there_are_new_ones(copy: Path) -> None:
+def test_old_wheels_are_kept_until_new_ones_are_fetched(copy: Path) -> None:
     """The folder's name ends with a slash here, as after completion by a shell."""
     (copy / ".venv" / "bin").mkdir(parents=True)
     (copy / ".venv" / "can-run").touch()
@@ -318,7 +318,7 @@ def test_folder_that_has_more_than_wheels_is_left_alone(copy: Path) -> None:
     assert (copy / "mine" / "letter").exists()
 
 
-def test_folder_that_is_no_environment_is_left_alone(copy: Path) -> None:
+def test_folder_that_is_not_an_environment_is_left_alone(copy: Path) -> None:
     (copy / "mine").mkdir()
     (copy / "mine" / "letter").touch()
     ended = make("run", "VENV=mine/", cwd=copy, PYTHON=sys.executable)

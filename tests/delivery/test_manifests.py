@@ -151,7 +151,7 @@ def test_every_variant_is_rendered() -> None:
 
 
 @in_each_variant
-def test_variant_holds_what_is_checked_here_and_nothing_else(variant: str) -> None:
+def test_variant_has_only_the_objects_that_these_tests_check(variant: str) -> None:
     # If you add a kind to these lists, add rules for that kind below.
     store = ["ConfigMap", "NetworkPolicy", "Service", "StatefulSet"] if variant in WITH_REDIS else []
     scaled = ["HorizontalPodAutoscaler", "Ingress"] if variant in PRODUCTION else []
@@ -186,7 +186,7 @@ read_schema = cache(utils.schema_contents)
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
-def test_schema_of_each_kubernetes_takes_every_object(version: str) -> None:
+def test_schema_of_each_kubernetes_accepts_every_object(version: str) -> None:
     checked: list[Object] = []
     for it in (it for variant in RENDERED for it in RENDERED[variant]):
         if it not in checked:  # most objects are the same in all variants
@@ -209,7 +209,7 @@ def test_schema_of_each_kubernetes_finds_a_misspelt_field(version: str) -> None:
 
 
 @in_each_variant
-def test_all_is_in_a_namespace_that_enforces_restricted(variant: str) -> None:
+def test_every_object_is_in_a_namespace_that_enforces_restricted(variant: str) -> None:
     (namespace,) = of_kind(variant, "Namespace")
     levels = {name.split("/")[1]: level for name, level in namespace["metadata"]["labels"].items() if "pod-security" in name}
     assert levels == {"enforce": "restricted", "warn": "restricted", "audit": "restricted"}
@@ -258,7 +258,7 @@ def test_storage_that_is_requested_holds_the_volumes_and_the_log(workload: Workl
 
 
 @of_each_workload
-def test_user_is_that_of_compose_and_redis_has_another_than_the_services(workload: Workload) -> None:
+def test_users_are_the_same_as_in_compose_and_redis_has_its_own(workload: Workload) -> None:
     # In compose.yaml Redis and the services mount the same volume of secrets. A file's group decides which of them can read it.
     context, composed = workload.pod["securityContext"], yaml.safe_load(COMPOSE.read_text())["services"]
     assert composed[workload.name]["user"] == f"{context['runAsUser']}:{context['runAsGroup']}"
@@ -268,7 +268,7 @@ def test_user_is_that_of_compose_and_redis_has_another_than_the_services(workloa
 
 
 @of_each_workload
-def test_volume_is_mounted_whole_and_what_is_given_is_read_only(workload: Workload) -> None:
+def test_volumes_are_mounted_whole_and_secrets_and_configmaps_read_only(workload: Workload) -> None:
     for container in workload.containers:
         for mount in container["volumeMounts"]:
             assert mount.keys() <= {"name", "mountPath", "readOnly"}  # no subPath, because the kubelet never updates its files
@@ -325,7 +325,7 @@ def configured(workload: Workload, folder: Path) -> Any:
 
 
 @of_each_service
-def test_service_knows_every_variable_and_takes_its_value(workload: Workload, tmp_path: Path) -> None:
+def test_service_knows_every_variable_and_accepts_its_value(workload: Workload, tmp_path: Path) -> None:
     known = {name for name, _ in variables(SERVICES[workload.name].config)}
     assert settings(workload).keys() <= known
     assert configured(workload, tmp_path).log_format == ("text" if workload.variant == "dev" else "json")
@@ -385,7 +385,7 @@ def test_grace_period_is_longer_than_a_shutdown_can_take(workload: Workload, tmp
 
 
 @of_each_service
-def test_rollout_never_has_a_pod_too_few_and_spreads_over_nodes(workload: Workload) -> None:
+def test_rollout_keeps_every_ready_pod_and_spreads_pods_over_nodes(workload: Workload) -> None:
     spec = workload.object["spec"]
     assert workload.kind == "Deployment"
     assert spec["strategy"] == {"rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
@@ -428,7 +428,7 @@ def test_services_show_one_port_and_never_the_admin_port(variant: str) -> None:
 
 
 @in_each_variant
-def test_drain_of_a_node_takes_one_pod_of_a_service_at_a_time_and_is_never_held_up_by_redis(variant: str) -> None:
+def test_drain_of_a_node_evicts_one_pod_of_a_service_at_a_time_and_never_waits_for_redis(variant: str) -> None:
     budgets = [it["spec"] for it in of_kind(variant, "PodDisruptionBudget")]
     assert [selected(variant, budget.pop("selector")["matchLabels"]).name for budget in budgets] == list(SERVICES)
     assert budgets == [{"maxUnavailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow"}] * len(SERVICES)
@@ -597,7 +597,7 @@ def test_redis_listens_on_its_port_only(variant: str) -> None:
         assert [redis(variant).secret_file(path)[0] for path in files] == ["redis-tls"] * 3
 
 
-def test_users_of_redis_are_those_who_need_it_and_each_has_its_own_keys() -> None:
+def test_only_services_probes_and_the_operator_are_users_and_services_have_their_own_keys() -> None:
     assert USERS["default"] == ["off"]
     assert USERS.keys() == {"default", "probe", "operator"} | SERVICES.keys()
     for name, rights in list(USERS.items())[1:]:

@@ -76,7 +76,7 @@ def test_image_pulled_by_digest_counts(network: str) -> None:
         run("rm", "--force", name)
 
 
-def test_what_is_known_of_the_image_refers_to_it_and_can_be_read_back(tmp_path: Path) -> None:
+def test_sbom_refers_to_the_image_and_can_be_pulled(tmp_path: Path) -> None:
     one = published()
     for repository in one.repositories:
         found = referrers(f"{repository}@{one.digest}")
@@ -145,7 +145,7 @@ def platform_layers(platform: str) -> Iterator[list[str]]:
     yield [name for layer in child.layers() for name in layer.getnames()]
 
 
-def test_list_of_contents_names_licences_and_what_wants_what() -> None:
+def test_list_of_contents_names_licences_and_dependencies() -> None:
     document = contents()
     texts = {one["licenseId"]: one["extractedText"] for one in document["hasExtractedLicensingInfos"]}
     libc = next(one for one in document["packages"] if one["name"] == "libc6")
@@ -179,14 +179,14 @@ def test_manifests_of_a_release_name_the_image_by_digest() -> None:
         assert all(re.search("@sha256:(?!0{64})[0-9a-f]{64}$", image) for image in images)
 
 
-def test_files_of_another_time_are_in_no_release(tmp_path: Path) -> None:
+def test_files_from_an_earlier_run_are_not_in_a_release(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published().dist / "release", tmp_path / "dist" / "release"))
     (folder / "left.txt").write_text("from another time\n")
     assert make("release-files", DIST=str(tmp_path / "dist"), REPOSITORIES=published().repositories[0]).returncode == 0
     assert {file.name for file in folder.iterdir()} == {file.name for file in (published().dist / "release").iterdir()}
 
 
-def test_what_commands_make_is_not_in_the_repository() -> None:
+def test_files_that_commands_make_are_not_in_the_repository() -> None:
     command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
     assert not subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True).stdout
 
@@ -229,7 +229,7 @@ def changed(tmp_path: Path) -> Path:
     return tmp_path / "changed.oci"
 
 
-def test_second_build_with_another_digest_ends_the_release(changed: Path) -> None:
+def test_second_build_with_another_digest_stops_the_release(changed: Path) -> None:
     ended = make("release-compare", LAYOUT=str(changed), DIGEST=published().digest)
     assert ended.returncode != 0
     assert f"the image differs: {published().digest} was expected" in ended.stderr
@@ -237,7 +237,7 @@ def test_second_build_with_another_digest_ends_the_release(changed: Path) -> Non
     assert make("release-compare", DIGEST="").returncode != 0
 
 
-def test_other_files_than_those_attested_are_not_uploaded(tmp_path: Path) -> None:
+def test_files_that_differ_from_the_attested_ones_are_not_uploaded(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published().dist / "release", tmp_path / "release"))
     sums = make("release-sums").stdout.strip().removeprefix("sums=")
     assert make("release-files-compare", DIST=str(tmp_path), SUMS=sums).returncode == 0
@@ -335,7 +335,7 @@ def between(tampered: str, failing: str = "no tag") -> Iterator[str]:
 
 
 @pytest.mark.parametrize("what", ["layer", "manifest", "nothing"])
-def test_what_was_changed_on_the_way_is_not_taken(tmp_path: Path, what: str) -> None:
+def test_content_that_was_changed_on_the_way_is_refused(tmp_path: Path, what: str) -> None:
     one = Layout(published().layout)
     manifest = json.loads((published().layout / "blobs" / one.manifests()["linux/arm64"].replace(":", "/")).read_text())
     digest = {"layer": manifest["layers"][-1]["digest"], "manifest": one.digest, "nothing": "no digest"}[what]
@@ -354,7 +354,7 @@ def test_what_was_changed_on_the_way_is_not_taken(tmp_path: Path, what: str) -> 
     assert what == "nothing" or "mismatch" in said
 
 
-def test_version_is_not_moved_where_the_registry_fails_to_say_that_it_is_there(changed: Path) -> None:
+def test_version_is_not_moved_if_the_registry_fails_to_answer(changed: Path) -> None:
     name = published().repositories[0].partition("/")[2]
     for failing, reason in (("no tag", f"is {published().digest} already"), (VERSION, f"does not say whether it has {VERSION}")):
         with between("no digest", failing) as address:

@@ -125,7 +125,7 @@ def test_port_that_is_forwarded_is_the_service_s(command: str) -> None:
     assert f"<http://localhost:{forward['localPort']}>" in (ROOT / "docs" / "development.md").read_text()
 
 
-def test_smoke_test_is_one_that_the_namespace_admits_and_the_network_lets_through() -> None:
+def test_smoke_test_s_job_fits_the_namespace_and_its_network_policy() -> None:
     (case,) = CONFIG["verify"]
     job = yaml.safe_load((ROOT / case["executionMode"]["kubernetesCluster"]["jobManifestPath"]).read_text())
     objects = rendered(CONFIG)

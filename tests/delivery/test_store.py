@@ -174,7 +174,7 @@ def test_password_without_a_newline_is_valid(stopped: Shipped) -> None:
     assert stopped.ask("hitcounter", "PING", password="only") is True
 
 
-def test_empty_line_is_no_password(stopped: Shipped) -> None:
+def test_empty_line_is_not_a_valid_password(stopped: Shipped) -> None:
     stopped.set_passwords("hitcounter", "only\n\n")
     stopped.start()
     assert stopped.ask("hitcounter", "PING", password="only") is True
@@ -182,7 +182,7 @@ def test_empty_line_is_no_password(stopped: Shipped) -> None:
         client.execute_command("AUTH", "hitcounter", "")
 
 
-def test_second_one_on_the_same_data_waits_until_the_first_has_ended(stopped: Shipped) -> None:
+def test_second_valkey_on_the_same_data_waits_until_the_first_has_exited(stopped: Shipped) -> None:
     """After a pod was deleted by force, its Valkey may still run when the next pod starts another Valkey."""
     stopped.start()
     users = stopped.root / "run/valkey/users.acl"
@@ -222,7 +222,7 @@ def test_operator_loads_users_and_can_do_nothing_else(stopped: Shipped) -> None:
             stopped.ask("operator", *command)
 
 
-def test_restored_snapshot_is_taken_at_the_next_start_and_the_old_data_is_kept(stopped: Shipped) -> None:
+def test_next_start_loads_the_restored_snapshot_and_keeps_the_old_data(stopped: Shipped) -> None:
     stopped.start()
     stopped.ask("all", "SET", HITS, "7")
     stopped.ask("all", "SAVE")
@@ -242,7 +242,7 @@ def test_restored_snapshot_is_taken_at_the_next_start_and_the_old_data_is_kept(s
     assert stopped.ask("all", "GET", HITS) == "8"
 
 
-def test_restore_whose_restart_was_cut_off_is_not_taken_later(stopped: Shipped) -> None:
+def test_interrupted_restore_is_not_completed_by_a_later_start(stopped: Shipped) -> None:
     stopped.start()
     stopped.ask("all", "SAVE")
     assert stopped.script("restore", input=(stopped.data / "dump.rdb").read_bytes()).returncode == 0
@@ -255,14 +255,14 @@ def test_restore_whose_restart_was_cut_off_is_not_taken_later(stopped: Shipped) 
     assert not (stopped.data / "restored").exists()
 
 
-def test_users_may_be_commented_and_the_last_line_have_no_end(stopped: Shipped) -> None:
+def test_users_file_may_have_comments_and_no_newline_at_its_end(stopped: Shipped) -> None:
     users = stopped.root / "etc/redis/users.acl"
     users.write_text("# Who may do what\n\n" + users.read_text().rstrip())
     stopped.start()
     assert stopped.ask("all", "PING") is True
 
 
-def test_what_is_no_snapshot_is_refused_and_nothing_changes(stopped: Shipped) -> None:
+def test_input_that_is_not_a_snapshot_is_refused_and_nothing_changes(stopped: Shipped) -> None:
     for junk in (b"", b"junk", b"REDIS0011"):
         ended = stopped.script("restore", input=junk)
         assert ended.returncode == 1
@@ -298,15 +298,13 @@ async def refusal(store: Shipped, timeout: float) -> str:
             return "" if answer.status == 200 else str((await answer.json())["detail"])
 
 
-async def test_service_can_do_all_with_the_rights_of_its_user(store: Shipped) -> None:
+async def test_rights_of_the_service_s_user_are_enough(store: Shipped) -> None:
     assert await refusal(store, 10) == ""
     assert store.ask("all", "MGET", HITS, POSTS) == ["2", "3"]
 
 
 @pytest.mark.parametrize("right", [right for right in RIGHTS if right.startswith(("+", "~"))])
-async def test_service_can_spare_none_of_the_rights_of_its_user(
-    store: Shipped, right: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_service_needs_each_right_of_its_user(store: Shipped, right: str, caplog: pytest.LogCaptureFixture) -> None:
     store.ask("all", "ACL", "SETUSER", "hitcounter", "resetkeys", *(other for other in RIGHTS if other != right))
     told = "Redis fails: its user may not do this (NOPERM)"
     for timeout in (0.5, 5):  # on a busy machine, 0.5 s may be too short

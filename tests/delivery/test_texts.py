@@ -46,7 +46,7 @@ def anchors(text: Path) -> set[str]:
 
 
 @of_each_text
-def test_links_lead_somewhere(text: Path) -> None:
+def test_targets_of_links_exist(text: Path) -> None:
     missing = []
     for target in re.findall(r"\]\((?!https?://|mailto:)([^)\s]+)\)", text.read_text()):
         name, _, anchor = target.partition("#")
@@ -57,7 +57,7 @@ def test_links_lead_somewhere(text: Path) -> None:
 
 
 @of_each_text
-def test_classes_stand_in_the_file_that_is_linked_with_them(text: Path) -> None:
+def test_classes_are_in_the_file_that_the_text_links(text: Path) -> None:
     """Texts write "[counter.py](../hitcounter/counter.py), `Lane`" or "`Lane` in [counter.py](../hitcounter/counter.py)"."""
     content = text.read_text()
     named = re.findall(r"\]\(([\w./]+\.py)\), `([A-Z]\w+)`", content)

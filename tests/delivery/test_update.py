@@ -54,7 +54,7 @@ def test_action_gets_the_commit_of_its_newest_version(copy: Path) -> None:
     assert [file.name for file in (copy / ".github" / "workflows").iterdir()] == ["a.yml"]
 
 
-def test_what_changed_is_shown_whatever_kind_of_pin_it_is(copy: Path) -> None:
+def test_changes_of_every_kind_of_pin_are_shown(copy: Path) -> None:
     pins = [
         "aiohttp==3.{}",
         "pip-tools==7.{}",
@@ -111,7 +111,7 @@ def test_image_gets_the_digest_that_its_tag_has_now(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["Makefile", "compose.yaml", "tests/support/images.py"])
-def test_renovate_finds_each_image_where_none_of_its_own_managers_looks(name: str) -> None:
+def test_renovate_s_custom_managers_find_each_image(name: str) -> None:
     managers = [one for one in RENOVATE["customManagers"] if any(re.search(p[1:-1], name) for p in one["managerFilePatterns"])]
     regexes = [regex.replace("(?<", "(?P<") for manager in managers for regex in manager["matchStrings"]]
     text = (ROOT / name).read_text()

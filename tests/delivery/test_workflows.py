@@ -33,7 +33,7 @@ def test_command_of_a_workflow_is_one_that_is_tested(run: Run) -> None:
         assert re.search(rf"(?<![\w-]){re.escape(run.line)}(?![\w-])", HERE), f"neither .ci/run nor a test runs it: {run.line}"
 
 
-def test_list_of_what_does_not_run_here_is_no_longer_than_it_has_to_be() -> None:
+def test_each_exception_in_not_here_is_still_needed() -> None:
     for beginning in NOT_HERE:
         assert [run for run in RUNS if run.line.startswith(beginning)], beginning
 
@@ -83,7 +83,7 @@ def needed(job: str) -> set[str]:
     return direct.union(*map(needed, direct))
 
 
-def test_nothing_is_signed_or_published_before_two_runners_made_the_same_and_it_was_scanned() -> None:
+def test_image_is_signed_and_published_only_after_two_equal_builds_and_a_scan() -> None:
     writing = {name for name, job in RELEASE["jobs"].items() if "write" in job["permissions"].values()}
     assert writing == {"publish", "github-release"}
     for name in writing:

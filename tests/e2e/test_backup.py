@@ -22,7 +22,7 @@ def test_volume_survives_the_pod(cluster: Deployed) -> None:
     assert wait_for(namespace.answered, 30) == (before[0] + 1, before[1])
 
 
-def test_service_logs_that_redis_was_set_back(cluster: Deployed, tmp_path: Path) -> None:
+def test_service_logs_that_a_restore_has_lost_counts(cluster: Deployed, tmp_path: Path) -> None:
     namespace, file = cluster.namespace, tmp_path / "hitcounter.rdb"
     before = namespace.counts()
     namespace.make("backup", f"FILE={file}")
@@ -56,7 +56,7 @@ def test_backup_gives_the_counts_of_its_moment_in_another_namespace(cluster: Dep
     assert "Redis has lost counts" not in log
 
 
-def test_restore_refuses_what_is_no_snapshot_and_changes_nothing(cluster: Deployed, tmp_path: Path) -> None:
+def test_restore_refuses_an_incomplete_snapshot_and_changes_nothing(cluster: Deployed, tmp_path: Path) -> None:
     file = tmp_path / "hitcounter.rdb"
     cluster.namespace.make("backup", f"FILE={file}")
     torn = tmp_path / "torn.rdb"

@@ -66,7 +66,7 @@ def evict_one(namespace: Namespace) -> None:
     wait_for(lambda: len(namespace.ready()) == len(namespace.pods()) == 2, 120)
 
 
-async def test_changes_cost_no_request(cluster: Deployed) -> None:
+async def test_changes_fail_no_request(cluster: Deployed) -> None:
     before = await counts(cluster.url)
     done = []
     async with traffic(cluster.url, 250, least=20_000) as load:
@@ -121,7 +121,7 @@ exec KUBECTL "$@"
 """
 
 
-def test_rotation_may_be_cut_short_at_any_step_and_redis_restart(cluster: Deployed, tmp_path: Path) -> None:
+def test_rotation_survives_an_interruption_at_any_step_and_a_restart_of_redis(cluster: Deployed, tmp_path: Path) -> None:
     namespace = cluster.namespace
     hits, posts = namespace.counts()
     old = namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").strip()

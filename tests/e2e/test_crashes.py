@@ -111,7 +111,7 @@ async def blows(cluster: Deployed, what: str) -> AsyncIterator[tuple[Traffic, Wi
 
 
 @pytest.mark.parametrize("selector", [SERVICE, REDIS], ids=["service", "Valkey"])
-async def test_killed_process_costs_no_answered_hit(cluster: Deployed, node: Node, selector: str) -> None:
+async def test_killed_process_loses_no_answered_hit(cluster: Deployed, node: Node, selector: str) -> None:
     namespace = cluster.namespace
     async with blows(cluster, "kill -9") as (_, windows, times):
         for _ in range(3):
@@ -130,7 +130,7 @@ async def test_killed_process_costs_no_answered_hit(cluster: Deployed, node: Nod
 
 
 @pytest.mark.parametrize("selector", [SERVICE, REDIS], ids=["service", "Valkey"])
-async def test_pod_taken_away_at_once_costs_no_answered_hit(cluster: Deployed, selector: str) -> None:
+async def test_pod_deleted_by_force_loses_no_answered_hit(cluster: Deployed, selector: str) -> None:
     namespace = cluster.namespace
     async with blows(cluster, "pod deleted with grace 0") as (_, windows, times):
         for _ in range(7):

@@ -73,7 +73,7 @@ def test_image_that_cannot_be_pushed_is_not_deployed(cluster: Deployed) -> None:
     assert container["image"] == cluster.image
 
 
-def test_undeploy_takes_a_namespace_away_if_it_is_the_service_s() -> None:
+def test_undeploy_deletes_only_a_namespace_of_the_service() -> None:
     with namespace("away") as one:
         one.kubectl("create", "configmap", "something")
         with pytest.raises(AssertionError, match="is not this service's"):

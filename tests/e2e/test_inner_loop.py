@@ -152,7 +152,7 @@ def test_passwords_are_made_in_the_cluster_that_skaffold_names(dev: Namespace) -
         dev.make("secret", env={"SKAFFOLD_KUBE_CONTEXT": "another"})
 
 
-def test_log_is_for_a_person(dev: Namespace) -> None:
+def test_log_format_is_text(dev: Namespace) -> None:
     log = dev.kubectl("logs", "deployment/hitcounter")
     assert re.search(r"^\d\d:\d\d:\d\d INFO    listening", log, re.MULTILINE)
 
@@ -187,7 +187,7 @@ def _ended(job: Any) -> str:
     return next((kind for kind in ("Complete", "Failed") if kind in conditions), "")
 
 
-def test_smoke_test_passes_by_the_policy_that_is_made_for_it_alone(dev: Namespace) -> None:
+def test_only_the_smoke_test_s_own_policy_lets_it_pass(dev: Namespace) -> None:
     image = deployed().image
     status, log = smoke_test(dev, image)
     assert (status, "it counts: {'hits'" in log) == ("Complete", True), log
@@ -196,7 +196,7 @@ def test_smoke_test_passes_by_the_policy_that_is_made_for_it_alone(dev: Namespac
     assert "URLError" in log
 
 
-def test_smoke_test_fails_where_nothing_counts(dev: Namespace) -> None:
+def test_smoke_test_fails_without_redis(dev: Namespace) -> None:
     dev.kubectl("scale", "statefulset/redis", "--replicas=0")
     dev.kubectl("wait", "--for=delete", "pod/redis-0", "--timeout=60s")
     try:

@@ -127,7 +127,7 @@ DENIED = [
 ]  # fmt: skip
 
 
-def test_services_user_may_do_what_the_script_does_and_nothing_else(cluster: Deployed) -> None:
+def test_each_user_of_redis_may_run_only_the_commands_that_it_needs(cluster: Deployed) -> None:
     ours = cluster.namespace
 
     def ask(*command: str, user: str = "hitcounter") -> str:
@@ -145,7 +145,7 @@ def test_services_user_may_do_what_the_script_does_and_nothing_else(cluster: Dep
     assert "NOAUTH" in ours.kubectl("exec", "redis-0", "--", "valkey-cli", "-s", "/run/valkey/socket", "PING")
 
 
-def test_namespace_takes_only_restricted_pods(cluster: Deployed) -> None:
+def test_namespace_admits_only_restricted_pods(cluster: Deployed) -> None:
     command = ["run", "root", "--image=x", "--dry-run=server"]
     with pytest.raises(AssertionError, match='violates PodSecurity "restricted'):
         cluster.namespace.kubectl(*command)

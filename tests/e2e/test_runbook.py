@@ -129,7 +129,7 @@ def test_redis_that_is_away_for_a_minute_restarts_no_service(installed: Namespac
     assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
 
 
-def test_full_memory_is_refused_and_nothing_forgotten(cluster: Deployed, installed: Namespace) -> None:
+def test_redis_with_full_memory_refuses_to_count_and_forgets_nothing(cluster: Deployed, installed: Namespace) -> None:
     manifests = compose(cluster, installed, "resources: [../hitcounter, ../redis]")
 
     def limit(memory: str) -> None:
@@ -181,7 +181,7 @@ patches:
 """
 
 
-def test_full_disk_ends_redis_and_costs_no_answered_hit(cluster: Deployed, other: Namespace) -> None:
+def test_full_disk_stops_redis_and_loses_no_answered_hit(cluster: Deployed, other: Namespace) -> None:
     install(cluster, other, _SMALL)
     for number in range(1, 6):
         assert wait_for(other.answered, 30) == (number, 0)

@@ -28,7 +28,7 @@ except OSError as error:
 """
 
 
-def test_tls_component_leaves_nothing_in_clear(cluster: Deployed, other: Namespace) -> None:
+def test_tls_component_leaves_no_port_without_tls(cluster: Deployed, other: Namespace) -> None:
     authority = trustme.CA()
     certificate = authority.issue_cert("redis")
     data = {
@@ -70,7 +70,7 @@ def test_second_service_is_one_file(cluster: Deployed, other: Namespace) -> None
             assert f"{kind}/{one} created" in said
 
 
-def test_redis_outside_is_used_and_nothing_else_let_out(cluster: Deployed, other: Namespace) -> None:
+def test_redis_outside_is_used_and_no_other_address_is_allowed(cluster: Deployed, other: Namespace) -> None:
     with namespace("outside") as outside:
         pod = {
             "apiVersion": "v1",
