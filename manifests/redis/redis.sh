@@ -45,8 +45,8 @@ shift
 case "$command" in
   start)
     cd /data
-    # Wait for the lock of the volume. After a pod was deleted by force, its Valkey may still run, and it holds the lock until it
-    # exits. Without the lock, the old Valkey would acknowledge writes that the new Valkey never reads.
+    # A Valkey holds the lock of its volume until it exits. Wait for the lock: after a pod was deleted by force, its Valkey may
+    # still run, and would acknowledge writes that the new Valkey never reads.
     exec 9>lock
     for _ in $(seq 60); do
       ! flock -n 9 || break
@@ -55,7 +55,7 @@ case "$command" in
     flock -n 9 || fail "another Valkey still uses this volume: its pod was deleted by force, and its process has not exited"
     write_users
     if [ -d restored ] && [ -d appendonlydir ] && [ -z "$(find restored -maxdepth 0 -mmin -15)" ]; then
-      # Somebody interrupted the restore before Valkey's restart. A restart days later must not complete that restore.
+      # The restore was interrupted before Valkey's restart. A restart days later must not complete that restore.
       echo "redis.sh: the snapshot to restore is older than 15 minutes, so it is ignored" >&2
       rm -rf restored
     fi
