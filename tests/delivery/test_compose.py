@@ -161,7 +161,7 @@ def test_only_the_public_port_is_published_and_only_on_loopback(running: Project
     assert published == {"hitcounter": {"8080/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(running.port)}]}, "redis": {}}
 
 
-# The command with which each container reads one of its files. The service's image has no `cat`, only Python.
+# These commands read a file inside each container. The service's image has no `cat`, only Python.
 LOOK = {
     "hitcounter": ("/usr/bin/python3.13", "-c", "import sys; print(open(sys.argv[1]).read())"),
     "redis": ("cat",),
@@ -181,7 +181,7 @@ def test_container_runs_without_privileges_and_cannot_write_to_its_root(running:
     assert set(status["Uid"].split()) == set(status["Gid"].split()) == {str(user)}
     assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
     assert status["NoNewPrivs"] == "1"
-    assert status["Seccomp"] == "2"  # filtered
+    assert status["Seccomp"] == "2"  # 2 means that a filter is active
     host = running.inspect(service)["HostConfig"]
     assert host["ReadonlyRootfs"]
     assert host["Memory"] <= 256 << 20
@@ -268,7 +268,7 @@ def kill(project: Project, service: str) -> None:
 
 def again(project: Project, service: str, restarts: int, load: Traffic) -> None:
     """Wait until the engine has restarted the container and a request that was sent after the restart is answered."""
-    wait_for(lambda: project.inspect(service)["RestartCount"] > restarts, 30, "a new start")
+    wait_for(lambda: project.inspect(service)["RestartCount"] > restarts, 30, "a restart")
     since = time.monotonic()
     wait_for(lambda: load.last_answered > since, 30, "an answer")
 
@@ -342,7 +342,7 @@ def watching(one: Project, said: Path) -> Iterator["subprocess.Popen[bytes]"]:
 def test_dev_profile_follows_the_files(tmp_path: Path) -> None:
     said = tmp_path / "said"
     with project(tmp_path / "copy", "dev") as one, watching(one, said) as up:
-        wait_for(lambda: "Watch enabled" in said.read_text() and "seen" in one.answer(), 120, "it serves and watches")
+        wait_for(lambda: "Watch enabled" in said.read_text() and "seen" in one.answer(), 120, "Compose serves and watches")
         identity, before = one.container("hitcounter-dev"), one.hits()
 
         app, extra = one.folder / "hitcounter" / "app.py", one.folder / "hitcounter" / "new" / "extra.py"

@@ -59,7 +59,7 @@ def test_folder_that_is_not_a_layout_is_left_alone(tmp_path: Path) -> None:
     assert letter.exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the libraries of this platform are no ELF files")
+@pytest.mark.skipif(sys.platform != "linux", reason="the libraries of this platform are not ELF files")
 def test_stripping_changes_no_segment_that_is_loaded() -> None:
     libraries = sorted(Path(sys.prefix).rglob("*.so"))
     assert len(libraries) > 10

@@ -167,7 +167,7 @@ class Cluster:
         return {secret.name: {key.name: key.read_text() for key in secret.iterdir()} for secret in self.got.iterdir()}
 
 
-@pytest.mark.parametrize(("status", "written"), [(0, True), (1, False)], ids=["there is none", "it cannot be read"])
+@pytest.mark.parametrize(("status", "written"), [(0, True), (1, False)], ids=["no secret", "an error"])
 def test_passwords_are_made_only_if_the_cluster_has_none(tmp_path: Path, status: int, written: bool) -> None:
     kubectl = played(tmp_path, "kubectl", f"case $* in *'get secret'*) exit {status} ;; esac")
     assert ran("secret.sh", KUBECTL=kubectl).returncode == status
@@ -212,7 +212,8 @@ def test_temporary_passwords_are_deleted_when_the_terminal_closes(tmp_path: Path
     kubectl = played(tmp_path, "kubectl", 'case $* in *"get secret"*) echo >"$0.waits"; sleep 60 ;; esac')
     environ = {**os.environ, "NAMESPACE": "n", "KUBECTL": kubectl, "TMPDIR": str(temporary)}
     command = str(ROOT / "scripts" / "secret.sh")
-    heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    # Restore the default action of SIGHUP: under nohup, child processes would ignore the signal.
+    heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, preexec_fn=heeded) as popen:
         wait_for((tmp_path / "kubectl.waits").exists, 10 * SLACK)
         assert list(temporary.iterdir())

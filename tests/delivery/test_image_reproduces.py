@@ -31,7 +31,7 @@ def context(tmp_path: Path) -> Path:
 
 
 def test_two_builds_without_a_cache_give_the_same_image_on_every_engine() -> None:
-    assert len(engines()) > 1 or not os.environ.get("CI"), f"there is one engine alone to compare: {engines()}"
+    assert len(engines()) > 1 or not os.environ.get("CI"), f"a comparison needs two engines, not only {engines()}"
     environ = {**os.environ, "PLATFORMS": "linux/amd64,linux/arm64", "SERVICE": "hitcounter", "WHEELS": str(WHEELS)}
     ended = subprocess.run([ROOT / "scripts" / "image-check.sh"], cwd=ROOT, env=environ, text=True, capture_output=True)
     assert ended.returncode == 0, ended.stderr
@@ -58,7 +58,7 @@ def test_changed_source_gives_another_image_soon(context: Path, tmp_path: Path) 
 
 
 def shared(other: Layout) -> int:
-    """Return how many of the four layers on top of the base `other` has in common with the image that these tests build."""
+    """Return how many layers on top of the base are the same in `other` and in the image that these tests build."""
     mine, others = (one.config["rootfs"]["diff_ids"][-4:] for one in (built()[0], other))
     return len(set(mine) & set(others))
 
@@ -157,7 +157,7 @@ def test_clock_changes_nothing(context: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux", reason="elsewhere the engine is in a machine that does not reach this one's loopback"
+    sys.platform != "linux", reason="elsewhere the engine runs in a virtual machine, which cannot reach this loopback"
 )
 def test_wheels_from_the_index_give_the_same_image(context: Path, tmp_path: Path) -> None:
     index = tmp_path / "index"

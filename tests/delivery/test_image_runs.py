@@ -57,9 +57,9 @@ def test_restricted_container_is_soon_ready_counts_and_stops(network: str) -> No
                 return bool(urllib.request.urlopen(f"http://{address}/readyz", timeout=1).status == 200)
             return False
 
-        wait_for(ready, 30, "it is ready")
+        wait_for(ready, 30, "the service is ready")
         took = time.monotonic() - began
-        print(f"ready {took:.2f} s after the engine said that it runs")
+        print(f"ready {took:.2f} s after the engine reported that the container runs")
         assert took < 1.5 * SLACK
         first, second = (int(re.findall(r"seen (\d+) times", get(identity))[0]) for _ in range(2))
         assert second == first + 1
@@ -146,7 +146,7 @@ def test_dev_image_restarts_at_a_change_and_keeps_its_counts(network: str) -> No
         answer = ""
         for word in ("Salut", "Salve"):  # both files have the same size, and perhaps the same time in seconds
             changed.write_text(text.replace("Hello from Redis", f"{word} from Redis"))
-            # Live sync also runs tar in the container, as the container's user.
+            # Live sync does the same: it runs tar in the container, as the container's user.
             packed = subprocess.run(["tar", "cC", tree() / "changed", "hitcounter"], check=True, capture_output=True).stdout
             run("exec", "--interactive", identity, "tar", "xmf", "-", "-C", "/app", "--no-same-owner", input=packed, text=False)
             began = time.monotonic()
@@ -167,5 +167,5 @@ def test_dev_image_restarts_at_a_change_and_keeps_its_counts(network: str) -> No
 def test_image_that_runs_and_is_pushed_is_the_one_whose_digest_is_printed(network: str) -> None:
     identity = json.loads(run("inspect", image()))[0]["Id"]
     if identity == built()[0].config_digest:
-        pytest.skip("this engine's store knows images by their configuration")
+        pytest.skip("this engine identifies an image by its configuration")
     assert identity == built()[0].digest

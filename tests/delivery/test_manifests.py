@@ -526,7 +526,7 @@ def test_redis_keeps_what_it_acknowledged_and_forgets_nothing() -> None:
 
 @pytest.mark.parametrize("variant", WITH_REDIS)
 def test_claim_is_the_same_whichever_kustomize_renders_it(variant: str) -> None:
-    # Some versions of Kustomize add a variant's labels to the claim template. Kubernetes refuses every later change of it.
+    # Some versions of Kustomize add a variant's labels to the claim template. Kubernetes refuses every later change.
     templates = redis(variant).object["spec"]["volumeClaimTemplates"]
     assert templates == yaml.safe_load(STATEFULSET.read_text())["spec"]["volumeClaimTemplates"]
     assert [claim["metadata"]["labels"] for claim in templates] == [{LABEL + "part-of": "hitcounter"}]
@@ -543,7 +543,7 @@ def check_sizes(store: Workload, conf: str, compose: str) -> None:
         assert resources["requests"][name] == resources["limits"][name]
     assert number(store.mounts["/data"]["persistentVolumeClaim"]["resources"]["requests"]["storage"]) >= 8 * most
     composed = yaml.safe_load(compose)["services"]["redis"]
-    assert composed["deploy"]["resources"]["limits"]["memory"] + "i" == resources["limits"]["memory"]  # Docker's M is Mi
+    assert composed["deploy"]["resources"]["limits"]["memory"] + "i" == resources["limits"]["memory"]  # Docker's M means Mi
     assert f"/tmp:mode=1777,size={tmp.removesuffix('Mi')}m" in composed["tmpfs"]
 
 

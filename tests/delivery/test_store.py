@@ -84,7 +84,7 @@ class Shipped(Valkey):
         assert process
 
         def answers() -> bool:
-            assert process.poll() is None, "it ended: see what it wrote"
+            assert process.poll() is None, "Valkey exited: see its output"
             with contextlib.suppress(BusyLoadingError):  # Valkey already authenticates clients while it loads its data
                 return self.answers() and bool(self.ask("all", "PING"))
             return False
@@ -201,7 +201,7 @@ def test_second_valkey_on_the_same_data_waits_until_the_first_has_exited(stopped
                 return "sleep" in [Path(f"/proc/{child}/comm").read_text().strip() for child in children.read_text().split()]
             return False
 
-        wait_for(waits, 10 * SLACK, "the second one waits")
+        wait_for(waits, 10 * SLACK, "the second Valkey waits")
         assert not users.exists()
     finally:
         first.kill()

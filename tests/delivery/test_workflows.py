@@ -11,7 +11,7 @@ from tests.support.workflows import CI, NOT_HERE, RELEASE, Run, runs
 WORKFLOWS = {"ci": CI, "release": RELEASE}
 JOBS = [pytest.param(job, id=f"{name}-{key}") for name, workflow in WORKFLOWS.items() for key, job in workflow["jobs"].items()]
 RUNS = [run for workflow in WORKFLOWS.values() for run in runs(workflow)]
-# The text of .ci/run and .ci/steps, without titles of steps and comments, because they run nothing.
+# HERE is the text of .ci/run and .ci/steps. Titles of steps and comments are removed, because they run nothing.
 HERE = re.sub(r'step "[^"]*"|(?<!\S)#.*', "step", "".join((ROOT / ".ci" / name).read_text() for name in ("run", "steps")))
 # The test of publishing reads these commands from the workflow and executes them unchanged.
 EXECUTED = {run.line for run in runs(RELEASE) if run.here}

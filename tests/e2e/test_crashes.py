@@ -66,7 +66,7 @@ def status(namespace: Namespace, selector: str) -> Any:
 
 
 class Windows:
-    """The periods from each fault that a test causes until the recovery from it, during which requests may fail."""
+    """The periods in which requests may fail. Each begins with a fault that a test causes, and ends with the recovery."""
 
     def __init__(self, load: Traffic) -> None:
         self._load = load

@@ -54,7 +54,7 @@ def test_cold_pod_is_ready_within_three_seconds(cluster: Deployed) -> None:
     # runs 5 s later. This does not happen every time, so try three times.
     while not took or (min(took) >= 3 * SLACK and len(took) < 3):
         took.append(seconds_until_ready(cluster.namespace))
-    print(f"\nready {min(took):.1f} s after it was asked for")
+    print(f"\nready {min(took):.1f} s after the pod was requested")
     assert min(took) < 3 * SLACK
 
 

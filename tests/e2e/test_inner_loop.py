@@ -118,7 +118,7 @@ def test_changed_new_and_deleted_files_are_answered_by_the_same_pod(dev: Namespa
         ("new", {"hitcounter/words.py": 'FROM = b"Salve from Redis"\n', "hitcounter/app.py": with_new}, (), "Salve from Redis!"),
         ("deleted", {"hitcounter/app.py": APP}, ("hitcounter/words.py",), f"{GREETING}!"),
     ]
-    # `skaffold dev` also uses one port-forward for all changes, and stops it if a connection is refused.
+    # `skaffold dev` also keeps one port-forward through all changes. A port-forward stops if the pod refuses one connection.
     with forwarded(pod, 8080) as port:
         service = f"http://127.0.0.1:{port}/"
         last = int(wait_for(lambda: re.findall(r"seen (\d+) times", ask(service)), 30)[0])
@@ -168,7 +168,7 @@ def smoke_test(namespace: Namespace, image: str, name: str = "smoke-test", wait:
     job["metadata"] = {"name": name, "namespace": namespace.name}
     template = job["spec"]["template"]
     template["metadata"]["labels"] = {"app.kubernetes.io/name": name}
-    # With these options, the job fails within a second if no name server answers, not after half a minute.
+    # With these options, a look-up fails within a second if no name server answers, not after half a minute.
     template["spec"]["dnsConfig"] = {"options": [{"name": "timeout", "value": "1"}, {"name": "attempts", "value": "1"}]}
     template["spec"]["containers"][0] |= {
         "image": image,

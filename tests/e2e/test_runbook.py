@@ -49,7 +49,7 @@ def newcomer(namespace: Namespace, *known: str) -> str:
 
 
 def detail(namespace: Namespace) -> str:
-    """Send a request to the service's pod. Return the status and the detail of an error, or an empty text if there is none."""
+    """Send a request to the service's pod. Return the status and the detail of an error, or an empty text on success."""
     script = (
         "import urllib.request as u, urllib.error as e, json\n"
         "try: u.urlopen('http://localhost:8080/', timeout=9).read(); print()\n"
@@ -68,7 +68,7 @@ def test_wrong_password_keeps_the_new_pod_out_and_the_old_one_serving(installed:
     assert installed.ready() == [old]
     assert wait_for(installed.answered, 30) == (2, 0)
     assert installed.make("secret").strip() == "wrote the secret hitcounter-redis"
-    installed.kubectl("rollout", "restart", "deployment/hitcounter")  # otherwise the kubelet changes the file in the pod, later
+    installed.kubectl("rollout", "restart", "deployment/hitcounter")  # without a restart, the kubelet changes the file later
     installed.await_rollout("deployment/hitcounter")
     assert wait_for(installed.answered, 30) == (3, 0)
 
@@ -396,7 +396,7 @@ def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
     lines = re.findall(r"^ *kubectl ((?:[^'\n]|'[^']*')*)", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
     for line in dict.fromkeys(lines):
         if "before-restore" in line:
-            continue  # test_backup.py runs it
+            continue  # test_backup.py runs this command
         filled = re.sub(r"\b(NODE|POD|N)\b", lambda name: values[name[1]], line)
         command = list(takewhile("|".__ne__, shlex.split(filled, comments=True)))
         verb = next(word for word in command if not word.startswith("--"))
@@ -408,7 +408,7 @@ def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
             assert forwarded(ours, ":9090", "/metrics").startswith("# HELP")
             assert "ready" in forwarded(ours, ":8080", "/readyz")
         elif command[-1] == "--kustomize=manifests/production":
-            command[-1] = "--filename=-"  # this text has an existing namespace and image
+            command[-1] = "--filename=-"  # `production` names a namespace and an image that exist
             with suppress(AssertionError) if verb == "diff" else nullcontext():  # `kubectl diff` fails if there is a difference
                 ours.kubectl(*command, *dry, input=production)
         else:

@@ -104,7 +104,7 @@ def test_redis_outside_is_used_and_no_other_address_is_allowed(cluster: Deployed
             "components: [../components/redis-outside]",
         )
         assert "kind: StatefulSet" not in text
-        # Set what the person who deploys must set: the host, and here no TLS.
+        # Set the values that depend on the provider: the host is this pod, and this Redis has no TLS.
         text = text.replace("redis.example.com", address).replace('REDIS_TLS: "true"', 'REDIS_TLS: "false"')
         other.apply(text)
         other.kubectl("wait", "--for=create", "deployment/hitcounter", "--timeout=10s")
