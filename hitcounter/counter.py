@@ -80,7 +80,7 @@ class Counter:
         self._size = Histogram("counter_batch_size", "Requests counted by one call", buckets=_SIZE_BUCKETS, registry=registry)
         round_trip = Histogram("counter_round_trip_seconds", "Time to a batch's reply", buckets=_TIME_BUCKETS, registry=registry)
         self._lanes = [Lane(name, store, round_trip, redis_timeout=redis_timeout, keep=keep) for _ in range(lanes)]
-        self._rewound = Total("counter_rewinds", "Times that Redis had less than was answered", registry=registry)
+        self._rewinds_total = Total("counter_rewinds", "Times that Redis had less than was answered", registry=registry)
         Gauge("counter_pending", "Requests that wait for their number", registry=registry).set_function(lambda: self._pending)
 
     async def start(self) -> None:
@@ -109,7 +109,7 @@ class Counter:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for batch in self._queue:
-            self._expire(batch)
+            self._give_up(batch, "this process cannot count it")
         self._queue.clear()
         for lane in self._lanes:
             await lane.close()
@@ -142,11 +142,11 @@ class Counter:
 
     def _expire(self, batch: Batch) -> None:
         """Answer 503 to the requests of `batch`, and say why Redis has not counted them in time."""
-        batch.fail("Redis: " + (self._health.reason or "it does not answer in time"))
-        self._release(batch)
+        self._give_up(batch, "Redis: " + (self._health.reason or "it does not answer in time"))
 
-    def _release(self, batch: Batch) -> None:
-        """Free the places that the requests of `batch` take up in `max_pending`."""
+    def _give_up(self, batch: Batch, reason: str) -> None:
+        """Answer 503 to the requests of `batch` that still wait, and free the places of all of them in `max_pending`."""
+        batch.fail(reason)
         self._pending -= batch.size
         batch.size = 0
         batch.timer.cancel()
@@ -164,8 +164,7 @@ class Counter:
             except Exception:  # A bug must fail only this batch, not stop the lane.
                 _logger.exception("a batch failed")
             finally:  # This runs also when the lane is cancelled.
-                batch.fail("this process cannot count it")
-                self._release(batch)
+                self._give_up(batch, "this process cannot count it")
 
     async def _count(self, batch: Batch, lane: Lane) -> None:
         """Let `lane` count `batch`, and give each request its numbers."""
@@ -180,7 +179,7 @@ class Counter:
             return  # Another batch has reported the rewind already.
         if before.hits < floor.hits or before.posts < floor.posts:
             self._rewinds += 1
-            self._rewound.inc()
+            self._rewinds_total.inc()
             _logger.error(
                 "Redis has lost counts that were answered; counting continues from what it has",
                 extra={"answered": floor._asdict(), "found": before._asdict()},

@@ -1,7 +1,7 @@
 """Send each answer in one write, and each error as problem details (RFC 9457).
 
 This module borrows names from aiohttp, which documents `StreamResponse` for streaming but not as a base class for other ways to
-write. tests/nanoservice/test_borrowed.py names the first one that an upgrade removes.
+write. tests/nanoservice/test_borrowed.py reports each one that an upgrade removes.
 
 - `StreamResponse.prepare`, `StreamResponse.write_eof`: aiohttp calls both methods of the response that a handler returns.
   Without them nothing is sent. `web.Response` will replace them once its cost no longer matters.

@@ -4,30 +4,36 @@ Every error is answered with problem details, also an error that occurs before a
 request nor names a version. A connection whose request is not complete in time is closed, so there are no WebSockets. The number
 of connections stays below the number of file descriptors that the process may open.
 
-This module borrows names from aiohttp, which documents none of them. tests/nanoservice/test_borrowed.py names the first one that
-an upgrade removes. In aiohttp 4 one middleware will replace most of them.
+This module borrows names that aiohttp does not promise to keep. tests/nanoservice/test_borrowed.py reports each one that an
+upgrade removes. Each entry says what the chassis loses without the name. In aiohttp 4, one middleware will replace the methods
+that answer, handle errors and log. The other entries stay until aiohttp has such limits itself.
 
-- `RequestHandler.data_received`, `RequestHandler.connection_made`, `RequestHandler.pause_writing`: aiohttp calls them when bytes
-  arrive, a client connects, or a client does not read. Without them slow requests and slow readers keep connections for ever.
+- `RequestHandler.data_received`: aiohttp calls it when bytes arrive. Without it a slow request keeps its connection for ever.
+- `RequestHandler.connection_made`: aiohttp calls it when a client connects. Without it the number of connections has no limit.
+- `RequestHandler.pause_writing`: aiohttp calls it when a client does not read its answers. Without it the time limit of a slow
+  reader does not start again, so a good one is cut off in its second large answer.
 - `RequestHandler._messages`: aiohttp queues parsed requests here, as pairs of a `RawRequestMessage` (or an error) and the body.
   Without it a complete request behind a slow one counts as overdue, and a handler waits for a broken body.
 - `RequestHandler.writing_paused`, `RequestHandler.transport`, `RequestHandler.force_close`: they show and change the state of the
   socket. Without them an overdue connection cannot be recognised or closed.
-- `RequestHandler.shutdown`: it closes one connection gracefully. Without it a drain may cut off a request, or take twice as long.
+- `RequestHandler.shutdown`: it closes one connection gracefully. Without it a shutdown may take twice as long.
 - `RequestHandler.finish_response`: every answer passes through it. Without it aiohttp's own errors (404, 405, 413, 417) are
   plain text. A middleware will replace it.
-- `HTTPException.prepare`: aiohttp's errors are answers themselves. Without this method `finish_response` never sees them.
+- `HTTPException.prepare`: aiohttp's errors are answers themselves. Without it `finish_response` could not recognise them.
 - `RequestHandler.handle_error`, `RequestHandler._make_error_handler`: they turn an exception of a handler or the parser into an
   answer. Without them aiohttp quotes the request and names its version. A middleware will replace the first.
 - `RequestHandler.log_exception`: without it each broken body writes a traceback to the log.
 - `Server.__call__`, `Server.request_handler`, `Server.request_factory`: they make the connections and requests. Without them none
   of the limits above applies.
 - `RawRequestMessage._replace`: without it no answer says `Connection: close` while the process drains.
-- `HttpProcessingError.message`, `LineTooLong.message`, `RequestPayloadError`: the parser raises these errors. Only the message
-  "Too many headers received" reveals too many header lines. Without them a malformed request is a 500 with a traceback.
+- `RequestPayloadError`: a body is malformed. Without it a malformed body is a 500 with a traceback.
+- `HttpProcessingError.message`, `LineTooLong`: the parser raises these errors. Only the message "Too many headers received"
+  reveals too many header lines. Without them a request with a head that is too large is a 400 instead of a 431.
 - `StreamReader.set_exception`, `StreamReader.is_eof`, `EMPTY_PAYLOAD.is_eof`: they show and set the state of a request's body.
   Without them a handler waits for a broken body until the connection is closed.
 - `AbstractStreamWriter.output_size`: it shows whether an answer has begun. Without it an error could be sent inside an answer.
+- `RequestHandler.log_access`: it calls the object that is given as `access_log_class`, at once and once for each answer. Without
+  it requests are neither measured nor logged. A middleware will replace it.
 """
 
 import asyncio

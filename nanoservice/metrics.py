@@ -1,11 +1,11 @@
 """Metrics: the figures that every service measures, and the page on the admin port that shows them.
 
-This module borrows names from two libraries. tests/nanoservice/test_borrowed.py names the first one that an upgrade removes.
+This module borrows names from two libraries. tests/nanoservice/test_borrowed.py reports each one that an upgrade removes.
 
 - `Request._match_info` (aiohttp): a request that could not be parsed has no match, and the public `match_info` then raises an
-  error. Without it such requests cannot be measured. A middleware will replace it.
-- `AbstractAccessLogger.log` (aiohttp): aiohttp calls it once for each answer, with the time since the head of the request was
-  parsed. Without it no request is measured. A middleware will replace it.
+  error. Without it every request is measured as `unmatched`. A middleware will replace it.
+- `AbstractAccessLogger.log` (aiohttp): aiohttp calls it once for each answer, with the time since the request was taken from the
+  connection's queue. Without it no request is measured. A middleware will replace it.
 - `utils.floatToGoString` (prometheus-client): it writes a bucket's bound. Without it `le` labels differ from the library's.
 - `registry.Collector` (prometheus-client): it is the base class of custom collectors, and its module is not documented.
 """
@@ -70,7 +70,7 @@ class RequestRecorder(AbstractAccessLogger, Collector):
         """Yield the histogram of all requests so far."""
         family = HistogramMetricFamily(
             "http_request_duration_seconds",
-            "Time from the head of a request to the end of its answer",
+            "Time from the start of handling a request to the end of its answer",
             labels=["method", "route", "status"],
         )
         for (method, route, status), (counts, seconds) in self._seen.items():

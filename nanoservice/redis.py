@@ -1,7 +1,7 @@
 """The connection to Redis: how it is opened, and how its errors are reported.
 
-This module borrows names from redis-py, which documents commands but not these names. tests/nanoservice/test_borrowed.py names
-the first one that an upgrade removes.
+This module borrows names from redis-py, which documents commands but not these names. tests/nanoservice/test_borrowed.py
+reports each one that an upgrade removes.
 
 - `Redis.execute_command`, `Pipeline.immediate_execute_command`, `Pipeline.execute`: each command reaches the server through one
   of them. Without them a failing Redis is a 500 instead of a 503. An event or a hook around each command will replace them, once
@@ -11,8 +11,8 @@ the first one that an upgrade removes.
 - `AbstractConnection.on_connect_check_health`: it makes the handshake. Without it the log shows the server's message about AUTH.
 - `AbstractConnection.connect`, `AbstractConnection.disconnect`, `AbstractConnection.send_command`,
   `AbstractConnection.send_packed_command`, `AbstractConnection.read_response`: they send a command and read its reply over a
-  connection that belongs to one lane or one probe. Without them each lane needs a client with a pool of one connection. Such a
-  client will replace them.
+  connection that belongs to one lane (hitcounter/counter.py) or one probe (probes.py). Without them each lane needs a client
+  with a pool of one connection. Such a client will replace them.
 """
 
 import ssl

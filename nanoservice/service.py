@@ -42,8 +42,8 @@ def create_app(service: Service[C], config: C, socket: str | None = None) -> web
     app.cleanup_ctx.append(_close_store)
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", app[READINESS].readyz)
-    app.router.add_get("/version", json_answer_of({"name": service.name, "version": service.version}))
-    app.router.add_get("/openapi.json", json_answer_of(document(service)))
+    app.router.add_get("/version", json_handler({"name": service.name, "version": service.version}))
+    app.router.add_get("/openapi.json", json_handler(document(service)))
     service.setup(app, config)
     _answer_options(app)
     app.on_response_prepare.append(_hide_server)
@@ -60,7 +60,7 @@ def document(service: Service[C]) -> dict[str, Any]:
     return {"openapi": "3.1.0", "info": {"title": service.name, "version": service.version}, **merged}
 
 
-def json_answer_of(content: object) -> Callable[[web.Request], Any]:
+def json_handler(content: object) -> Callable[[web.Request], Any]:
     """Return a handler that always answers with `content` as JSON."""
 
     async def handler(request: web.Request) -> Answer:
