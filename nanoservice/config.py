@@ -197,7 +197,7 @@ def table(config: type[Config]) -> str:
 
 
 def _unknown(environ: Mapping[str, str], known: list[str]) -> Iterator[str]:
-    """Yield a line for each variable that is probably misspelt: an unknown one that has a setting's prefix or resembles a setting."""
+    """Yield a line for each unknown variable that has a setting's prefix or resembles a setting: it is probably misspelt."""
     prefixes = tuple({name.split("_")[0] + "_" for name in known if "_" in name})
     for name, value in environ.items():
         if name in known or _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and "://" in value):

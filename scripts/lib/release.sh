@@ -1,4 +1,4 @@
-# What a release is called, where it goes, and what its files are.
+# The version of a release, the repositories that it goes to, and the folder of its files.
 # Reads SERVICE, REPOSITORIES and DIST.
 
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$SERVICE/__init__.py")
@@ -13,7 +13,7 @@ repositories() { # print the repositories, a line each
   echo "$REPOSITORIES" | tr '[:upper:]' '[:lower:]' | xargs -n 1
 }
 
-checksum() { # print the digest of SHA256SUMS, which stands for all files of the release
+checksum() { # print the digest of SHA256SUMS, which has the checksums of all files of the release
   [ -f "$folder/SHA256SUMS" ] || fail "there are no files of a release in $folder/; run: make release-files"
   sha256sum "$folder/SHA256SUMS" | cut -d ' ' -f 1
 }
