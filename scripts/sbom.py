@@ -131,7 +131,7 @@ def python_packages(image: Image, platform: str, lock: dict[str, Any], wheels: P
 
 
 def unpacked_from(wheels: Path, image: Image, folder: str) -> Path:
-    """Return the wheel whose metadata equals the metadata in the image's `folder`. Raises ValueError if there is no such wheel."""
+    """Return the wheel whose metadata equals the metadata in the image's `folder`. Raises ValueError if no wheel has it."""
     info = posixpath.basename(folder)
     for wheel in sorted(wheels.glob(f"{info.removesuffix('.dist-info')}-*.whl")):
         with zipfile.ZipFile(wheel) as archive:
