@@ -225,7 +225,7 @@ release-digest: ## print the digest of the image in hitcounter.oci/, as digest=s
 release-compare: ## fail unless the image in hitcounter.oci/ has the digest DIGEST
 	@sh scripts/release-compare.sh
 
-sbom: $(VENV)/can-run ## write dist/sbom.spdx.json, the list of the contents of hitcounter.oci/; each run writes the same bytes
+sbom: $(VENV)/can-run ## write dist/sbom.spdx.json, the contents of hitcounter.oci/; each run writes the same bytes
 	@sh scripts/sbom.sh
 
 release-files: sbom ## write dist/release/: manifests that name the digest, the list of contents, checksums

@@ -267,7 +267,7 @@ def sync_ms(folder: Path) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="run one short round, to check that the benchmark works; write nothing")
+    parser.add_argument("--quick", action="store_true", help="run one short round, to check that all parts work; write nothing")
     quick = parser.parse_args().quick
     plan = QUICK if quick else FULL
     cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
