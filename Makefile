@@ -57,7 +57,7 @@ run: $(VENV)/can-run ## run the service on port 8080, with a Valkey of its own i
 	@exec $(BIN)/python -m hitcounter
 
 # The tests run in two processes, because most tests wait most of the time.
-test: $(VENV)/installed ## run all tests that need no engine, cluster or registry
+test: $(VENV)/installed ## run all tests that need only this machine
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-newest: ## run the contract tests with the newest aiohttp and redis-py; they may fail

@@ -67,7 +67,7 @@ class Load:
     async def open(self, seconds: float, rate: float) -> None:
         """Send `rate` requests a second, whether or not earlier ones are answered.
 
-        Latency counts from the time when a request was due, so that waiting for a connection or for this process counts.
+        The latency of a request begins when the request is due, so it includes waiting for a connection or for this process.
         """
         # Send one request on each connection first, because a silent connection would block one of gunicorn's threads.
         self._closed_loop = True
@@ -220,5 +220,5 @@ class _Timer:
             raise OSError(ctypes.get_errno(), "timerfd")
 
     def read(self) -> None:
-        """Reset the timer until the next interval is over."""
+        """Reset the timer, so that it becomes readable after the next interval."""
         os.read(self.descriptor, 8)

@@ -49,7 +49,7 @@ cProfile.run("main(SERVICE, os.environ, [])", sys.argv[1])
 
 @dataclass(frozen=True)
 class Plan:
-    """The length of each part of a run, in seconds; `rounds` is a number."""
+    """The length of each part of a run in seconds, and the number of rounds."""
 
     rounds: int  # the highest number of rounds
     limit: float  # A round that would end after this time does not begin.

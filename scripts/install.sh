@@ -33,7 +33,7 @@ pip_install() { # OPTION...
 remove_unlocked() { # uninstall each package that is no longer in a lock
   names=$(sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' requirements.txt requirements-dev.txt)
   unlocked=$(pip freeze --exclude-editable | sed 's/[ =].*//' | tr 'A-Z._' 'a-z--' | grep -vxF "$names") || true
-  # shellcheck disable=SC2086 # several packages
+  # shellcheck disable=SC2086 # each package is an argument
   [ -z "$unlocked" ] || pip uninstall --quiet --yes $unlocked
 }
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Give each NAME:TAG@DIGEST in the repository the digest that the tag has now, as Renovate would: update-images.sh
-# Reads ORAS. An image keeps its tag.
+# Reads ORAS. The script changes no tag.
 # A registry does not record when an image was published, so this script cannot wait a week, as update-packages.sh does. Check
 # what is new before you commit.
 # The script does not update the development container, or its CLI in .ci/devcontainer/package.json.
@@ -11,6 +11,6 @@
 
 git grep -hoE '[a-z0-9][a-z0-9.:-]*(/[a-z0-9._-]+)+:[A-Za-z0-9._-]+@sha256:[0-9a-f]{64}' | sort -u | while read -r image; do
   digest=$("$ORAS" resolve "${image%@*}") || fail "${image%@*} cannot be read"
-  # shellcheck disable=SC2046 # several files
+  # shellcheck disable=SC2046 # each file is an argument
   [ "${image#*@}" = "$digest" ] || replace "$image" "${image%@*}@$digest" $(git grep -lF "$image")
 done

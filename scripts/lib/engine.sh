@@ -52,7 +52,7 @@ build() { # CONTEXT [OPTION...]: run the engine's build
   if [ -d "$WHEELS" ]; then
     set -- "$@" --build-context="wheels=$(cd "$WHEELS" && pwd)" --network=none --build-arg PIP_NO_INDEX=1
   fi
-  # shellcheck disable=SC2086 # several options
+  # shellcheck disable=SC2086 # each option is an argument
   if "$engine" "$@" --file="$context/Containerfile" --build-arg SERVICE="$SERVICE" ${BUILD_OPTIONS:-} "$context"; then return; fi
   [ ! -d "$WHEELS" ] || echo "make: built from $WHEELS/ alone; if requirements.txt has changed since then: make wheels" >&2
   return 1
@@ -81,7 +81,7 @@ layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, with an 
   case "$targets" in
     *,*)
       list=localhost/image-$$
-      # shellcheck disable=SC2086 # several images
+      # shellcheck disable=SC2086 # each image is an argument
       "$engine" manifest create "$list" $ids >/dev/null || return
       "$engine" manifest push --quiet --all "$list" "oci:$folder:latest" || return
       "$engine" rmi "$list" >/dev/null

@@ -8,7 +8,7 @@ changes() { # print the section of this version in the changelog
   awk -v version="$version" '/^## / { wanted = ($2 == version); next } wanted' CHANGELOG.md | sed '/./,$!d'
 }
 
-repositories() { # print the repositories, a line each
+repositories() { # print the repositories, one on each line
   [ "$REPOSITORIES" ] || fail "which repositories? REPOSITORIES=\"ghcr.io/NAME/$SERVICE docker.io/NAME/$SERVICE\""
   echo "$REPOSITORIES" | tr '[:upper:]' '[:lower:]' | xargs -n 1
 }
