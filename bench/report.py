@@ -99,13 +99,13 @@ def targets(rounds: Rounds) -> list[Target]:
 
     synced = ratio("rate", SERVICE, EVERYSEC)
     return [
-        Target("CPU per request of the starting code, times the service's", ratio("cpu", FLASK, SERVICE), 12, at_least=True),
-        Target("CPU per request of FastAPI, times the service's", ratio("cpu", FASTAPI, SERVICE), 7, at_least=True),
-        Target("the service's CPU per request, times that of the same service with a dict", ratio("cpu", SERVICE, DICT), 1.2),
-        Target("the service's CPU per request, times that of Go", ratio("cpu", SERVICE, GO), 1.1),
+        Target("the starting code's CPU per request, divided by the service's", ratio("cpu", FLASK, SERVICE), 12, at_least=True),
+        Target("FastAPI's CPU per request, divided by the service's", ratio("cpu", FASTAPI, SERVICE), 7, at_least=True),
+        Target("the service's CPU per request, divided by its CPU per request with a dict", ratio("cpu", SERVICE, DICT), 1.2),
+        Target("the service's CPU per request, divided by Go's", ratio("cpu", SERVICE, GO), 1.1),
         Target("Redis commands per request at 64 connections", median(own("commands")), 0.1),
         Target("errors at 1,000 connections, in all rounds", sum(own("failed_1000")), 0),
-        Target("throughput with `appendfsync always`, times that with `everysec`", synced, 0.9, at_least=True),
+        Target("throughput with `appendfsync always`, divided by throughput with `everysec`", synced, 0.9, at_least=True),
         Target("Pss in MB at 64 connections", median(own("pss")), 45),
         Target("Pss in MB after 1,000 connections", median(own("pss_1000")), 45),
     ]

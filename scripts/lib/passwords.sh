@@ -14,7 +14,7 @@ services=$(echo "$users" | grep -vx -e probe -e operator)
 new_password() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; echo; }
 
 read_secret() { # NAME KEY: print the passwords in KEY of the secret NAME, one on each line; print nothing if there are none
-  # With a file in between, kubectl's failure is seen: a secret that cannot be read must not count as missing.
+  # Write a file first, to see whether kubectl fails: a secret that cannot be read must not count as missing.
   k get secret "$1" --ignore-not-found \
     --output=go-template="{{with .data}}{{with index . \"$2\"}}{{base64decode .}}{{end}}{{end}}" >"$work/secret" || return
   grep . "$work/secret" || [ $? = 1 ]
