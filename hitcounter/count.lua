@@ -66,7 +66,7 @@ if keyed then
   local time = redis.call('TIME')
   now = time[1] * 1000000 + time[2]
   local eldest = now - DAY * 1000000
-  -- One call forgets at most 1,000 keys, so that no call takes long. Expired keys that it leaves count as forgotten, too.
+  -- One call forgets at most 1,000 keys, so that no call takes long. An expired key that is still there is ignored.
   expired = redis.call('ZRANGE', KEYS[5], '-inf', text(eldest), 'BYSCORE', 'LIMIT', 0, 1000)
   for i = 5, #ARGV do
     local answer = redis.call('HGET', KEYS[4], ARGV[i])

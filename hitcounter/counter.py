@@ -284,7 +284,7 @@ class Lane:
             self._round_trip.observe(loop.time() - began)
             verdict = self._writer.replied(reply)
             if verdict is Verdict.COUNTED:
-                self._health.worked("work")  # No other reply shows that Redis can write the counts.
+                self._health.worked("work")  # The script sends other replies before it writes a count, so they show nothing.
                 return reply
             if verdict is Verdict.LOST:
                 what = "failed half-way" if reply[0] == b"failed" else "has lost what it knew of this request"

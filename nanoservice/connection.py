@@ -79,7 +79,7 @@ class Connection(web.RequestHandler):
         self._min_unsent_since = math.inf
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Accept the connection, or close it if there are too many."""
+        """Accept the connection, or close it if there are too many connections."""
         self._head_since = asyncio.get_running_loop().time()
         super().connection_made(transport)
         if self._factory.full():

@@ -40,7 +40,7 @@ def executable() -> str:
 
 @contextlib.contextmanager
 def valkey(data: Path, *options: str) -> Iterator[str]:
-    """Run Valkey on the folder `data`, which is created if needed. Yield the path of its Unix socket, and stop it on exit.
+    """Run Valkey on the folder `data`, which is created if needed. Yield the path of Valkey's Unix socket; stop Valkey on exit.
 
     `options` are further options of the server's command line. Raises StartError if Valkey cannot start, or if another process
     already uses the folder.
@@ -90,7 +90,7 @@ def _await(process: subprocess.Popen[bytes], path: str, log: Path) -> None:
 
 
 def _prepare_child() -> None:  # pragma: no cover - coverage does not measure the child before exec
-    """Unblock the signals that the parent still blocks, and (Linux) ask to be terminated when the parent dies."""
+    """Unblock the signals that the parent still blocks. On Linux, also ask to be terminated when the parent dies."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

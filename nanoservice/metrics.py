@@ -62,7 +62,7 @@ class RequestRecorder(AbstractAccessLogger, Collector):
 
     def __init__(self, registry: CollectorRegistry, logger: logging.Logger) -> None:
         super().__init__(logger, "")
-        self._seen: dict[tuple[str, str, int], tuple[list[int], list[float]]] = {}  # counts by bucket, total seconds
+        self._seen: dict[tuple[str, str, int], tuple[list[int], list[float]]] = {}  # the counts by bucket, and the total seconds
         self._slow_quiet_until = 0.0
         registry.register(self)
 

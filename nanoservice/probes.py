@@ -21,7 +21,7 @@ async def livez(request: web.Request) -> Answer:
 
 
 class Readiness:
-    """Decides whether this process should receive requests: while Redis answers, and until the process drains."""
+    """Decides whether this process should receive requests: Redis must answer, and the process must not be draining."""
 
     def __init__(self, store: Store) -> None:
         self.draining = False

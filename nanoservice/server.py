@@ -200,7 +200,7 @@ def _embedded_store(host: str) -> AbstractContextManager[str | None]:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return uvloop's loop factory. Return None, for asyncio's own loop, where uvloop has no wheel."""
+    """Return uvloop's loop factory. Where uvloop has no wheel, return None, which means asyncio's own loop."""
     try:
         import uvloop  # noqa: PLC0415 - optional
     except ImportError:
