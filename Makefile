@@ -1,34 +1,35 @@
-# Every command of this repository, for a laptop and for CI alike. `make help` lists them; scripts/ has what the longer ones do.
+# This file has every command of the repository, for laptops and for CI. `make help` lists the commands. Longer ones run a script
+# in scripts/.
 
-PYTHON ?=            # the Python to use; if empty, the newest that is found: 3.11 or newer
+PYTHON ?=            # the Python to use, 3.11 or newer; if empty, make uses the newest that it finds
 VENV ?= .venv
 override VENV := $(patsubst %/,%,$(VENV))
 BIN := $(VENV)/bin
 UPGRADE ?=           # --upgrade: lock the newest versions
 
-ENGINE ?=            # docker (with buildx), podman or buildah; if empty, the first of these that is found
+ENGINE ?=            # docker (with buildx), podman or buildah; if empty, make uses the first of these that it finds
 SERVICE ?= hitcounter
 IMAGE ?= $(SERVICE)
 PLATFORMS ?= linux/amd64,linux/arm64
 LAYOUT ?= $(SERVICE).oci
 WHEELS ?= wheels
 override WHEELS := $(patsubst %/,%,$(WHEELS))
-BUILD_OPTIONS ?=     # more options for the engine's build, such as --build-arg BASE=... for a mirror's
+BUILD_OPTIONS ?=     # more options for the engine's build, such as --build-arg BASE=... for a mirror's image
 
 KUBECTL ?= kubectl
 NAMESPACE ?= hitcounter
-REGISTRY ?=          # where the cluster gets its images, such as registry.example.com/team; minikube and kind need none
-VALKEY ?=            # another image of Valkey than the manifests', as name:tag
-FILE ?=              # a snapshot of Redis
+REGISTRY ?=          # the registry that the cluster pulls from, such as registry.example.com/team; minikube and kind need none
+VALKEY ?=            # an image that replaces the manifests' image of Valkey, as name:tag
+FILE ?=              # the file of a snapshot of Redis
 
-REPOSITORIES ?=      # where to publish, such as "ghcr.io/me/hitcounter docker.io/me/hitcounter"; manifests name the first
+REPOSITORIES ?=      # where to publish, such as "ghcr.io/me/hitcounter docker.io/me/hitcounter"; manifests use the first
 DIST ?= dist
-ORAS ?=              # an oras that is there already
-TAG ?=               # of the release, such as v0.1.0
-DIGEST ?=            # that an image is expected to have
-SUMS ?=              # the digest that the checksums of a release's files are expected to have
+ORAS ?=              # the path of an oras to use; if empty, Go builds oras
+TAG ?=               # the tag of the release, such as v0.1.0
+DIGEST ?=            # the digest that an image is expected to have
+SUMS ?=              # the digest that SHA256SUMS, the checksums of a release's files, is expected to have
 
-# The scripts, and the tests, read these from the environment.
+# The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
 export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE
 
@@ -39,11 +40,11 @@ export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE
 
 .PHONY: help run test test-newest coverage lint format types clean
 
-# What `make run` needs: the service's packages, and a Valkey.
+# `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
 	@sh scripts/install.sh $@
 
-# What everything else needs.
+# Most other targets need the development packages, too.
 $(VENV)/installed: $(VENV)/can-run
 	@sh scripts/install.sh $@
 
@@ -55,18 +56,18 @@ help: ## list the targets
 run: $(VENV)/can-run ## run the service on port 8080, with a Valkey of its own in .data/ unless REDIS_HOST is set
 	@exec $(BIN)/python -m hitcounter
 
-# In two processes: most tests wait most of the time.
-test: $(VENV)/installed ## run all tests that need nothing but this machine
+# The tests run in two processes, because most tests wait most of the time.
+test: $(VENV)/installed ## run all tests that need only this machine
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-newest: ## run the contract tests with the newest aiohttp and redis-py, which may fail
+test-newest: ## run the contract tests with the newest aiohttp and redis-py; they may fail
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
 	@VENV=.venv-newest sh scripts/test-newest.sh
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
-# The shell is named here, since redis.sh, the files in scripts/lib/ and .ci/steps have no line that names it.
+# The option --shell is needed, because redis.sh, the files in scripts/lib/ and .ci/steps have no line that names their shell.
 lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/yamllint --strict .
@@ -90,7 +91,7 @@ format: $(VENV)/installed ## fix the style of the Python files
 types: $(VENV)/installed ## check types
 	@$(BIN)/mypy
 
-clean: ## remove what these commands made, except the counts in .data/ and the images in an engine
+clean: ## remove all files that these commands made, except the counts in .data/ and the images in an engine
 	rm -rf $(VENV) $(VENV).lock .venv-* wheels wheels.new *.oci dist .tools
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -99,13 +100,13 @@ clean: ## remove what these commands made, except the counts in .data/ and the i
 
 .PHONY: lock lock-check update
 
-lock: $(VENV)/installed ## write each requirements*.txt from its requirements*.in (UPGRADE=--upgrade: with the newest versions)
+lock: $(VENV)/installed ## write each requirements*.txt from its requirements*.in; UPGRADE=--upgrade takes the newest versions
 	@sh scripts/lock.sh
 
 lock-check: $(VENV)/installed ## fail if a requirements*.txt does not follow from its requirements*.in
 	@sh scripts/lock-check.sh
 
-update: $(VENV)/installed ## take newer versions, of packages those out for a week, and show what changed; see also Renovate
+update: $(VENV)/installed ## take newer versions (of packages, only those published a week ago or earlier) and show what changed
 	@sh scripts/update-packages.sh
 	@sh scripts/update-images.sh
 	@sh scripts/update-actions.sh
@@ -120,7 +121,7 @@ BENCH := .venv-bench
 $(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt
 	@sh scripts/install.sh $@
 
-bench: $(BENCH)/peers ## measure the service against its peers, in 6 minutes; write bench/results.md and bench/results.svg
+bench: $(BENCH)/peers ## compare the service with its peers in 6 minutes; write bench/results.md and bench/results.svg
 	@$(BENCH)/bin/python -m bench.run
 
 bench-quick: $(BENCH)/peers ## show that the benchmark runs; write nothing
@@ -130,13 +131,13 @@ bench-quick: $(BENCH)/peers ## show that the benchmark runs; write nothing
 
 .PHONY: wheels image image-check image-multiarch image-digest builder test-image test-compose test-publish
 
-wheels: $(VENV)/can-run ## fetch the packages for images, hash-checked; from then on a build needs no network
+wheels: $(VENV)/can-run ## download the packages for images, and check their hashes; builds then need no network
 	@sh scripts/wheels.sh
 
-image: ## build the image hitcounter (SERVICE=: of another package) and load it into the engine (ENGINE=)
+image: ## build the image of hitcounter (or of the package SERVICE=) and load it into the engine (ENGINE=)
 	@sh scripts/image.sh
 
-image-check: ## build twice from different copies, with each engine there is, and compare
+image-check: ## build twice with each installed engine, from different copies of the sources, and compare
 	@sh scripts/image-check.sh
 
 image-multiarch: ## write an OCI layout for amd64 and arm64 to hitcounter.oci/
@@ -145,10 +146,11 @@ image-multiarch: ## write an OCI layout for amd64 and arm64 to hitcounter.oci/
 image-digest: ## build for amd64 and arm64, and print the digests
 	@sh scripts/image-digest.sh
 
-# The digest of an image depends on its builder, so releases have a fixed one. Its own digest was seen in three public places.
+# The digest of an image depends on its builder, so releases use a fixed BuildKit. The digest of this BuildKit image was found in
+# three independent public sources before it was pinned.
 BUILDKIT ?= docker.io/moby/buildkit:v0.31.2@sha256:2f5adac4ecd194d9f8c10b7b5d7bceb5186853db1b26e5abd3a657af0b7e26ec
-# The builder is in the machine's network, for a test whose package index listens on loopback.
-builder: ## make the builder of releases, a BuildKit of a fixed version, and use it from now on
+# The builder uses the host's network, because one test needs it to reach a package index on loopback.
+builder: ## create and select the builder that releases use, a BuildKit of a fixed version
 	@docker buildx rm --force hitcounter >/dev/null 2>&1 || true
 	@docker buildx create --name hitcounter --use --bootstrap \
 	    --driver docker-container --driver-opt image=$(BUILDKIT),network=host
@@ -166,7 +168,7 @@ test-compose: $(VENV)/installed ## run the tests of compose.yaml, with Docker Co
 	@$(HAS_WHEELS)
 	@$(PYTEST_SLOW) -m compose tests/delivery
 
-test-publish: $(VENV)/installed ## run the tests of publishing, on the first engine that is found, into the registry REGISTRY
+test-publish: $(VENV)/installed ## run the tests that publish into the registry REGISTRY, on the first engine that is found
 	@[ "$$REGISTRY" ] \
 	|| { echo "make: which registry may the tests write to? make test-publish REGISTRY=localhost:5000" >&2; exit 1; }
 	@$(HAS_WHEELS)
@@ -176,37 +178,37 @@ test-publish: $(VENV)/installed ## run the tests of publishing, on the first eng
 
 .PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check e2e
 
-deploy: ## build and run everything on the current cluster (minikube, kind; any with REGISTRY=); print the URL
+deploy: ## build and deploy on the current cluster (minikube or kind; any other with REGISTRY=); print the URL
 	@sh scripts/deploy-check.sh
 	@sh scripts/image.sh
 	@sh scripts/deploy.sh
 
-undeploy: ## delete everything that `make deploy` made, the counts too
+undeploy: ## delete everything that `make deploy` made, including the counts
 	@sh scripts/undeploy.sh
 
-secret: ## make the passwords in the cluster, those that are missing
+secret: ## make the missing passwords in the cluster
 	@sh scripts/secret.sh
 
-secret-rotate: ## replace the passwords by new ones, without a failed request
+secret-rotate: ## replace all passwords without a failed request
 	@sh scripts/secret-rotate.sh
 
-backup: ## write a snapshot of what Redis has now to FILE
+backup: ## write a snapshot of Redis's current data to FILE
 	@sh scripts/backup.sh
 
 restore: ## restart Redis with the snapshot FILE; its volume keeps the old data until the next `make restore`
 	@sh scripts/restore.sh
 
-manifests: ## write manifests/rendered/ again: each variant as one plain file
+manifests: ## write manifests/rendered/ again: one plain file for each variant
 	@sh scripts/manifests.sh manifests/rendered
 
 TOOLS ?= .tools
-tools: ## put the Skaffold that devcontainer/Containerfile pins into .tools/ (TOOLS=), with Docker
+tools: ## with Docker, write the Skaffold that devcontainer/Containerfile pins to .tools/ (or to TOOLS=)
 	@docker buildx build --quiet --file=devcontainer/Containerfile --target=skaffold --output=$(TOOLS) devcontainer
 
 render-check: $(VENV)/installed ## compare the output of `skaffold render` with manifests/rendered/
 	@PATH="$(abspath $(TOOLS)):$$PATH" $(BIN)/python -m pytest -m skaffold tests/delivery/test_skaffold.py
 
-e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in namespaces of their own and in `monitoring`
+e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in their own namespaces and in `monitoring`
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m cluster tests/e2e
 
@@ -214,7 +216,7 @@ e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in 
 
 .PHONY: release-check release-digest release-compare sbom release-files release-sums release-files-compare publish sign
 
-release-check: ## fail unless the version, its section in the changelog, and TAG, if it is given, are of one release
+release-check: ## fail unless the changelog has a section for the version, and TAG, if given, is the version's tag
 	@sh scripts/release-check.sh
 
 release-digest: ## print the digest of the image in hitcounter.oci/, as digest=sha256:...
@@ -223,7 +225,7 @@ release-digest: ## print the digest of the image in hitcounter.oci/, as digest=s
 release-compare: ## fail unless the image in hitcounter.oci/ has the digest DIGEST
 	@sh scripts/release-compare.sh
 
-sbom: $(VENV)/can-run ## write dist/sbom.spdx.json: what is in hitcounter.oci/, the same bytes each time
+sbom: $(VENV)/can-run ## write dist/sbom.spdx.json, the contents of hitcounter.oci/; each run writes the same bytes
 	@sh scripts/sbom.sh
 
 release-files: sbom ## write dist/release/: manifests that name the digest, the list of contents, checksums
@@ -232,7 +234,7 @@ release-files: sbom ## write dist/release/: manifests that name the digest, the 
 release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 	@sh scripts/release-sums.sh
 
-release-files-compare: ## fail unless dist/release/SHA256SUMS has the digest SUMS, and matches the files
+release-files-compare: ## fail unless dist/release/SHA256SUMS has the digest SUMS and matches the files
 	@sh scripts/release-files-compare.sh
 
 publish: ## publish the image of hitcounter.oci/ and its list of contents in REPOSITORIES, and read both back

@@ -1,7 +1,7 @@
-"""The load: GETs over keep-alive connections, in a closed loop for throughput, in an open loop for latency.
+"""Send GETs over keep-alive connections: in a closed loop to measure throughput, in an open loop to measure latency.
 
-The load shares one core with Redis and must cost less than the server that it measures. So it is a bare asyncio protocol that
-parses only what it needs.
+This load shares one core with Redis, and must cost less than the server that it measures. So the client is a bare asyncio
+protocol, which parses only the parts of an answer that it needs.
 """
 
 import asyncio
@@ -16,13 +16,13 @@ _REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\nAccept: *
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 _NUMBER = re.compile(rb"\d+")
-_MAX_REQUESTS = 2_000_000  # of one load
+_MAX_REQUESTS = 2_000_000  # the most requests that one load sends
 _SETTLE_SECONDS = 10.0  # the longest wait for the last answers
-_OPENED_AT_ONCE = 50  # connections: not every server has a long backlog
+_OPENED_AT_ONCE = 50  # connections; few, because not every server has a long backlog
 
 
 class Load:
-    """Requests to `port` of loopback over `connections` connections, and a count of their outcomes."""
+    """Sends requests to `port` of loopback over `connections` connections, and counts their outcomes."""
 
     def __init__(self, port: int, connections: int) -> None:
         self._port = port
@@ -33,7 +33,7 @@ class Load:
         self._opening: set[asyncio.Task[None]] = set()
         self._ended = False
         self.clients: set[_Client] = set()
-        self.idle: deque[_Client] = deque()  # the longest idle client sends next, so that no server closes it as idle
+        self.idle: deque[_Client] = deque()  # The longest idle client sends next, so that no server closes its connection.
         self.errors: Counter[str] = Counter()
         self.numbers: list[int] = []  # the numbers in the answers
         self.latencies: list[float] = []  # seconds
@@ -67,9 +67,9 @@ class Load:
     async def open(self, seconds: float, rate: float) -> None:
         """Send `rate` requests a second, whether or not earlier ones are answered.
 
-        Latency counts from the time when a request was due, so that waiting for a connection or for this process counts.
+        The latency of a request begins when the request is due, so it includes waiting for a connection or for this process.
         """
-        # Each connection begins with a request, because a silent connection would block one of gunicorn's threads.
+        # Send one request on each connection first, because a silent connection would block one of gunicorn's threads.
         self._closed_loop = True
         await self._open()
         self._closed_loop = False
@@ -161,7 +161,7 @@ class Load:
 
 
 class _Client(asyncio.Protocol):
-    """One connection, which has one request at a time."""
+    """One connection, which sends one request at a time."""
 
     transport: asyncio.Transport
 
@@ -173,7 +173,7 @@ class _Client(asyncio.Protocol):
         self.busy = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's class is not a subclass
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's transport is not a subclass of it.
         self._load.clients.add(self)
         self._load.ready(self)
 
@@ -188,7 +188,7 @@ class _Client(asyncio.Protocol):
         head = data.find(b"\r\n\r\n")
         length = _LENGTH.search(data, 0, head) if head > 0 else None
         if length is None or len(data) < head + 4 + int(length[1]):
-            self._received = data  # an answer without a length is never complete, and counts as no answer
+            self._received = data  # An answer without a length is never complete, and counts as "no answer".
             return
         self._received = b""
         self.busy = False
@@ -220,5 +220,5 @@ class _Timer:
             raise OSError(ctypes.get_errno(), "timerfd")
 
     def read(self) -> None:
-        """Reset the timer until the next interval is over."""
+        """Reset the timer, so that it becomes readable after the next interval."""
         os.read(self.descriptor, 8)

@@ -19,8 +19,8 @@ FLASK, FASTAPI, AIOHTTP, GO = (
     "Go net/http, go-redis",
 )
 
-Figures = dict[str, float]  # of one server in one round
-Rounds = dict[str, list[Figures]]  # of each server
+Figures = dict[str, float]  # the figures of one server in one round
+Rounds = dict[str, list[Figures]]  # for each server, its figures in each round
 
 _COLUMNS = (
     ("requests/s", "rate", "{:,.0f}"),
@@ -38,43 +38,44 @@ _COLUMNS = (
 )
 
 _ABOUT = """\
-The figures are medians of {rounds} interleaved rounds of {names} servers, each of which is started again in each round.
-The server runs alone on one core; the load and Redis run on another.
-Redis is Valkey with `appendonly yes`, and with `appendfsync always` unless the name says otherwise.
+The figures are medians of {rounds} interleaved rounds of {names} servers; each round starts each server again.
+The server runs alone on one core; the load and Redis run on another core.
+Redis is Valkey with `appendonly yes`, and with `appendfsync always` unless the server's name says otherwise.
 All traffic is on loopback.
-The ratios of the targets are taken within each round, and their median counts.
+A target's ratio is computed within each round, and the median of these ratios counts.
 
-- requests/s, CPU, commands, duplicates: a closed loop over 64 keep-alive connections, {seconds:g} s a round after a warm-up.
-- CPU: user and system time of the server's process tree, from `/proc`.
-- duplicates: answers whose number was already in an earlier answer.
-- Redis commands: calls from `INFO commandstats`.
-  A script call counts as one; the commands that `count.lua` itself calls are left out.
-- p50, p99: an open loop at half the requests/s of the same round.
-  Latency counts from when each request was due, so that waiting for a connection or for a slow predecessor counts.
-- errors: requests that were not answered with 200, of all requests in a closed loop over 256 and 1,000 connections.
-- Pss: of the process tree, from `/proc/PID/smaps_rollup`, after 64 and after 1,000 connections.
-  Memory shared with other running processes counts in part: alone, a server would have more.
-- start-up: from the process's start to its first 200 from `/`, while Redis runs.
+- requests/s, CPU, commands and duplicates are measured in a closed loop over 64 keep-alive connections.
+  After a warm-up, the loop runs for {seconds:g} s in each round.
+- CPU is the user and system time of the server's process tree, from `/proc`.
+- duplicates are answers whose number was already in an earlier answer.
+- Redis commands are calls from `INFO commandstats`.
+  A script call counts as one command; the commands that `count.lua` itself calls are left out.
+- p50 and p99 are latencies in an open loop at half the requests/s of the same round.
+  The latency of a request begins when the request is due, so it includes waiting for a connection or for slow earlier requests.
+- errors are the share of requests that were not answered with 200, in a closed loop over 256 and over 1,000 connections.
+- Pss is the memory of the process tree, from `/proc/PID/smaps_rollup`, after 64 and after 1,000 connections.
+  Memory that other running processes share counts in part: alone, a server would have more.
+- start-up is the time from the process's start to its first 200 from `/`, while Redis runs.
 
 The peers (`bench/peers/`) follow their own documentation, without an access log.
 gunicorn has one worker with 16 threads, uvicorn has uvloop and httptools, and aiohttp runs on asyncio's own loop.
 redis-py and go-redis have their default pools.
-redis-py's pool raises an error when more than 100 connections are wanted, which explains most of its errors.
+The pool of redis-py raises an error if more than 100 connections are needed, which explains most errors of its servers.
 """
 
 
 @dataclass
 class Target:
-    """A limit for a figure, which was set before the figure was measured."""
+    """A limit for a measured figure. The limit was set before the measurement."""
 
     text: str
-    value: float | None  # None: not measured
+    value: float | None  # None if the figure was not measured
     limit: float
     at_least: bool = False
 
     @property
     def met(self) -> bool | None:
-        """Return whether the target was met; None if it was not measured."""
+        """Return whether the target was met, or None if the figure was not measured."""
         if self.value is None:
             return None
         return self.value >= self.limit if self.at_least else self.value <= self.limit
@@ -98,13 +99,13 @@ def targets(rounds: Rounds) -> list[Target]:
 
     synced = ratio("rate", SERVICE, EVERYSEC)
     return [
-        Target("CPU per request of the starting code, times the service's", ratio("cpu", FLASK, SERVICE), 12, at_least=True),
-        Target("CPU per request of FastAPI, times the service's", ratio("cpu", FASTAPI, SERVICE), 7, at_least=True),
-        Target("the service's CPU per request, times that of the same service with a dict", ratio("cpu", SERVICE, DICT), 1.2),
-        Target("the service's CPU per request, times that of Go", ratio("cpu", SERVICE, GO), 1.1),
+        Target("the starting code's CPU per request, divided by the service's", ratio("cpu", FLASK, SERVICE), 12, at_least=True),
+        Target("FastAPI's CPU per request, divided by the service's", ratio("cpu", FASTAPI, SERVICE), 7, at_least=True),
+        Target("the service's CPU per request, divided by its CPU per request with a dict", ratio("cpu", SERVICE, DICT), 1.2),
+        Target("the service's CPU per request, divided by Go's", ratio("cpu", SERVICE, GO), 1.1),
         Target("Redis commands per request at 64 connections", median(own("commands")), 0.1),
         Target("errors at 1,000 connections, in all rounds", sum(own("failed_1000")), 0),
-        Target("throughput with `appendfsync always`, times that with `everysec`", synced, 0.9, at_least=True),
+        Target("throughput with `appendfsync always`, divided by throughput with `everysec`", synced, 0.9, at_least=True),
         Target("Pss in MB at 64 connections", median(own("pss")), 45),
         Target("Pss in MB after 1,000 connections", median(own("pss_1000")), 45),
     ]
@@ -124,7 +125,7 @@ def target_table(rounds: Rounds) -> str:
 
 
 def machine(versions: dict[str, str]) -> str:
-    """Return the machine and the versions of everything that takes part in a run."""
+    """Return a text that names the machine, and the versions of everything that takes part in a run."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     packages = ("aiohttp", "redis", "hiredis", "uvloop", "flask", "gunicorn", "fastapi", "uvicorn", "httptools")
@@ -157,15 +158,15 @@ def markdown(rounds: Rounds, seconds: float, conditions: str, profile: str) -> s
 
 ## Where the service's time goes
 
-The service's functions, ordered by their own time, under cProfile with 64 connections.
-To cProfile, functions in Python look more expensive than functions in C.
+The table lists the service's functions by their own time, under cProfile with 64 connections.
+cProfile makes functions in Python look more expensive than functions in C.
 
 {profile}
 """
 
 
 def svg(rounds: Rounds) -> str:
-    """Return the picture: a panel of bars for each main figure, readable on a light and on a dark background."""
+    """Return the picture, which has a panel of bars for each main figure and is readable on light and dark backgrounds."""
     panels = (("CPU per request, µs (less is better)", "cpu"), ("requests per second (more is better)", "rate"))
     parts, top = [], 24
     for title, key in panels:

@@ -1,6 +1,6 @@
 """Measure the service against its peers: `make bench`, or `make bench-quick` to check that the benchmark runs.
 
-It takes two cores: the first runs only the server under test, the second runs this process (the load) and Redis.
+The benchmark needs two cores: the first runs only the server under test, the second runs this process (the load) and Redis.
 """
 
 import argparse
@@ -36,9 +36,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 PEERS = HERE / "peers"
 CONNECTIONS = 64
-# The commands that the script calls inside Redis. No client sends them, and the service sends none of these itself.
+# The script calls these commands inside Redis, and the service itself sends none of them.
 INSIDE_SCRIPT = {name.lower() for name in re.findall(r"redis\.call\('(\w+)'", SCRIPT)}
-# The service under cProfile, without the start of Python and the imports.
+# Runs the service under cProfile, but not the start of Python and the imports.
 PROFILED = """
 import cProfile, os, sys
 from hitcounter.app import SERVICE
@@ -49,14 +49,14 @@ cProfile.run("main(SERVICE, os.environ, [])", sys.argv[1])
 
 @dataclass(frozen=True)
 class Plan:
-    """The length of each part of a run: in seconds, except `rounds`."""
+    """The length of each part of a run in seconds, and the number of rounds."""
 
-    rounds: int  # at most
-    limit: float  # a round that would end later does not begin
+    rounds: int  # the highest number of rounds
+    limit: float  # A round that would end after this time does not begin.
     warm: float
     closed: float
     open: float
-    crowd: float  # each of the loads over 256 and over 1,000 connections
+    crowd: float  # the length of each load over 256 or 1,000 connections
     profile: float
 
 
@@ -76,7 +76,7 @@ class Server:
 
 
 def servers(go: Path | None) -> Iterator[Server]:
-    """Yield the servers, those that are compared most closely next to each other."""
+    """Yield the servers. Servers that are compared most closely follow each other."""
     python = sys.executable
     gunicorn = [python, "-m", "gunicorn", "--worker-class", "gthread", "--threads", "16", "--bind", "127.0.0.1:PORT"]
     uvicorn = [python, "-m", "uvicorn", "--no-access-log", "--log-level", "warning", "--port", "PORT"]
@@ -91,7 +91,7 @@ def servers(go: Path | None) -> Iterator[Server]:
 
 
 def build_go(folder: Path) -> Path | None:
-    """Build the Go peer and return its path; or print why it cannot be built, and return None."""
+    """Build the Go peer and return its path. If it cannot be built, print the reason and return None."""
     go = shutil.which("go")
     if not go:
         print("the Go peer is skipped: there is no `go` in PATH")
@@ -134,7 +134,7 @@ class Process:
         return False
 
     def tree(self) -> list[Path]:
-        """Return the folders in /proc of the server's processes."""
+        """Return the folder in /proc of each of the server's processes."""
         found = [Path(f"/proc/{self._popen.pid}")]
         for folder in found:
             for children in folder.glob("task/*/children"):
@@ -168,7 +168,7 @@ def free_port() -> int:
 def load(process: Process, connections: int, how: Callable[[Load], Any]) -> Load:
     """Put a load on the server, and return its outcome."""
     it = Load(process.port, connections)
-    gc.disable()  # its pauses would count as the server's
+    gc.disable()  # Pauses of the garbage collector would count as the server's.
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(how(it))
     gc.enable()
@@ -197,7 +197,7 @@ def busy(core: int) -> float:
 
 
 def measure(server: Server, plan: Plan, core: int, stores: dict[str, "redis.Redis"], folder: Path) -> report.Figures:
-    """Start the server, take all its figures, and stop it."""
+    """Start the server, measure all its figures, and stop it."""
     store = stores[server.fsync]
     redis_folder = Path(f"/proc/{store.info('server')['process_id']}")
     (own_core,) = os.sched_getaffinity(0)
@@ -267,17 +267,17 @@ def sync_ms(folder: Path) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="run one short round, to check that all of it runs; write nothing")
+    parser.add_argument("--quick", action="store_true", help="run one short round, to check that all parts work; write nothing")
     quick = parser.parse_args().quick
     plan = QUICK if quick else FULL
     cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
     if len(cores) < 2:
         print("bench: the benchmark needs Linux and two cores", file=sys.stderr)
         return 1
-    # For this process and the servers that it starts: each of 1,000 connections takes a descriptor.
+    # This process and the servers that it starts need a file descriptor for each of 1,000 connections.
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 1 << 16) if limit > 0 else 1 << 16, limit))
-    data = ROOT / ".data"  # on the checkout's disk: in a memory file system, a sync would cost nothing
+    data = ROOT / ".data"  # The checkout is on a disk: in a memory file system, a sync would cost nothing.
     data.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=data)))
@@ -313,9 +313,9 @@ def main() -> int:
         conditions = (
             f"{report.machine(versions)}\n"
             f"A sync of a small write took {sync_ms(folder):.2f} ms (median).\n"
-            f"Meanwhile, other processes took {others:.0%} of the server's core and {others_at_load:.0%} of the other core "
-            "(medians).\n"
-            "On a quiet machine that is 0%; the more it is, the less the figures say."
+            f"During the rounds, other processes used {others:.0%} of the server's core and {others_at_load:.0%} of the other "
+            "core (medians).\n"
+            "On a quiet machine both shares are 0%; the higher they are, the less the figures mean."
         )
     print(f"\n{report.table(rounds)}\n\n{report.target_table(rounds)}\n\n{conditions}\n\n{profiled}")
     if quick:

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Make the missing secrets of compose.yaml in its volume, /secrets:
-#   redis/NAME                         the password of each user of Valkey, for Valkey
+# Make the secrets of compose.yaml that are missing in the volume /secrets:
+#   redis/NAME                         the password of the user NAME of Valkey, for Valkey
 #   redis-tls/tls.crt, tls.key, ca.crt a certificate for the name `redis`, for Valkey
 #   hitcounter/password, ca.crt        the password of the service's user and the CA to trust, for the service
-# This runs as root without any capability. Root owns all files. Valkey and the service both mount the volume, and each reads
-# the files of its own group.
+# This script runs as root without any capability. Root owns all files. Valkey and the service both mount the volume, and each
+# can read only the files of its own group.
 set -eu
 umask 077
 cd /secrets
@@ -16,7 +16,7 @@ give() { # GROUP PATH...: let root and this group read the paths, and nobody els
   chmod u=rwX,g=rX,o= "$@"
 }
 
-put() { # GROUP FILE PATH: move new/FILE to PATH, which is complete at any time
+put() { # GROUP FILE PATH: move new/FILE to PATH atomically, so that nobody reads an incomplete file, and let GROUP read it
   give "$1" "new/$2"
   mv "new/$2" "$3"
 }
@@ -61,7 +61,7 @@ subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid
 END
   certificate authority ca
-  certificate redis tls -CA new/ca.crt -CAkey new/ca.key   # the CA's key signs this once and is deleted
+  certificate redis tls -CA new/ca.crt -CAkey new/ca.key   # the CA's key signs only this certificate and is then deleted
   cp new/ca.crt new/trusted.crt
   put $service trusted.crt hitcounter/ca.crt
   put $valkey ca.crt redis-tls/ca.crt

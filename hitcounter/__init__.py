@@ -1,3 +1,3 @@
-"""Counts requests in Redis, each exactly once and durably."""
+"""Count each request in Redis exactly once, and durably."""
 
 __version__ = "0.1.0"

@@ -9,9 +9,9 @@ import sys
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 from hitcounter.app import SERVICE  # noqa: E402 - see above
-from nanoservice.server import main  # noqa: E402 - the same
+from nanoservice.server import main  # noqa: E402 - see above
 
 try:
     sys.exit(main(SERVICE, os.environ, sys.argv[1:]))
-except KeyboardInterrupt:  # Ctrl-C again, after the service has removed its handlers
+except KeyboardInterrupt:  # A second Ctrl-C arrived after the service had removed its handlers.
     sys.exit(130)

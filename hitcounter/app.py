@@ -1,4 +1,4 @@
-"""The service: its settings, its routes, and its counter."""
+"""Define the service hitcounter: its settings, its routes and its counter."""
 
 import json
 import re
@@ -32,12 +32,12 @@ _KEY_PATTERN = re.compile(r"[\x20-\x7e]{1,255}")
 
 @dataclass(frozen=True)
 class CounterConfig(Config):
-    """The settings of the counter, in addition to those of every service."""
+    """The counter's settings, in addition to the settings that every service has."""
 
-    request_timeout: float = setting(2.0, "seconds for which a request waits for its number, then 503", seconds(0.1, 60))
-    max_pending: int = setting(10000, "requests that may wait at a time; one more gets 503 at once", integer(1, 1000000))
-    lanes: int = setting(4, "connections to Redis that count, each with one batch at a time", integer(1, 64))
-    idempotency_keys: int = setting(100000, "most `Idempotency-Key`s remembered, for a day at most", integer(1, 10000000))
+    request_timeout: float = setting(2.0, "seconds that a request waits for its number; then it gets 503", seconds(0.1, 60))
+    max_pending: int = setting(10000, "maximum number of waiting requests; a further one gets 503 at once", integer(1, 1000000))
+    lanes: int = setting(4, "number of connections that count; each sends one batch at a time", integer(1, 64))
+    idempotency_keys: int = setting(100000, "number of `Idempotency-Key`s to remember, for at most a day", integer(1, 10000000))
 
 
 class Pages:
@@ -47,19 +47,19 @@ class Pages:
         self._counter = counter
 
     async def get(self, request: web.Request) -> Answer:
-        """Count a hit, and answer the numbers of hits and posts."""
+        """Count a hit, and answer with the numbers of hits and posts."""
         media_type = _media_type(request)
         return _answer(await self._counter.hit(), media_type)
 
     async def post(self, request: web.Request) -> Answer:
-        """Count a post, once for each Idempotency-Key, and answer the numbers of hits and posts."""
+        """Count a post, once for each Idempotency-Key, and answer with the numbers of hits and posts."""
         media_type = _media_type(request)
         key = _idempotency_key(request)
         await _discard_body(request)
         return _answer(await self._counter.post(key), media_type)
 
     async def head(self, request: web.Request) -> Answer:
-        """Count nothing, and answer the headers of GET."""
+        """Answer with the headers of GET, and count nothing."""
         return Answer(None, _HEADER_LINES[_media_type(request)])
 
 
@@ -72,7 +72,7 @@ def _answer(counts: Counts, media_type: str) -> Answer:
 
 
 def _media_type(request: web.Request) -> str:
-    """Return the media type of the answer; raises ProblemError 406 if the client accepts neither."""
+    """Return the media type of the answer. Raises ProblemError 406 if the client accepts neither text nor JSON."""
     accept = request.headers.getall(hdrs.ACCEPT, ())
     if not accept or accept == ["*/*"]:
         return _TEXT
@@ -83,7 +83,7 @@ def _media_type(request: web.Request) -> str:
 
 
 def _idempotency_key(request: web.Request) -> str | None:
-    """Return the client's key, or None if it sent none; raises ProblemError 400 if it is malformed."""
+    """Return the request's Idempotency-Key, or None if it has none. Raises ProblemError 400 if the key is malformed."""
     keys = request.headers.getall("Idempotency-Key", ())
     if not keys:
         return None
@@ -93,7 +93,7 @@ def _idempotency_key(request: web.Request) -> str | None:
 
 
 async def _discard_body(request: web.Request) -> None:
-    """Read the whole body chunk by chunk, keeping nothing; raises ProblemError 413 if it is too long."""
+    """Read the whole body chunk by chunk, and keep nothing. Raises ProblemError 413 if the body is too long."""
     left = _MAX_BODY
     if (request.content_length or 0) <= left:
         async for chunk in request.content.iter_any():

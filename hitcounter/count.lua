@@ -1,32 +1,34 @@
--- Counts one batch, exactly once. Only this script writes the keys below. It runs atomically, and Redis logs its effects as one
--- transaction, so after a crash either the whole batch is there or nothing of it.
+-- This script counts one batch exactly once. No other code writes the keys below. Redis runs the script atomically, and appends
+-- its effects to the append-only file as one transaction. So after a crash Redis has either the whole batch or nothing of it.
 --
 -- KEYS  1 hits     the number of hits so far
 --       2 posts    the number of posts so far
---       3 writer   the last batch of this writer (one lane of one process): {sequence, reply}, or {sequence} if the batch failed
---                  half-way, or 'retired'; forgotten after a day
---       4 answers  hash: digest of an Idempotency-Key -> {hits, posts} as answered to it
---       5 order    sorted set: digest -> time of its arrival (microseconds), so that the oldest are forgotten first
+--       3 writer   the last batch of this writer, which is one lane of one process: {sequence, reply}; or {sequence} if that
+--                  batch failed half-way; or 'retired'. Redis deletes this key a day after the last write to it.
+--       4 answers  a hash: digest of an Idempotency-Key -> {hits, posts}, the answer that this key got
+--       5 order    a sorted set: digest -> time at which the key arrived, in microseconds; the oldest keys are forgotten first
 -- ARGV  1 sequence number of this batch: 1, 2, 3 ... for each writer
 --       2 hits to count
 --       3 posts to count, without those that have an Idempotency-Key
 --       4 the number of Idempotency-Keys to remember at most
---       5 ... the digests of the Idempotency-Keys of further posts
+--       5 ... the digest of the Idempotency-Key of each further post
 --
--- Replies {'counted', hits, posts, then for each digest its hits and posts}. There, hits and posts are the totals after the hits
--- of this batch and its posts without a key. Otherwise replies {'late'}, {'unknown'} or {'failed'}, and has counted nothing.
+-- The reply is {'counted', hits, posts, then two numbers for each digest: its hits and posts}. The first hits and posts are the
+-- totals after this batch's hits and its posts without a key. If this call counts nothing, the reply is {'late'}, {'unknown'} or
+-- {'failed'}.
 --
--- Why a batch that is sent twice counts once. A writer sends batch n + 1 only after the reply to batch n, or after it has given
--- batch n up for good.
---   a. The same batch arrives again, because its reply was lost. Its sequence number equals the last one, so the script repeats
---      the first reply.
---   b. A batch was stuck on an old connection and arrives after newer ones. Its sequence number is below the last one: late.
---   c. The writer's key is gone (after a day without a batch, or because the store lost it). The script cannot know whether this
---      batch was counted before: unknown. The writer knows whether it sent the batch before, and takes a new name in any case.
---      The old name is retired: otherwise a first batch of that name which is still on its way would make the name known again,
---      and with it a duplicate of this batch.
---   d. Sequence number 1 without a key is a new writer: counted. A first batch that was delayed for more than a day, and whose
---      writer's key has been forgotten since, would count again. That is the residue.
+-- Why does a batch that is sent twice count only once? A writer sends batch n + 1 only after it has received the reply to batch n
+-- or has given up batch n for good. So there are four cases:
+--   a. The same batch arrives again, because its reply was lost. Its sequence number equals that of the last batch, so the script
+--      repeats the first reply.
+--   b. A batch was stuck on an old connection and arrives after newer batches. Its sequence number is lower than that of the last
+--      batch, so the reply is 'late'.
+--   c. The writer's key is missing: the writer has sent no batch for a day, or Redis has lost the key. The script cannot know
+--      whether it counted this batch before, so the reply is 'unknown'. The writer knows whether it sent the batch before, and
+--      takes a new name in any case. The script retires the old name. Otherwise a delayed first batch of that name would create
+--      the key again. A delayed duplicate of this batch would then be counted a second time.
+--   d. A batch has the sequence number 1, and its writer has no key. The writer is new, so the batch is counted. Only here can a
+--      batch count twice: a duplicate of a first batch is delayed for more than a day, and Redis has deleted the writer's key.
 local DAY = 86400
 local sequence = tonumber(ARGV[1])
 
@@ -45,8 +47,8 @@ elseif sequence ~= 1 then
   return {'unknown'}
 end
 
--- Everything is read before anything is written, so a value that the script does not understand leaves all keys unchanged.
-local function text(number) return string.format('%.0f', number) end   -- tostring() gives 14 digits only
+-- The script reads every value before it writes any. So if a key has a value of another kind, all keys stay unchanged.
+local function text(number) return string.format('%.0f', number) end   -- tostring() prints only 14 digits.
 local totals = {}
 for i = 1, 2 do
   local digits = redis.call('GET', KEYS[i]) or '0'
@@ -64,7 +66,7 @@ if keyed then
   local time = redis.call('TIME')
   now = time[1] * 1000000 + time[2]
   local eldest = now - DAY * 1000000
-  -- One call forgets at most 1,000 keys, so that no call takes long. An older key that is still there is not honoured.
+  -- One call forgets at most 1,000 keys, so that no call takes long. An expired key that is still there is ignored.
   expired = redis.call('ZRANGE', KEYS[5], '-inf', text(eldest), 'BYSCORE', 'LIMIT', 0, 1000)
   for i = 5, #ARGV do
     local answer = redis.call('HGET', KEYS[4], ARGV[i])
@@ -76,7 +78,7 @@ if keyed then
   end
 end
 
--- If a write fails nevertheless (the user lacks a right), this remains of the batch: it failed, and may have been counted.
+-- If one of the next writes fails, because the user lacks a right, this value stays: the batch failed and may have been counted.
 redis.call('SET', KEYS[3], cmsgpack.pack({sequence}), 'EX', DAY)
 
 redis.call('INCRBY', KEYS[1], ARGV[2])

@@ -1,16 +1,16 @@
-"""The counter: requests that arrive together are counted together, each exactly once.
+"""The counter. It counts requests that arrive together as one batch, and each request exactly once.
 
-A request joins a batch and waits on a future of its own. A few lanes send one batch at a time each, as one call of `count.lua`,
-and give each request its number. Requests that arrive meanwhile share the next batch. So a loaded service sends a few
-hundredths of a command per request, and a store that syncs each write to disk syncs once per batch.
+A request joins a batch and waits on a future of its own. A few lanes send the batches. Each lane sends one batch at a time, as
+one call of `count.lua`, and then gives each request its number. Requests that arrive while a batch is under way share the next
+one. So under load the service sends a few hundredths of a command per request, and Redis syncs to disk once per batch.
 
-A lost reply does not show whether its batch was counted. The lane sends the same batch again under the same name and sequence
-number, and the script counts it only if it has not done so before. `count.lua` contains the argument.
+If a reply is lost, the lane does not know whether its batch was counted. The lane then sends the same batch again, under the same
+name and sequence number, and the script counts the batch only if it has not counted it before. `count.lua` explains why.
 
-Borrowed from hiredis. tests/hitcounter/test_borrowed.py fails if an upgrade takes it away.
+This module borrows a name from hiredis. tests/hitcounter/test_borrowed.py fails if an upgrade removes it.
 
-- `pack_command`: named but not described by hiredis. Without it nothing is counted. The driver's packing, in Python, will
-  replace it.
+- `pack_command`: hiredis exports this function but does not document it. Without it nothing is counted. The driver's own
+  packing, which is in Python, will replace it.
 """
 
 from __future__ import annotations
@@ -37,30 +37,31 @@ from nanoservice.health import REDIS_ERRORS
 from nanoservice.redis import Store
 
 SCRIPT = resources.files(__package__).joinpath("count.lua").read_text()
-_SHA = sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()  # the name that Redis gives the script
+_SHA = sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()  # Redis keeps the script under this name.
 
-_MAX_BATCH = 1000  # requests; bounds the time of one script call, and of giving out its numbers
+_MAX_BATCH = 1000  # requests; this bounds the time of one script call, and the time to answer its requests
 _SIZE_BUCKETS = 1, 2, 5, 10, 20, 50, 100, 200, 500, _MAX_BATCH
 _TIME_BUCKETS = 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1  # seconds
-_JOIN_SECONDS = 0.1  # for which a batch that cannot be sent accepts more requests, which share its deadline
-_LINGER_SECONDS = 0.001  # for which a batch waits for a busy lane before an idle one takes it
-_BACKOFF_SECONDS = 0.05, 0.1, 0.2, 0.4  # before a batch is sent again; the last one repeats; half of each is random
+_JOIN_SECONDS = 0.1  # A batch that cannot be sent accepts more requests for this time. They share its deadline.
+_LINGER_SECONDS = 0.001  # A batch waits for a busy lane for this time; then an idle lane takes the batch.
+# The back-off before each retry of a batch. The last value repeats. Each wait is a random 50 to 100 % of its value.
+_BACKOFF_SECONDS = 0.05, 0.1, 0.2, 0.4
 
 _logger = logging.getLogger(__name__)
 
 
 class Counts(NamedTuple):
-    """The numbers of hits and posts after a request was counted, the request included."""
+    """The numbers of hits and posts just after a request was counted. They include that request."""
 
     hits: int
     posts: int
 
 
 class Counter:
-    """Counts the hits and posts of the service `name` in `store`. `start()` comes first, `close()` last.
+    """Counts the hits and posts of the service `name` in `store`. Call `start()` first, and `close()` last.
 
-    At most `max_pending` requests wait at a time, each for at most `timeout` seconds. The answers to the newest `keep`
-    Idempotency-Keys are remembered.
+    At most `max_pending` requests wait at a time, each for at most `timeout` seconds. Redis remembers the answers to the newest
+    `keep` Idempotency-Keys.
     """
 
     def __init__(
@@ -71,15 +72,15 @@ class Counter:
         self._timeout = timeout
         self._pending = 0
         self._queue: deque[Batch] = deque()
-        self._idle: list[asyncio.Future[None]] = []  # one for each lane that waits for a batch
+        self._idle: list[asyncio.Future[None]] = []  # one future for each lane that waits for a batch
         self._tasks: list[asyncio.Task[None]] = []
         self._health = store.health
-        self._highest = Counts(0, 0)  # of all answers, posts with a key excepted
+        self._highest = Counts(0, 0)  # the highest numbers of all answers, except those to posts with a key
         self._rewinds = 0
         self._size = Histogram("counter_batch_size", "Requests counted by one call", buckets=_SIZE_BUCKETS, registry=registry)
         round_trip = Histogram("counter_round_trip_seconds", "Time to a batch's reply", buckets=_TIME_BUCKETS, registry=registry)
         self._lanes = [Lane(name, store, round_trip, redis_timeout=redis_timeout, keep=keep) for _ in range(lanes)]
-        self._rewound = Total("counter_rewinds", "Times that Redis had less than was answered before", registry=registry)
+        self._rewinds_total = Total("counter_rewinds", "Times that Redis had less than was answered", registry=registry)
         Gauge("counter_pending", "Requests that wait for their number", registry=registry).set_function(lambda: self._pending)
 
     async def start(self) -> None:
@@ -87,13 +88,13 @@ class Counter:
         self._tasks = [asyncio.create_task(self._run(lane)) for lane in self._lanes]
 
     def hit(self) -> asyncio.Future[Counts]:
-        """Count a hit. Raises UnavailableError, at once if too many requests wait."""
+        """Count a hit. The future raises UnavailableError; this call itself does if too many requests wait already."""
         future = asyncio.get_running_loop().create_future()
         self._join().hits.append(future)
         return future
 
     def post(self, key: str | None = None) -> asyncio.Future[Counts]:
-        """Count a post, or return the answer that `key` got before. Raises UnavailableError, as `hit` does."""
+        """Count a post, or return the answer that `key` got before. UnavailableError is raised as in `hit`."""
         future = asyncio.get_running_loop().create_future()
         if key is None:
             self._join().posts.append(future)
@@ -108,7 +109,7 @@ class Counter:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for batch in self._queue:
-            self._expire(batch)
+            self._give_up(batch, "this process cannot count it")
         self._queue.clear()
         for lane in self._lanes:
             await lane.close()
@@ -124,8 +125,8 @@ class Counter:
             batch = Batch(now, self._timeout)
             self._queue.append(batch)
             batch.timer = loop.call_at(batch.deadline, self._expire, batch)
-            # Requests of this iteration of the event loop join the batch before a lane runs. If a lane is busy, wait a
-            # moment for it: a batch of many requests costs as much as a batch of one.
+            # Requests of this iteration of the event loop join the batch before a lane runs. If a lane is busy, let the batch
+            # grow for a moment: a batch of many requests costs as much as a batch of one.
             if len(self._idle) == len(self._lanes):
                 self._wake()
             else:
@@ -135,17 +136,17 @@ class Counter:
         return batch
 
     def _wake(self) -> None:
-        """Let an idle lane take the next batch, if there are both."""
+        """Let an idle lane take the next batch, if a lane is idle and a batch waits."""
         if self._queue and self._idle:
             self._idle.pop().set_result(None)
 
     def _expire(self, batch: Batch) -> None:
-        """Answer 503 to the requests of `batch`, whose deadline has passed."""
-        batch.fail("Redis: " + (self._health.reason or "it does not answer in time"))
-        self._release(batch)
+        """Answer 503 to the requests of `batch`, and say why Redis has not counted them in time."""
+        self._give_up(batch, "Redis: " + (self._health.reason or "it does not answer in time"))
 
-    def _release(self, batch: Batch) -> None:
-        """Give the places of the requests of `batch` to others."""
+    def _give_up(self, batch: Batch, reason: str) -> None:
+        """Answer 503 to the requests of `batch` that still wait, and free the places of all of them in `max_pending`."""
+        batch.fail(reason)
         self._pending -= batch.size
         batch.size = 0
         batch.timer.cancel()
@@ -160,11 +161,10 @@ class Counter:
             batch = self._queue.popleft()
             try:
                 await self._count(batch, lane)
-            except Exception:  # A defect costs its batch, not the lane.
+            except Exception:  # A bug must fail only this batch, not stop the lane.
                 _logger.exception("a batch failed")
-            finally:  # also when the lane is cancelled
-                batch.fail("this process cannot count it")
-                self._release(batch)
+            finally:  # This runs also when the lane is cancelled.
+                self._give_up(batch, "this process cannot count it")
 
     async def _count(self, batch: Batch, lane: Lane) -> None:
         """Let `lane` count `batch`, and give each request its numbers."""
@@ -179,23 +179,23 @@ class Counter:
             return  # Another batch has reported the rewind already.
         if before.hits < floor.hits or before.posts < floor.posts:
             self._rewinds += 1
-            self._rewound.inc()
+            self._rewinds_total.inc()
             _logger.error(
                 "Redis has lost counts that were answered; counting continues from what it has",
                 extra={"answered": floor._asdict(), "found": before._asdict()},
             )
             self._highest = Counts(0, 0)
-        # Posts with a key are left out, because their answers may be older than a loss in the store.
+        # `_highest` leaves out posts with a key, because their answers may be older than a loss of counts in Redis.
         self._highest = Counts(max(hits, self._highest.hits), max(posts, self._highest.posts))
 
 
 class Batch:
-    """Requests that one call counts, with a future for each."""
+    """The requests that one script call counts, with a future for each request."""
 
     def __init__(self, now: float, timeout: float) -> None:
         self.joinable_until = now + min(_JOIN_SECONDS, timeout / 10)
         self.deadline = now + timeout
-        self.timer: asyncio.TimerHandle  # at the deadline
+        self.timer: asyncio.TimerHandle  # It fires at the deadline.
         self.size = 0
         self.hits: list[asyncio.Future[Counts]] = []
         self.posts: list[asyncio.Future[Counts]] = []
@@ -208,9 +208,9 @@ class Batch:
                 yield future
 
     def freeze(self) -> tuple[int, int, list[bytes]]:
-        """Drop the requests whose clients have gone, and return what to count: hits, posts, and the digests of keys.
+        """Drop the requests of disconnected clients; return the number of hits, the number of posts, and the keys' digests.
 
-        After this call the batch stays as it is, so each repetition sends the same.
+        No request joins the batch after this call, so each retry sends the same batch.
         """
         self.hits = [future for future in self.hits if not future.done()]
         self.posts = [future for future in self.posts if not future.done()]
@@ -220,7 +220,8 @@ class Batch:
     def settle(self, hits: int, posts: int, answers: list[int]) -> Counts:
         """Give each request its numbers, in order of arrival: hits, then posts, then posts with a key.
 
-        `hits` and `posts` are the totals after the batch, `answers` the two numbers of each key. Return the totals before it.
+        `hits` and `posts` are the totals after the batch, and `answers` has two numbers for each key. Return the totals before
+        the batch.
         """
         before = Counts(hits - len(self.hits), posts - len(self.posts))
         for number, future in enumerate(self.hits, before.hits + 1):
@@ -253,9 +254,9 @@ class Lane:
         self._writer = WriterState()
 
     async def count(self, batch: Batch) -> list[Any] | None:
-        """Return the script's reply to `batch`, or None if all its requests have been answered otherwise.
+        """Return the script's reply to `batch`, or None if no request of the batch needs a reply any more.
 
-        The batch is sent again until there is a reply or its deadline has passed.
+        Send the batch again and again, until Redis has replied or the batch's deadline has passed.
         """
         hits, posts, digests = batch.freeze()
         if not (hits or posts or digests):
@@ -272,7 +273,7 @@ class Lane:
                     reply: list[Any] = await self._call(hits, posts, digests)
             except REDIS_ERRORS as error:
                 self._writer.failed(error, sent=sent)
-                # A try that the batch's deadline cut short adds nothing if an outage is already known.
+                # An attempt that the batch's deadline cut short shows nothing new if an outage is already known.
                 if not self._health.reason or loop.time() < batch.deadline:
                     self._health.failed("work", error, seen)
                 await self.close()
@@ -283,7 +284,7 @@ class Lane:
             self._round_trip.observe(loop.time() - began)
             verdict = self._writer.replied(reply)
             if verdict is Verdict.COUNTED:
-                self._health.worked("work")  # Other replies show nothing: the script sends them before it writes any count.
+                self._health.worked("work")  # The script sends other replies before it writes a count, so they show nothing.
                 return reply
             if verdict is Verdict.LOST:
                 what = "failed half-way" if reply[0] == b"failed" else "has lost what it knew of this request"
@@ -293,11 +294,11 @@ class Lane:
     async def _call(self, hits: int, posts: int, digests: list[bytes]) -> Any:
         connection, writer = self._connection, self._writer
         command: Any = "EVALSHA", _SHA, 5, *_keys(self._name, writer.name), writer.sequence, hits, posts, self._keep, *digests
-        packed = pack_command(command)  # in C; the driver's own packing is in Python
+        packed = pack_command(command)  # hiredis packs in C; the driver itself packs in Python.
         await connection.send_packed_command(packed)
         try:
             return await connection.read_response()
-        except NoScriptError:  # The server is new, or its scripts were flushed.
+        except NoScriptError:  # This Redis has not loaded the script yet, or has flushed it.
             await connection.send_command("SCRIPT", "LOAD", SCRIPT)
             await connection.read_response()
             await connection.send_packed_command(packed)
@@ -309,7 +310,7 @@ class Lane:
 
 
 def _keys(name: str, writer: str) -> tuple[str, ...]:
-    """Return the script's keys. The braces, a hash tag, keep them in one slot."""
+    """Return the script's keys. The braces are a hash tag, which keeps all keys in one slot."""
     return f"{{{name}}}:hits", f"{{{name}}}:posts", f"{{{name}}}:writer:{writer}", f"{{{name}}}:answers", f"{{{name}}}:order"
 
 
@@ -317,14 +318,15 @@ class Verdict(Enum):
     """What a reply means for its batch."""
 
     COUNTED = "its numbers are in the reply"
-    AGAIN = "not counted, now or before: to be sent under the new name"
-    LOST = "not counted now, perhaps before: to be given up"
+    AGAIN = "not counted, neither now nor before: send it under the new name"
+    LOST = "not counted now, but perhaps before: give it up"
 
 
 class WriterState:
     """The lane's identity towards the script: its name, the sequence number of its last batch, and whether that is in doubt.
 
-    This alone decides whether a batch is sent, sent again, or given up. It does no I/O, so the model in the tests runs it too.
+    Only this class decides whether a batch is sent, sent again, or given up. It does no I/O, so the model in the tests runs this
+    class, too.
     """
 
     def __init__(self) -> None:
@@ -336,21 +338,21 @@ class WriterState:
         self.in_doubt = False  # The batch was sent, and nothing shows whether it was counted.
 
     def begin(self) -> None:
-        """Go on to a batch that was never sent."""
+        """Begin the next batch, which was never sent before."""
         self.sequence += 1
         self.in_doubt = False
 
     def failed(self, error: BaseException, *, sent: bool) -> None:
         """Record that `error` came instead of a reply. The same batch may be sent again."""
-        # An error that Redis replies is an answer: the script counted nothing.
+        # An error that Redis replies is an answer, too: the script counted nothing.
         self.in_doubt = self.in_doubt or (sent and not isinstance(error, ResponseError))
 
     def replied(self, reply: list[Any]) -> Verdict:
         """Return what `reply` means."""
         if reply[0] == b"counted":
             return Verdict.COUNTED
-        # The script does not know this writer any more, and counted nothing. Only a batch that it cannot have counted before
-        # may be sent under another name.
+        # This call of the script counted nothing, and the writer needs a new name. The batch may be sent under that name only if
+        # no earlier call can have counted it.
         lost = self.in_doubt or reply[0] != b"unknown"
         self._rename()
         if lost:

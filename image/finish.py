@@ -22,13 +22,13 @@ _IMPORTED_AT_FIRST_DNS_LOOKUP = "encodings.idna"
 def packages(root: Path, metadata: Path) -> None:
     """Finish the packages under `root`, and move the files with their names, versions and licences to `metadata`.
 
-    These make a layer of their own. In one layer, engines would differ in the order of `aiohttp` and `aiohttp-3.dist-info`: some
-    sort the names in each folder, others all paths.
+    The files in `metadata` make a layer of their own. In a common layer, the order of `aiohttp` and `aiohttp-3.dist-info` would
+    depend on the engine: some engines sort the names in each folder, others sort all paths.
     """
     for unpacked in root.rglob("dist-packages"):
         shutil.rmtree(unpacked / "bin", ignore_errors=True)  # commands, which contain the path of the builder's Python
         for folder in unpacked.glob("*.dist-info"):
-            # pip needs these to remove a package. The image has no pip, and the hashes would be those of unstripped libraries.
+            # pip needs these files to remove a package. The image has no pip, and RECORD has the hashes of unstripped libraries.
             for name in ("INSTALLER", "RECORD", "REQUESTED"):
                 (folder / name).unlink(missing_ok=True)
             shutil.copytree(folder, metadata / folder.relative_to(root))
@@ -44,14 +44,15 @@ def packages(root: Path, metadata: Path) -> None:
 def service(name: str, root: Path, library: Path, standard_library: Path) -> None:
     """Put the service `name` under `root`, and the byte code of the standard library modules that it imports under `library`.
 
-    `standard_library` is the image's, which may be for another architecture. The service is run on this machine's to see what it
-    imports.
+    `standard_library` is the folder with the image's standard library, which may be for another architecture. To find out what
+    the service imports, this function runs the service with this machine's standard library.
     """
     app = Path("/app")
-    # With this link, an entry point without a shell can start any service: nothing else in the image depends on the name.
+    # With this link, the same entry point without a shell starts any service. Nothing else in the image depends on its name.
     (app / "__main__.py").symlink_to(f"{name}/__main__.py")
-    # Python writes byte code of each module that it imports, which shows which ones those are: the base ships no byte code.
-    # Modules frozen into Python need none. The first DNS look-up comes before the first answer, so its import counts too.
+    # The base ships no byte code, and Python writes byte code of each module that it imports. So the byte code shows which
+    # modules the service imports. Modules that are frozen into Python need no byte code. The first DNS look-up comes before the
+    # first answer, so the module that this look-up imports is compiled, too.
     for command in ([str(app), "--help"], ["-c", f"import {_IMPORTED_AT_FIRST_DNS_LOOKUP}"]):
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     for imported in sorted(_STANDARD_LIBRARY.rglob("__pycache__/*.pyc")):
@@ -70,8 +71,8 @@ def service(name: str, root: Path, library: Path, standard_library: Path) -> Non
 def compile_source(source: Path, root: Path, path: Path) -> None:
     """Write the byte code of `source`, which is `path` in the image, under `root`.
 
-    Python does not check it against its source: nothing in the image changes, so a start need not compare times, which are fixed,
-    or hashes.
+    Python does not check this byte code against its source. Nothing in the image changes, so a start need not compare hashes, or
+    times, which are fixed.
     """
     code = root / path.relative_to("/").parent / "__pycache__" / f"{path.stem}.cpython-313.pyc"
     py_compile.compile(
@@ -82,8 +83,8 @@ def compile_source(source: Path, root: Path, path: Path) -> None:
 def stripped(path: Path) -> bytes:
     """Return the shared library (64-bit little-endian ELF) without the parts that no process loads: debug data and symbol table.
 
-    Those are two thirds of the wheels. This does what `strip` does, for any architecture: neither image has a `strip`.
-    Raises ValueError if the file is not such a library.
+    These parts are two thirds of the wheels. The function does what `strip` does, for any architecture, because neither the
+    builder's image nor the base has `strip`. Raises ValueError if the file is not such a library.
     """
     library = path.read_bytes()
     if library[:6] != b"\x7fELF\x02\x01":
@@ -102,7 +103,7 @@ def stripped(path: Path) -> bytes:
 
 
 def normalise(root: Path) -> None:
-    """Replace the modes and times that come from the checkout and the wheels by fixed ones, for everything under `root`."""
+    """Set fixed modes and times for everything under `root`, in place of those from the checkout and the wheels."""
     for path in (root, *root.rglob("*")):
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() else 0o644)

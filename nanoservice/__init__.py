@@ -1,4 +1,4 @@
-"""The chassis: everything that the nanoservices of this repository share.
+"""The chassis: the code that all nanoservices of this repository share.
 
 A service provides its routes, its resources and its own settings (`service.Service`). The chassis provides configuration,
 logs, metrics, probes, error answers, the connection to Redis, an orderly start and a graceful shutdown.

@@ -1,13 +1,13 @@
-"""Answers: a whole response in one write, and RFC 9457 problem details for every error.
+"""Send each answer in one write, and each error as problem details (RFC 9457).
 
-Borrowed from aiohttp, which documents `StreamResponse` for streaming but not as a base class for other ways to write.
-tests/nanoservice/test_borrowed.py names the first of these that an upgrade takes away.
+This module borrows names from aiohttp, which documents `StreamResponse` for streaming but not as a base class for other ways to
+write. tests/nanoservice/test_borrowed.py reports each one that an upgrade removes.
 
-- `StreamResponse.prepare`, `StreamResponse.write_eof`: aiohttp calls both on what a handler returns. Without them nothing is
-  sent. `web.Response` will replace them once its cost no longer matters.
-- `StreamResponse._keep_alive`: None, or False after `force_close()`; aiohttp reads it after the answer. Without it a connection
-  stays open, or closes, against what the answer says.
-- `BaseRequest.writer`, `AbstractStreamWriter.write_eof`: the way to the socket. Without them there is no single write.
+- `StreamResponse.prepare`, `StreamResponse.write_eof`: aiohttp calls both methods of the response that a handler returns.
+  Without them nothing is sent. `web.Response` will replace them once its cost no longer matters.
+- `StreamResponse._keep_alive`: the value is None, or False after `force_close()`; aiohttp reads it after the answer. Without it
+  aiohttp keeps or closes the connection contrary to the answer's `Connection` header.
+- `BaseRequest.writer`, `AbstractStreamWriter.write_eof`: they write to the socket. Without them an answer needs several writes.
 """
 
 import json
@@ -25,16 +25,16 @@ _STATUS_LINE = {status: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("a
 
 @lru_cache(maxsize=1)
 def _date_line(now: int) -> bytes:
-    """Return the Date header of the second `now`."""
+    """Return the Date header for `now`, in seconds since 1970."""
     return f"Date: {formatdate(now, usegmt=True)}\r\n".encode("ascii")
 
 
 class Answer(web.StreamResponse):
     """A response whose head and body are sent in one write.
 
-    aiohttp's own Response builds a header map, runs signals and serialises, which is a quarter of the cost of a small request.
-    This class writes bytes through `request.writer`, and honours HEAD, HTTP/1.0 and `Connection: close`. `lines` are further
-    header lines, each with CR LF at its end. A body of None has no Content-Length (HEAD, 204).
+    aiohttp's Response builds a header map, runs signals and serialises the headers. This is a quarter of the cost of a small
+    request. This class writes bytes through `request.writer`, and honours HEAD, HTTP/1.0 and `Connection: close`. `lines` are
+    further header lines, each with CR LF at its end. If `body` is None (for HEAD and 204), no Content-Length is sent.
     """
 
     def __init__(self, body: bytes | None, lines: bytes = b"", *, status: int = 200) -> None:
@@ -57,7 +57,7 @@ class Answer(web.StreamResponse):
         return request.writer
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Do nothing, since `prepare` has written everything."""
+        """Do nothing, because `prepare` has written everything."""
 
 
 def json_answer(content: object, lines: bytes = b"", *, subtype: bytes = b"json", status: int = 200) -> Answer:
@@ -66,7 +66,7 @@ def json_answer(content: object, lines: bytes = b"", *, subtype: bytes = b"json"
 
 
 def problem(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> Answer:
-    """Return an error as problem details (RFC 9457) of type about:blank. `detail` says what to do."""
+    """Return an error as problem details (RFC 9457) of type about:blank. `detail` tells the client what to do."""
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
     if detail:
         content["detail"] = detail

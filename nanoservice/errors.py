@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 
 class ConfigError(Exception):
-    """The settings are wrong: `problems` has one line for each problem, without any value in it."""
+    """The settings are wrong. `problems` has one line for each problem, and no line contains a value."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
@@ -16,7 +16,7 @@ class StartError(Exception):
 
 
 class ProblemError(Exception):
-    """A handler raises this to have the request answered with problem details (RFC 9457); nothing is logged."""
+    """A handler raises this error to answer the request with problem details (RFC 9457). Nothing is logged."""
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)

@@ -1,4 +1,4 @@
-"""The health of Redis: what its errors mean, and whether it works for this process."""
+"""The health of Redis: whether Redis works for this process, and what its errors mean."""
 
 import logging
 import time
@@ -10,7 +10,7 @@ from redis import exceptions
 
 from nanoservice.errors import UnavailableError
 
-# Everything that a broken, busy or unreachable Redis raises.
+# All exceptions that the driver raises for a broken, busy or unreachable Redis.
 REDIS_ERRORS = (exceptions.RedisError, OSError, TimeoutError)
 
 # Errors that say nothing about Redis's health: the handler expects them, or caused them.
@@ -18,7 +18,7 @@ _HANDLER_ERRORS = (exceptions.DataError, exceptions.NoScriptError, exceptions.Wa
 
 _LOG_INTERVAL = 60.0  # seconds between two log lines about the same cause
 
-# The first entry that matches names the cause: a part of the server's message, or the type of the error.
+# The first entry that matches names the cause. An entry matches a part of the server's message, or the type of the error.
 _SIGNS: tuple[tuple[str | type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
     ("ACL failure", "its user may not do this (NOPERM)"),  # The script reports a missing right in these words.
     ("MISCONF", "it refuses writes: it cannot persist them (MISCONF)"),
@@ -38,7 +38,7 @@ _logger = logging.getLogger(__name__)
 
 
 def cause(error: BaseException) -> str:
-    """Return in a few words why Redis could not serve. Clients see them, so they contain no address."""
+    """Return in a few words why Redis could not serve. Clients see these words, so they contain no address."""
     text = str(error)
     for sign, words in _SIGNS:
         if sign in text if isinstance(sign, str) else isinstance(error, sign):
@@ -48,28 +48,28 @@ def cause(error: BaseException) -> str:
 
 
 class Health:
-    """Whether Redis works for this process. Logs each cause once an outage, and sets the metric `redis_up`.
+    """Records whether Redis works for this process. Logs each cause once per outage, and sets the metric `redis_up`.
 
-    Two activities report here, because one can fail without the other. "probe": Redis answers; while anything fails, over a
-    new connection. "work": Redis does what the service asks, such as writing. Successful work ends any outage. A successful
-    probe ends an outage in which Redis could not be reached, but not one in which Redis refused to work.
+    Two activities report here, because one can fail without the other. "probe" checks that Redis answers; during an outage each
+    check opens a new connection. "work" is what the service asks of Redis, such as writing. Successful work ends any outage. A
+    successful probe ends an outage in which Redis could not be reached, but not an outage in which Redis refused to work.
     """
 
     def __init__(self, registry: CollectorRegistry, server: str) -> None:
         self._up = Gauge("redis_up", "Whether Redis answers and does what the service asks of it", registry=registry)
-        self._server = server  # for the log
-        self.successes = 0  # of work
+        self._server = server  # the server's address, for the log
+        self.successes = 0  # how often "work" has succeeded
         self._refused = False
         self._logged: set[str] = set()  # the causes of this outage that were logged
         self._quiet_until: dict[str, float] = {}
         self._since = 0.0
-        self.reason = ""  # Why Redis does not work; empty while it does.
+        self.reason = ""  # why Redis does not work; empty while Redis works
 
     def failed(self, activity: str, error: BaseException, seen: int | None = None) -> str:
         """Record that `activity` failed, and return the cause.
 
-        `seen` is the value of `successes` when the try began. If `successes` has moved since, a later call succeeded and the
-        failure is ignored.
+        `seen` is the value of `successes` when the attempt began. If `successes` has grown since then, a later call succeeded,
+        and the failure is ignored.
         """
         words, now = cause(error), time.monotonic()
         if seen is not None and seen != self.successes:
@@ -82,7 +82,7 @@ class Health:
         if words not in self._logged and now >= self._quiet_until.get(words, 0.0):
             self._logged.add(words)
             self._quiet_until[words] = now + _LOG_INTERVAL
-            # The server quotes the arguments of an unknown command, and they may be secret.
+            # The server quotes the arguments of an unknown command, and these arguments may be secret.
             text = str(error).partition(", with args")[0]
             _logger.error("Redis fails: %s", words, extra={"redis": self._server, "error": text or type(error).__name__})
         return words
@@ -101,7 +101,7 @@ class Health:
             _logger.warning("Redis works again", extra={"redis": self._server, "seconds": seconds})
 
     async def watch(self, work: Awaitable[Any]) -> Any:
-        """Return what `work` returns; raises UnavailableError if Redis cannot do it."""
+        """Await `work` and return its result. Raises UnavailableError if Redis fails."""
         seen = self.successes
         try:
             result = await work

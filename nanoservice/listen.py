@@ -8,7 +8,7 @@ from nanoservice.errors import StartError
 
 BACKLOG = 4096  # connections that the kernel queues until they are accepted
 
-_INHERITED_FD = "LISTEN_FD"  # the variable with the file descriptor of an inherited socket
+_INHERITED_FD = "LISTEN_FD"  # environment variable with the file descriptor of the inherited listening socket
 
 
 def bind(host: str, port: int, variable: str) -> socket.socket:
@@ -35,5 +35,5 @@ def child_environ(sock: socket.socket) -> dict[str, str]:
 
 
 def inherited_socket(environ: Mapping[str, str]) -> socket.socket | None:
-    """Return the public socket that the parent process opened, or None. It keeps listening when this process exits."""
+    """Return the public socket that the parent process opened, or None. The socket keeps listening when this process exits."""
     return socket.socket(fileno=int(environ[_INHERITED_FD])) if environ.get(_INHERITED_FD) else None

@@ -6,7 +6,7 @@ import sys
 from datetime import UTC, datetime
 from typing import TextIO
 
-# The attributes that every record has. All others were passed as `extra=` and are part of the line.
+# Every record has these attributes. All other attributes were passed as `extra=`, and the line shows them.
 _RECORD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -43,7 +43,7 @@ class TextFormatter(logging.Formatter):
 
 
 def configure(level: str, log_format: str, stream: TextIO | None = None) -> None:
-    """Send all log records of `level` and above to `stream`, by default standard output.
+    """Send all log records of `level` and above to `stream` (default: standard output).
 
     `log_format` is `json` or `text`; if it is empty, a terminal gets text and anything else JSON.
     """
@@ -53,5 +53,5 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     handler.setFormatter(TextFormatter() if text else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
-    # At debug, asyncio would log each of its own steps among the requests.
+    # At debug level, asyncio would log its own steps among the requests.
     logging.getLogger("asyncio").setLevel(max(logging.INFO, logging.getLevelName(level.upper())))

@@ -1,13 +1,13 @@
 """Metrics: the figures that every service measures, and the page on the admin port that shows them.
 
-Borrowed; tests/nanoservice/test_borrowed.py names the first one that an upgrade takes away.
+This module borrows names from two libraries. tests/nanoservice/test_borrowed.py reports each one that an upgrade removes.
 
-- `Request._match_info` (aiohttp): a request that could not be parsed has none, and the public `match_info` fails on it. Without
-  it such requests cannot be measured. A middleware will replace it.
-- `AbstractAccessLogger.log` (aiohttp): called once for each answer, with the time since the head of the request was parsed.
-  Without it no request is measured. A middleware will replace it.
-- `utils.floatToGoString` (prometheus-client): the text of a bucket's bound. Without it `le` labels differ from the library's.
-- `registry.Collector` (prometheus-client): the base class of custom collectors, which is documented without its module.
+- `Request._match_info` (aiohttp): a request that could not be parsed has no match, and the public `match_info` then raises an
+  error. Without it every request is measured as `unmatched`. A middleware will replace it.
+- `AbstractAccessLogger.log` (aiohttp): aiohttp calls it once for each answer, with the time since the request was taken from the
+  connection's queue. Without it no request is measured. A middleware will replace it.
+- `utils.floatToGoString` (prometheus-client): it writes a bucket's bound. Without it `le` labels differ from the library's.
+- `registry.Collector` (prometheus-client): it is the base class of custom collectors, and its module is not documented.
 """
 
 import asyncio
@@ -53,15 +53,16 @@ def admin_app(registry: CollectorRegistry) -> web.Application:
 
 
 class RequestRecorder(AbstractAccessLogger, Collector):
-    """Measures each answered request by route template. Logs requests at debug, and slow ones always, at most one a second.
+    """Measures each answered request, by route template. Logs each request at debug level, and slow requests at any level.
 
-    aiohttp calls it as its access log, so no middleware is needed. It counts in plain lists and builds the histogram when the
-    metrics are read, because the library's histogram would take a tenth of the time of a small request.
+    It logs at most one slow request a second. aiohttp calls the recorder as its access log, so no middleware is needed. The
+    recorder counts in plain lists, and builds the histogram when the metrics are read: the library's histogram would take a
+    tenth of the time of a small request.
     """
 
     def __init__(self, registry: CollectorRegistry, logger: logging.Logger) -> None:
         super().__init__(logger, "")
-        self._seen: dict[tuple[str, str, int], tuple[list[int], list[float]]] = {}  # counts by bucket, total seconds
+        self._seen: dict[tuple[str, str, int], tuple[list[int], list[float]]] = {}  # the counts by bucket, and the total seconds
         self._slow_quiet_until = 0.0
         registry.register(self)
 
@@ -69,7 +70,7 @@ class RequestRecorder(AbstractAccessLogger, Collector):
         """Yield the histogram of all requests so far."""
         family = HistogramMetricFamily(
             "http_request_duration_seconds",
-            "Time from the head of a request to the end of its answer",
+            "Time from the start of handling a request to the end of its answer",
             labels=["method", "route", "status"],
         )
         for (method, route, status), (counts, seconds) in self._seen.items():
@@ -81,7 +82,7 @@ class RequestRecorder(AbstractAccessLogger, Collector):
         """Record one answered request; `time` is in seconds."""
         match = getattr(request, "_match_info", None)
         resource = match.route.resource if match is not None else None
-        # A client may send any method. Unknown ones share a name, so that labels and log lines stay bounded.
+        # A client may send any method. Unknown methods share one name, so that the labels and log lines stay bounded.
         method = request.method if request.method in _METHODS else "other"
         key = method, resource.canonical if resource is not None else "unmatched", response.status
         seen = self._seen.get(key)

@@ -17,8 +17,8 @@ _QUALITY = re.compile(r";\s*q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)\s*(?:;|$)", re
 def preferred(accept: str, offered: tuple[str, ...]) -> str | None:
     """Return the media type of `offered` that the Accept header prefers, or None if it accepts none of them.
 
-    Between equals, the order in the header decides, then the order in `offered`. An empty header accepts everything, and
-    parts that cannot be parsed are ignored. Raises ProblemError 431 if the header is longer than 1,000 characters.
+    Between equally preferred types, the order in the header decides, then the order in `offered`. An empty header accepts
+    everything. Parts that cannot be parsed are ignored. Raises ProblemError 431 if the header is longer than 1,000 characters.
     """
     if len(accept) > _MAX_ACCEPT:
         raise ProblemError(431, f"Accept is longer than {_MAX_ACCEPT} characters")
@@ -35,7 +35,7 @@ def preferred(accept: str, offered: tuple[str, ...]) -> str | None:
 
 
 def _rank(media: str, ranges: Sequence[tuple[str, str, float, int]]) -> tuple[float, int]:
-    """Return the quality of `media` by the most specific range that matches, and the negated position of that range."""
+    """Return the quality that the most specific matching range gives to `media`, and the negated position of that range."""
     kind, subtype = media.split("/")
     matches = [
         ((major != "*") + (minor != "*"), quality, -position)

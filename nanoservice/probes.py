@@ -9,7 +9,7 @@ from nanoservice.errors import UnavailableError
 from nanoservice.health import REDIS_ERRORS
 from nanoservice.redis import Store
 
-_CACHE_SECONDS = 1.0  # for which one check of Redis is valid
+_CACHE_SECONDS = 1.0  # The result of one check of Redis is valid for this time.
 _CHECK_TIMEOUT = 1.0  # seconds
 
 _OK_LINES = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
@@ -21,12 +21,12 @@ async def livez(request: web.Request) -> Answer:
 
 
 class Readiness:
-    """Whether this process should receive requests: only while Redis answers, and not while the process drains."""
+    """Decides whether this process should receive requests: Redis must answer, and the process must not be draining."""
 
     def __init__(self, store: Store) -> None:
         self.draining = False
         self._health = store.health
-        self._connection = store.connection()  # A connection of its own: a service that is busy is still ready.
+        self._connection = store.connection()  # Probes need their own connection: a busy service is still ready.
         self._checked = -_CACHE_SECONDS
         self._reason = ""
         self._check: asyncio.Task[None] | None = None
@@ -36,7 +36,7 @@ class Readiness:
         if self.draining:
             raise UnavailableError("draining: this process is shutting down")
         if asyncio.get_running_loop().time() - self._checked >= _CACHE_SECONDS:
-            # One check serves all requests that arrive meanwhile, and continues if one of their clients disconnects.
+            # All requests that arrive during a check share its result. The check continues if one of the clients disconnects.
             if self._check is None:
                 self._check = asyncio.create_task(self._check_redis())
             await asyncio.shield(self._check)

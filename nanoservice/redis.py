@@ -1,17 +1,18 @@
-"""The connection to Redis: how it is opened, and what becomes of its errors.
+"""The connection to Redis: how it is opened, and how its errors are reported.
 
-Borrowed from redis-py, which documents its commands but not these parts. tests/nanoservice/test_borrowed.py names the first
-one that an upgrade takes away.
+This module borrows names from redis-py, which documents commands but not these names. tests/nanoservice/test_borrowed.py
+reports each one that an upgrade removes.
 
-- `Redis.execute_command`, `Pipeline.immediate_execute_command`, `Pipeline.execute`: the three ways of all commands to the
-  server. Without them a failing Redis is a 500 instead of a 503. They will be replaced by an event or a hook around each
-  command, once the driver has one for the asyncio client.
-- `Pipeline.command_stack`: an empty pipeline sends nothing, so it must not count as successful work.
-- `Pipeline.__init__`, `Redis.pipeline`, `Redis.response_callbacks`: the way to make a pipeline that is watched.
-- `AbstractConnection.on_connect_check_health`: the handshake. Without it the server's words about AUTH reach the log.
+- `Redis.execute_command`, `Pipeline.immediate_execute_command`, `Pipeline.execute`: each command reaches the server through one
+  of them. Without them a failing Redis is a 500 instead of a 503. An event or a hook around each command will replace them, once
+  the driver's asyncio client has one.
+- `Pipeline.command_stack`: it is empty if the pipeline sends nothing. Such a pipeline must not count as successful work.
+- `Pipeline.__init__`, `Redis.pipeline`, `Redis.response_callbacks`: they make a pipeline that reports to `health`.
+- `AbstractConnection.on_connect_check_health`: it makes the handshake. Without it the log shows the server's message about AUTH.
 - `AbstractConnection.connect`, `AbstractConnection.disconnect`, `AbstractConnection.send_command`,
-  `AbstractConnection.send_packed_command`, `AbstractConnection.read_response`: an exchange over a connection that belongs to
-  one lane or one probe. Without them each lane needs a client with a pool of one connection, which will replace them.
+  `AbstractConnection.send_packed_command`, `AbstractConnection.read_response`: they send a command and read its reply over a
+  connection that belongs to one lane (hitcounter/counter.py) or one probe (probes.py). Without them each lane needs a client
+  with a pool of one connection. Such a client will replace them.
 """
 
 import ssl
@@ -34,11 +35,11 @@ _MAX_POOL_CONNECTIONS = 16
 
 
 class _PasswordFileError(exceptions.AuthenticationError):
-    """The password file cannot be used. The text is the chassis's own, so it may be logged."""
+    """The password file cannot be used. The text of this error is the chassis's own, so it may be logged."""
 
 
 class _Credentials(CredentialProvider):
-    """User and password for a new connection: a password file is read each time."""
+    """Returns the user and the password for each new connection. A password file is read each time."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -51,7 +52,7 @@ class _Credentials(CredentialProvider):
             except OSError as error:
                 raise _PasswordFileError(f"REDIS_PASSWORD_FILE: {error.strerror}") from error
             except UnicodeDecodeError:
-                raise _PasswordFileError("REDIS_PASSWORD_FILE is not UTF-8") from None  # The decoding error quotes the file.
+                raise _PasswordFileError("REDIS_PASSWORD_FILE is not UTF-8") from None  # The original error quotes the file.
         else:
             password = config.redis_password.reveal() if config.redis_password else ""
         return (config.redis_username, password) if config.redis_username else (password,)
@@ -61,7 +62,7 @@ class _Credentials(CredentialProvider):
 
 
 class _DiscreetConnection(AbstractConnection):
-    """A connection that drops the server's words when the handshake fails: a server quotes commands that it does not know."""
+    """A connection that drops the server's message if the handshake fails, because a server quotes unknown commands."""
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
         try:
@@ -90,7 +91,7 @@ class _WatchedPipeline(Pipeline):
     health: Health
 
     async def immediate_execute_command(self, *args: Any, **options: Any) -> Any:
-        return await self.health.watch(super().immediate_execute_command(*args, **options))  # type: ignore[no-untyped-call] # too
+        return await self.health.watch(super().immediate_execute_command(*args, **options))  # type: ignore[no-untyped-call]
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
         done = super().execute(raise_on_error)
@@ -98,17 +99,17 @@ class _WatchedPipeline(Pipeline):
 
 
 class Store:
-    """The Redis that the settings name, or the embedded one at the Unix socket `socket`.
+    """The Redis that the settings name, or the embedded Valkey at the Unix socket `socket`.
 
-    `client` is for the commands and pipelines of any handler. They raise UnavailableError, so a failing Redis is answered
-    with 503. `connection()` is for code that keeps a connection to itself.
+    Handlers run commands and pipelines through `client`. If Redis fails, these raise UnavailableError, which is answered with
+    503. `connection()` is for code that needs a connection of its own.
     """
 
     def __init__(self, config: Config, registry: CollectorRegistry, socket: str | None = None) -> None:
         self.health = Health(registry, f"{config.redis_host}:{config.redis_port}" if config.redis_host else "embedded")
         kind, self._options = _options(config, socket)
         self._kind: type[AbstractConnection] = type("Connection", (_DiscreetConnection, kind), {})
-        # A handler that finds all connections in use waits as long as it would wait for an answer.
+        # If all connections are in use, a handler waits for one as long as it would wait for Redis's answer.
         pool = BlockingConnectionPool(
             max_connections=_MAX_POOL_CONNECTIONS, timeout=config.redis_timeout, connection_class=self._kind, **self._options
         )
@@ -126,8 +127,8 @@ STORE = web.AppKey("store", Store)
 def _options(config: Config, socket: str | None) -> tuple[type[AbstractConnection], dict[str, Any]]:
     """Return the class of a connection and its options.
 
-    The driver's retry is off, because it would repeat commands that may have been counted. RESP2 and no `CLIENT SETINFO`
-    reduce the handshake to AUTH, so the user in Redis needs no further rights.
+    The driver's retry is off, because it would repeat commands that may have been counted. With RESP2 and without
+    `CLIENT SETINFO`, the handshake is only AUTH, so the user in Redis needs no further rights.
     """
     options: dict[str, Any] = {
         "protocol": 2,

@@ -1,6 +1,6 @@
 """Restart Python whenever a file of this package or of a package beside it changes: `python -m nanoservice.reload -m hitcounter`.
 
-It is for development: on a laptop, and in the image's `dev` target, where live sync changes the files.
+This module is for development: on a laptop, and in the image's `dev` target, where live sync changes the files.
 """
 
 import contextlib
@@ -16,20 +16,20 @@ from nanoservice.config import Config
 from nanoservice.errors import StartError
 from nanoservice.listen import bind, child_environ
 
-_POLL_SECONDS = 0.1  # between two scans of a few dozen files, which cost next to nothing
+_POLL_SECONDS = 0.1  # the time between two scans of the files; scanning a few dozen files costs next to nothing
 
 
 def main(root: Path, arguments: list[str]) -> int:
     """Run Python with `arguments` until a signal arrives, and restart it after each change of a package's files below `root`.
 
-    Return the exit status of the last run. After a run that failed, wait for the next change; after one with bad settings
+    Return the exit status of the last run. After a run that failed, wait for the next change. But if the settings were bad
     (status 78), return at once.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(number))
     process = None
     public = _listen()
-    # No drain: the service returns at the same address, so there are no endpoints to withdraw.
+    # Skip the drain: the service comes back at the same address, so no endpoint has to be withdrawn.
     environ = {**os.environ, "DRAIN_SECONDS": "0", **(child_environ(public) if public else {})}
     try:
         while True:
@@ -43,17 +43,17 @@ def main(root: Path, arguments: list[str]) -> int:
     except SystemExit as signalled:
         if not process:
             return 0
-        for number in (signal.SIGTERM, signal.SIGINT):  # Pass a second signal on, or the run would outlive this process.
+        for number in (signal.SIGTERM, signal.SIGINT):  # Pass on a second signal. Otherwise the run would outlive this process.
             signal.signal(number, lambda number, _: process.send_signal(number))
-        # A terminal sent Ctrl-C to both processes. Another signal would cut off the requests in flight.
+        # A terminal has already sent Ctrl-C to the service. A second signal would cut off the requests in flight, so only wait.
         return process.wait() if signalled.code == signal.SIGINT and sys.stdin.isatty() else _stop(process)
 
 
 def _listen() -> socket.socket | None:
-    """Listen on behalf of each run, so that a request which arrives between two runs waits for the next one.
+    """Open one listening socket for all runs, so that a request between two runs waits for the next run.
 
-    `kubectl port-forward` exits after one refused connection, and a pod whose liveness probe was refused three times restarts
-    without the synced files. Return None to let the run itself listen, which then reports what is wrong with the settings.
+    `kubectl port-forward` exits after one refused connection. A pod whose liveness probe was refused three times restarts,
+    without the synced files. Return None if listening fails: then the service itself listens, and reports what is wrong.
     """
     with contextlib.suppress(StartError, ValueError, OverflowError):
         port = int(os.environ.get("BIND_PORT") or Config.bind_port)
@@ -65,11 +65,11 @@ def _files(root: Path) -> dict[Path, tuple[int, int]]:
     """Return the modification time and size of each file of the packages below `root`."""
     files = {}
     for package in root.glob("*/__init__.py"):
-        # Not rglob: on Python 3.11 it raises an error if a folder disappears meanwhile.
+        # On Python 3.11, rglob would raise an error if a folder disappeared during the scan.
         for folder, folders, names in os.walk(package.parent):
             folders[:] = [name for name in folders if name != "__pycache__"]
             for path in (Path(folder, name) for name in names):
-                with contextlib.suppress(FileNotFoundError):  # The file disappeared after the listing. The next scan notices.
+                with contextlib.suppress(FileNotFoundError):  # The file has just disappeared. The next scan notices this.
                     status = path.stat()
                     files[path] = status.st_mtime_ns, status.st_size
     return files

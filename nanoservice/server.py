@@ -24,8 +24,8 @@ from nanoservice.metrics import REGISTRY, RequestRecorder, admin_app
 from nanoservice.probes import READINESS
 from nanoservice.service import C, Service, create_app
 
-# The shutdown, in seconds: drain (DRAIN_SECONDS, 5 in a cluster) + finish (10) + close (1) = 16, below the 30 of Kubernetes'
-# terminationGracePeriodSeconds.
+# In a cluster a shutdown takes at most 16 s: 5 to drain (DRAIN_SECONDS), 10 to finish requests and 1 to close. Kubernetes allows
+# 30 s (terminationGracePeriodSeconds).
 FINISH_SECONDS = 10.0
 _CLOSE_SECONDS = 1.0
 
@@ -34,7 +34,7 @@ _STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 # accept() calls per wake-up of asyncio's loop. `ConnectionFactory.full` counts only afterwards, so this must stay below
 # `_SPARE_DESCRIPTORS`.
 _ACCEPTS_PER_WAKEUP = 16
-_DATA_FOLDER = Path(".data")  # of the embedded store
+_DATA_FOLDER = Path(".data")  # The embedded Valkey keeps its data here.
 
 _logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ _logger = logging.getLogger(__name__)
 def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) -> int:
     """Run `service` until a signal arrives, and return the exit status.
 
-    The status is 0 after a graceful shutdown, 78 for bad settings, 64 for arguments, 1 if the service cannot start, and
-    128 + N if a second signal, N, cut the shutdown short.
+    The status is 0 after a graceful shutdown or for `--help`, 78 for bad settings, 64 for any other argument, 1 if the service
+    cannot start, and 128 + N if a second signal, number N, cut the shutdown short.
     """
     if arguments:
         print(f"{service.name} takes no arguments; its settings are environment variables:\n\n{table(service.config)}")
@@ -62,7 +62,7 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                 status = runner.run(_live(service, config, store, public, admin))
                 # Closing the loop joins its resolver threads, even those of abandoned look-ups; without DNS that takes 20 s
-                # or more. A daemon thread is not joined.
+                # or more. So this timer exits the process. It is a daemon thread, so that no exit waits for the timer itself.
                 deadline = threading.Timer(_CLOSE_SECONDS, os._exit, [status])
                 deadline.daemon = True
                 deadline.start()
@@ -97,7 +97,7 @@ async def _live(service: Service[C], config: C, store: str | None, public: socke
         ports = {"port": public.getsockname()[1], "admin_port": admin.getsockname()[1]}
         _logger.info("listening; try: curl http://localhost:%d/", ports["port"], extra=ports)
         gc.collect()
-        gc.freeze()  # Objects made during the start are permanent: the collector need not visit them again.
+        gc.freeze()  # Objects made during the start are permanent, so the garbage collector can skip them.
         await stop.wait()
         _logger.info("draining", extra={"seconds": config.drain_seconds})
         running.drain()
@@ -111,7 +111,7 @@ async def _live(service: Service[C], config: C, store: str | None, public: socke
 
 
 class Running:
-    """A service that serves on two sockets, the public one and the one for metrics."""
+    """A running service, with one listening socket for clients and one for metrics."""
 
     def __init__(self, app: web.Application) -> None:
         self.app = app
@@ -133,11 +133,11 @@ class Running:
         return running
 
     async def _serve(self, app: web.Application, sock: socket.socket, recorder: RequestRecorder) -> None:
-        # The app runner makes and closes the application's resources. The connection runner has the connections, whose class
-        # is the chassis's.
+        # `app_runner` makes and closes the application's resources. `connection_runner` holds the connections, which are
+        # instances of the chassis's `Connection`.
         app_runner = web.AppRunner(app)
         await app_runner.setup()
-        assert app_runner.server is not None  # since setup()
+        assert app_runner.server is not None  # setup() has set it.
         self._factories.append(ConnectionFactory(app_runner.server, recorder))
         connection_runner = web.ServerRunner(self._factories[-1], shutdown_timeout=FINISH_SECONDS)
         self._runners.append((connection_runner, app_runner))
@@ -154,7 +154,7 @@ class Running:
                 factory.close_overdue()
 
     def drain(self) -> None:
-        """Turn readiness to 503 and close each connection after its next answer, but keep serving.
+        """Make readiness answer 503, and close each connection after its next answer, but keep serving.
 
         A pod that is shutting down still receives requests until its address is withdrawn everywhere.
         """
@@ -165,21 +165,22 @@ class Running:
     async def close(self) -> None:
         """Stop listening, finish the requests in flight, and close the resources, Redis last."""
         self._sweeper.cancel()
-        for runners in zip(*self._runners, strict=True):  # all connections first, then all resources
+        for runners in zip(*self._runners, strict=True):  # Close all connections first, then all resources.
             await asyncio.gather(*(runner.cleanup() for runner in runners))
 
 
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log exceptions that nobody awaited, except failed DNS look-ups.
 
-    uvloop continues a look-up when its connection attempt is abandoned, and that attempt has already reported the failure.
+    uvloop continues a look-up after the connection attempt that needed it was abandoned. That attempt has already reported the
+    failure.
     """
     if not isinstance(context.get("exception"), socket.gaierror):
         loop.default_exception_handler(context)
 
 
 def _embedded_problems() -> list[str]:
-    """Return why there can be no embedded store, as problems of the settings."""
+    """Return why no embedded Valkey can run, as problems of the settings; return an empty list if it can run."""
     from nanoservice import embedded  # noqa: PLC0415 - only development needs it, so production does not load it
 
     try:
@@ -190,16 +191,16 @@ def _embedded_problems() -> list[str]:
 
 
 def _embedded_store(host: str) -> AbstractContextManager[str | None]:
-    """Return a context that yields the socket of an embedded store, or None if `host` names a Redis."""
+    """Return a context that yields the Unix socket of an embedded Valkey, or None if `host` names a Redis."""
     if host:
         return nullcontext()
-    from nanoservice import embedded  # noqa: PLC0415 - the same
+    from nanoservice import embedded  # noqa: PLC0415 - only development needs it
 
     return embedded.valkey(_DATA_FOLDER)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return uvloop's loop factory, or None, for asyncio's own loop, where uvloop has no wheel."""
+    """Return uvloop's loop factory. Where uvloop has no wheel, return None, which means asyncio's own loop."""
     try:
         import uvloop  # noqa: PLC0415 - optional
     except ImportError:

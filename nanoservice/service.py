@@ -1,4 +1,4 @@
-"""The definition of a service, and the application that the chassis makes of it."""
+"""The definition of a service, and the application that the chassis makes from it."""
 
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -21,9 +21,9 @@ C = TypeVar("C", bound=Config)
 class Service(Generic[C]):
     """Everything that the chassis needs to know about a service: its name, version, settings, and routes.
 
-    `setup(app, config)` adds routes to `app`, and resources to `app.cleanup_ctx`. The chassis has put `app[STORE]`, the Redis
-    of the service, and `app[REGISTRY]`, for its metrics, there before. `openapi` contains the `paths` (and `components`) of
-    the routes in OpenAPI 3.1. The chassis adds its own routes and serves the whole document.
+    `setup(app, config)` adds routes to `app`, and resources to `app.cleanup_ctx`. The chassis has already set two keys of `app`:
+    `app[STORE]` is the service's Redis, and `app[REGISTRY]` is for the service's metrics. `openapi` contains the `paths` (and
+    `components`) of the routes in OpenAPI 3.1. The chassis adds its own routes and serves the whole document.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Service(Generic[C]):
 
 
 def create_app(service: Service[C], config: C, socket: str | None = None) -> web.Application:
-    """Return the application of `service`, not started. `socket` is the Unix socket of an embedded store, if one is used."""
+    """Return the application of `service`, not yet started. `socket` is the Unix socket of an embedded Valkey, if it has one."""
     app = web.Application()
     app[REGISTRY] = new_registry(service.name, service.version)
     app[STORE] = Store(config, app[REGISTRY], socket)
@@ -42,8 +42,8 @@ def create_app(service: Service[C], config: C, socket: str | None = None) -> web
     app.cleanup_ctx.append(_close_store)
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", app[READINESS].readyz)
-    app.router.add_get("/version", json_answer_of({"name": service.name, "version": service.version}))
-    app.router.add_get("/openapi.json", json_answer_of(document(service)))
+    app.router.add_get("/version", json_handler({"name": service.name, "version": service.version}))
+    app.router.add_get("/openapi.json", json_handler(document(service)))
     service.setup(app, config)
     _answer_options(app)
     app.on_response_prepare.append(_hide_server)
@@ -60,8 +60,8 @@ def document(service: Service[C]) -> dict[str, Any]:
     return {"openapi": "3.1.0", "info": {"title": service.name, "version": service.version}, **merged}
 
 
-def json_answer_of(content: object) -> Callable[[web.Request], Any]:
-    """Return a handler that always answers `content` as JSON."""
+def json_handler(content: object) -> Callable[[web.Request], Any]:
+    """Return a handler that always answers with `content` as JSON."""
 
     async def handler(request: web.Request) -> Answer:
         return json_answer(content)
@@ -70,14 +70,14 @@ def json_answer_of(content: object) -> Callable[[web.Request], Any]:
 
 
 async def _close_store(app: web.Application) -> AsyncIterator[None]:
-    # The first resource made is the last one closed: the service's own resources may need Redis while they close.
+    # aiohttp closes the first resource last. So Redis is still there while the service's own resources close, which may need it.
     yield
     await app[READINESS].close()
     await app[STORE].client.aclose()
 
 
 def _answer_options(app: web.Application) -> None:
-    """Make every path answer OPTIONS with its methods."""
+    """Make every path answer OPTIONS with `Allow`, the list of its methods."""
     for resource in list(app.router.resources()):
         methods = {route.method for route in resource}
         if isinstance(resource, web.Resource) and not methods & {"OPTIONS", "*"}:
@@ -90,5 +90,5 @@ async def _options(request: web.Request) -> Answer:
 
 
 async def _hide_server(request: web.Request, response: web.StreamResponse) -> None:
-    # aiohttp would name itself and Python, with their versions.
+    # aiohttp's `Server` header would name aiohttp and Python with their versions.
     response.headers.popall("Server", None)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Fail unless the service can be deployed on the cluster, before anything is built or changed: deploy-check.sh
-# Reads REGISTRY, ENGINE, and what lib/cluster.sh reads.
+# Before anything is built or changed, fail unless the cluster can run the service: deploy-check.sh
+# Reads REGISTRY, ENGINE, and the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"

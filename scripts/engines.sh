@@ -1,5 +1,5 @@
 #!/bin/sh
-# Print each engine that can be used, a line each; the first one builds: engines.sh
+# Print the engines that can be used, one on each line; the first engine builds images: engines.sh
 # Reads ENGINE.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Build twice with each engine, from copies that differ in all that must not matter, and compare the images: image-check.sh
-# Reads PLATFORMS, and what lib/engine.sh reads.
+# Build the image twice with each engine, from copies that differ where it must not matter, and compare: image-check.sh
+# Reads PLATFORMS, and the variables of lib/engine.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/engine.sh"
 
-copy() { # FOLDER TIME: put what a build gets into a new folder, with that time on every file
+copy() { # FOLDER TIME: copy the inputs of a build into a new folder, and set TIME on every file
   mkdir -p "$1"
   for path in Containerfile .dockerignore $(sed -n 's/^!//p' .dockerignore); do
     mkdir -p "$1/$(dirname "$path")" && cp -R "$path" "$1/$path" || return
@@ -34,7 +34,7 @@ for platform in $(echo "$PLATFORMS" | tr , ' '); do
     [ "$one" = "$another" ] || fail "a second build for $platform, of a copy, gives another image: $another"
     contents=$(contents "$work/one.layout")
     [ "${layers:-$contents}" = "$contents" ] || fail "the layers differ between two engines" \
-      "(those of buildah 1.28 are known to; those of 1.33 and 1.43 equal BuildKit's): $layers and $contents"
+      "(layers of buildah 1.28 are known to differ; layers of 1.33 and 1.43 equal BuildKit's): $layers and $contents"
     layers=$contents
   done
 done

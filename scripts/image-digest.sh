@@ -1,6 +1,6 @@
 #!/bin/sh
-# Build the image for each of PLATFORMS; print the builder, then a line with the digest of each platform: image-digest.sh
-# Reads PLATFORMS, and what lib/engine.sh reads.
+# Build the image for each of PLATFORMS. Print the builder first, then each platform and its digest on a line: image-digest.sh
+# Reads PLATFORMS, and the variables of lib/engine.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/engine.sh"

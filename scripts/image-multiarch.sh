@@ -1,6 +1,6 @@
 #!/bin/sh
 # Write the image for all PLATFORMS into the folder LAYOUT, as an OCI layout: image-multiarch.sh
-# Reads LAYOUT, PLATFORMS, and what lib/engine.sh reads.
+# Reads LAYOUT, PLATFORMS, and the variables of lib/engine.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/engine.sh"

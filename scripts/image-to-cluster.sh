@@ -1,6 +1,6 @@
 #!/bin/sh
-# Give the image IMAGE to the cluster, and print its name there: image-to-cluster.sh
-# Reads IMAGE, REGISTRY, ENGINE, and what lib/cluster.sh reads.
+# Put the image IMAGE into the cluster, or into its registry, and print the image's name there: image-to-cluster.sh
+# Reads IMAGE, REGISTRY, ENGINE, and the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"
@@ -8,7 +8,7 @@
 
 destination=$(destination)
 choose_engine
-# The tag follows from the content: another image has another name, so its pods are replaced.
+# The tag is the beginning of the image's ID. So a changed image has a new name, and Kubernetes replaces its pods.
 case "${engine##*/}" in
   buildah) id=$("$engine" inspect --format '{{.FromImageID}}' "$IMAGE") ;;
   *) id=$("$engine" image inspect --format '{{.Id}}' "$IMAGE") ;;

@@ -1,13 +1,13 @@
 #!/bin/sh
 # Build the image of SERVICE and load it into the engine as IMAGE: image.sh
-# Reads IMAGE, and what lib/engine.sh reads.
+# Reads IMAGE, and the variables of lib/engine.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/engine.sh"
 
 choose_engine
 if is_docker; then
-  # --load would write Docker's own kind of manifest, which has another digest.
+  # The option --load would write a manifest in Docker's own format, which has another digest.
   build . --output="type=docker,name=$IMAGE,oci-mediatypes=true"
 else
   build . --tag "$IMAGE"

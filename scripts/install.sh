@@ -2,15 +2,15 @@
 # Install packages at their locked versions into the virtual environment FOLDER:
 # install.sh FOLDER/can-run | FOLDER/installed | FOLDER/peers
 #   can-run    the service's packages, and Valkey
-#   installed  these and the development packages, and nothing that is in no lock
-#   peers      what `can-run` has, and the packages of the benchmark's peers
-# The environment is made first if there is none: with PYTHON, or with the newest Python that is found.
-# The file is touched at the end; make compares its time with the locks'.
+#   installed  the service's and the development packages; packages that are in no lock are removed
+#   peers      the packages of `can-run`, and the packages of the benchmark's peers
+# If FOLDER is missing, the script makes the environment with PYTHON, or with the newest Python that it finds.
+# At the end the script touches the file that its argument names; make compares the time of this file with those of the locks.
 # pip downloads and checks every package before it changes any, so an install that fails leaves the environment as it was.
 . "${0%/*}/lib/base.sh"
 
 find_python() { # print the Python that makes the environment
-  # The first that runs, is new enough and can make environments. A version manager's shim may exist and do none of these.
+  # Take the first Python that runs, is new enough and can make environments. The shim of a version manager may do none of these.
   if [ "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3.14 python3.13 python3.12 python3.11 python3 python; fi
   for python; do
     if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
@@ -30,10 +30,10 @@ pip_install() { # OPTION...
     "(there are wheels for Linux on x86_64 and aarch64, and for macOS on arm64)"
 }
 
-remove_unlocked() { # uninstall each package that is in no lock any more
+remove_unlocked() { # uninstall each package that is no longer in a lock
   names=$(sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' requirements.txt requirements-dev.txt)
   unlocked=$(pip freeze --exclude-editable | sed 's/[ =].*//' | tr 'A-Z._' 'a-z--' | grep -vxF "$names") || true
-  # shellcheck disable=SC2086 # several packages
+  # shellcheck disable=SC2086 # each package is an argument
   [ -z "$unlocked" ] || pip uninstall --quiet --yes $unlocked
 }
 

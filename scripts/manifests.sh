@@ -1,12 +1,12 @@
 #!/bin/sh
 # Render each variant of the manifests into one plain file, to read or to apply without Kustomize: manifests.sh FOLDER
-# Reads KUBECTL; and RELEASE, the service's image as NAME@DIGEST that the files of a release name.
+# Reads KUBECTL, and RELEASE: if it is set, the files are for a release, and name RELEASE (NAME@DIGEST) as the service's image.
 . "${0%/*}/lib/base.sh"
 [ $# = 1 ] || usage
 folder=$1
 if [ "${RELEASE:-}" ]; then made_by=release-files; else made_by=manifests; fi
 
-render() { # NAME VARIANT [COMPONENT]
+render() { # NAME VARIANT [COMPONENT]: render VARIANT, with COMPONENT, into work/NAME.yaml
   {
     printf 'resources: [../%s]\ncomponents: [%s]\n' "$2" "${3:+../components/$3}"
     if [ "${RELEASE:-}" ]; then
@@ -31,5 +31,5 @@ for component in manifests/components/*/; do
 done
 rm "$work/kustomization.yaml"
 mkdir -p "$folder"
-rm -f "$folder"/*.yaml # some may be of variants that are gone
+rm -f "$folder"/*.yaml # some files may be of variants that no longer exist
 mv "$work"/*.yaml "$folder"

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Publish the image in LAYOUT as its version in each of REPOSITORIES, attach the list of contents, and read both back: publish.sh
-# Reads LAYOUT, ORAS, and what lib/release.sh reads.
+# Reads LAYOUT, ORAS, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"
@@ -8,7 +8,7 @@
 
 resolve() { # REPOSITORY: print the digest of this version there; print nothing if the repository does not have it
   "$ORAS" resolve "$1:$version" 2>"$work/log" || {
-    # Any other failure may hide a version that would be overwritten.
+    # Any other failure may hide a published version, which would then be overwritten.
     grep -qF "$1:$version: not found" "$work/log" || {
       cat "$work/log" >&2
       fail "$1 does not say whether it has $version already (see above), so nothing is published;" \
@@ -17,8 +17,8 @@ resolve() { # REPOSITORY: print the digest of this version there; print nothing 
   }
 }
 
-attach() { # IMAGE FILE TYPE: make the file refer to the image, once, and read it back
-  # Without the time, so that the referrer is the same when it is attached again.
+attach() { # IMAGE FILE TYPE: attach FILE to IMAGE as a referrer, once, and read it back
+  # Fix the creation time, so that attaching the same file again gives a referrer with the same digest.
   (cd "$folder" && quietly "$ORAS" attach --no-tty --artifact-type "$3" \
     --annotation org.opencontainers.image.created=1970-01-01T00:00:00Z "$1" "$2:$3") || exit
   digests='{{range .referrers}}{{.digest}}{{"\n"}}{{end}}'

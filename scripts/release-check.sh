@@ -1,6 +1,6 @@
 #!/bin/sh
-# Fail unless the version, its section in the changelog, and TAG, if it is given, are of one release: release-check.sh
-# Reads TAG, and what lib/release.sh reads.
+# Fail unless the changelog has a section for the version, and TAG, if it is given, is the version's tag: release-check.sh
+# Reads TAG, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/release.sh"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Fail unless DIST/release/SHA256SUMS has the digest SUMS, and the files are those that it lists: release-files-compare.sh
-# Reads SUMS, and what lib/release.sh reads.
+# Fail unless DIST/release/SHA256SUMS has the digest SUMS and matches the files: release-files-compare.sh
+# Reads SUMS, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/release.sh"

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Restart Redis with the snapshot FILE; what it has now stays in its volume until the next restore, as before-restore: restore.sh
-# Reads FILE, and what lib/cluster.sh reads.
+# Restart Redis with the snapshot FILE: restore.sh
+# The current data stays in Redis's volume, as before-restore, until the next restore.
+# Reads FILE, and the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"

@@ -1,8 +1,9 @@
-"""List what is in an image: an SPDX 2.3 document (ISO/IEC 5962) about an OCI layout, the same bytes each time.
+"""List the contents of an image: write an SPDX 2.3 document (ISO/IEC 5962) about an OCI layout, with the same bytes each time.
 
-`sbom.py LAYOUT LOCK WHEELS VERSION` writes it to standard output. It lists what the image itself records: Debian's packages, from
-/var/lib/dpkg, and Python's, from their metadata. For Python packages it also lists the wheel in WHEELS they were unpacked from
-and, from LOCK, which package requires them. The service, which is in no package, is part of the image's own entry.
+`sbom.py LAYOUT LOCK WHEELS VERSION` writes the document to standard output. The document lists the packages that the image itself
+records: Debian's in /var/lib/dpkg, and Python's in their metadata. For each Python package the document also names the wheel in
+WHEELS from which it was unpacked and, from LOCK, the packages that require it. The service, which is in no package, belongs to
+the image's own entry.
 """
 
 import gzip
@@ -30,7 +31,7 @@ _PACKAGES = "usr/local/lib/python3.13/dist-packages/"
 _INTERESTING = re.compile(
     rf"{_STATUS}[^/]+|usr/share/doc/[^/]+(/copyright)?|(etc|usr/lib)/os-release|{_PACKAGES}[^/]+\.dist-info/(METADATA|WHEEL)"
 )
-# How packages name their licence if they do not use an SPDX expression yet.
+# The names of licences in packages that do not use an SPDX expression yet, and the SPDX expression for each name.
 _LICENCES = {name: name for name in ("Apache-2.0", "MIT", "PSF-2.0")} | {
     "Apache 2": "Apache-2.0",
     "Apache 2.0": "Apache-2.0",
@@ -82,7 +83,7 @@ def unpacked(layer: bytes) -> bytes:
 
 
 def debian_packages(image: Image, platform: str) -> Iterator[tuple[Element, Element | None]]:
-    """Yield the packages of the base, each with its licence if that is in the image."""
+    """Yield the packages of the base, each with its licence if the image has the licence's text."""
     release = dict(re.findall(r'^(\w+)="?([^"\n]*)', (image.read("usr/lib/os-release") or b"").decode(), re.MULTILINE))
     distribution = f"{release['ID']}-{release['VERSION_ID']}"
     for _, fields in image.match(rf"{_STATUS}(?!.*\.md5sums)[^/]+"):
@@ -111,7 +112,7 @@ def debian_packages(image: Image, platform: str) -> Iterator[tuple[Element, Elem
 
 
 def python_packages(image: Image, platform: str, lock: dict[str, Any], wheels: Path) -> Iterator[Element]:
-    """Yield the image's Python packages. Raises ValueError if the lock does not have one of them in that version and wheel."""
+    """Yield the image's Python packages. Raises ValueError if the lock lacks a package's version, or the hash of its wheel."""
     for name, fields in image.match(rf"{_PACKAGES}[^/]+/METADATA"):
         project, version = normal(fields["Name"]), fields["Version"]
         wheel = unpacked_from(wheels, image, posixpath.dirname(name))
@@ -130,7 +131,7 @@ def python_packages(image: Image, platform: str, lock: dict[str, Any], wheels: P
 
 
 def unpacked_from(wheels: Path, image: Image, folder: str) -> Path:
-    """Return the wheel whose metadata equals that in the image's folder. Raises ValueError if there is none."""
+    """Return the wheel whose metadata equals the metadata in the image's `folder`. Raises ValueError if no wheel has it."""
     info = posixpath.basename(folder)
     for wheel in sorted(wheels.glob(f"{info.removesuffix('.dist-info')}-*.whl")):
         with zipfile.ZipFile(wheel) as archive:
@@ -156,7 +157,7 @@ def read_lock(text: str) -> dict[str, Any]:
 
 
 def normal(name: str) -> str:
-    """Return the name of a Python package as PyPI compares it."""
+    """Return the normalised name of a Python package, which PyPI uses to compare names."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -166,7 +167,7 @@ def identifier(text: str) -> str:
 
 
 def package(spdx: str, name: str, version: str, purl: str, licence: str, **more: Any) -> Element:
-    """Return an entry with the fields that every package has. What is not known is NOASSERTION."""
+    """Return an entry with the fields that every package has. Unknown values are NOASSERTION."""
     return {
         "SPDXID": f"SPDXRef-{identifier(spdx)}",
         "name": name,
@@ -182,7 +183,7 @@ def package(spdx: str, name: str, version: str, purl: str, licence: str, **more:
 
 
 def container(name: str, digest: str, version: str, platform: str = "") -> Element:
-    """Return the entry of one platform's image, or, without a platform, of the index of all."""
+    """Return the entry of one platform's image. Without `platform`, return the entry of the index of all platforms."""
     return package(
         f"Image-{platform or 'index'}",
         name,
@@ -244,7 +245,7 @@ def document(layout: Path, lock: dict[str, Any], wheels: Path, version: str, cre
         "dataLicense": "CC0-1.0",
         "SPDXID": "SPDXRef-DOCUMENT",
         "name": f"{name} {version}",
-        # Each document needs a namespace of its own. Nothing can be fetched from it.
+        # Each document needs a namespace of its own. This URL is only a name: nothing can be downloaded from it.
         "documentNamespace": f"https://spdx.org/spdxdocs/{name}-{hashed}",
         "creationInfo": {
             "created": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Write DIST/sbom.spdx.json, the list of what is in the image in LAYOUT, the same bytes each time: sbom.sh
-# Reads VENV, LAYOUT, WHEELS, and what lib/release.sh reads.
+# Write DIST/sbom.spdx.json, the list of the contents of the image in LAYOUT, with the same bytes each time: sbom.sh
+# Reads VENV, LAYOUT, WHEELS, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/release.sh"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make the passwords of Redis's users in the cluster, those that are missing: secret.sh
-# Reads what lib/cluster.sh reads.
+# Make the missing passwords of Redis's users in the cluster: secret.sh
+# Reads the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"
@@ -12,7 +12,7 @@ read_passwords
 missing=
 for name in $users; do
   [ ! -s "$work/users/$name" ] || continue
-  # If its service has a password already, such as that of a Redis elsewhere, redis-users takes that one over.
+  # If the user's service already has a password, for a Redis elsewhere, for example, write this password into redis-users.
   read_secret "$name-redis" password >"$work/read"
   head -n 1 "$work/read" >"$work/users/$name"
   [ -s "$work/users/$name" ] || new_password >"$work/users/$name"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Sign the image in LAYOUT in each of REPOSITORIES with cosign, as the person or the workflow that runs this: sign.sh
-# Reads LAYOUT, ORAS, and what lib/release.sh reads.
+# Sign the image in LAYOUT in each of REPOSITORIES with cosign, as the person or workflow that runs the script: sign.sh
+# Reads LAYOUT, ORAS, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Write the locks with the newest versions that have been out for a week: update-packages.sh
+# Write the locks with the newest versions that were published a week ago or earlier: update-packages.sh
 # Reads VENV.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage

@@ -1,4 +1,4 @@
-"""The service with a dict instead of Redis, to measure the cost of everything except counting in Redis."""
+"""Run the service with a dict in place of Redis, to measure the cost of everything except counting in Redis."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from nanoservice.server import main
 
 
 class Dict:
-    """A counter in memory, whose answers are immediate."""
+    """A counter in memory that answers at once."""
 
     def __init__(self) -> None:
         self._counts = {"hits": 0, "posts": 0}

@@ -1,4 +1,4 @@
-"""The starting code: INCR, then GET. Two clients at a time may get the same number."""
+"""Run the starting code. It sends INCR, then GET, so two clients may get the same number."""
 
 import os
 

@@ -1,16 +1,16 @@
 # The commands of Valkey's container: sh /etc/redis/redis.sh COMMAND
-#   start [OPTION...]  write the users, load a restored snapshot, and become Valkey
-#   alive, ready       run a probe
-#   load-users         have Valkey load the passwords that are mounted now
-#   backup             write a snapshot of this moment, compressed by gzip, to standard output
-#   restore            read a snapshot from standard input; Valkey loads it at its next start, if that is within 15 minutes
+#   start [OPTION...]  write the users' file, put a restored snapshot in place, and run Valkey instead of this shell
+#   alive, ready       run the liveness or the readiness probe
+#   load-users         make Valkey load the passwords that are mounted now
+#   backup             take a snapshot now, compress it with gzip, and write it to standard output
+#   restore            read a snapshot from standard input; Valkey loads it if Valkey starts again within 15 minutes
 set -eu
 umask 077
 
-users=/etc/redis/users.acl     # each user and its rights
-passwords=/run/secrets/redis   # one file a user; every line is valid, and the newest is the first
+users=/etc/redis/users.acl     # the name and the rights of each user
+passwords=/run/secrets/redis   # one file for each user; every line is a valid password, and the first line is the newest
 
-check_snapshot() { # FILE: fail, and say why, unless FILE is a complete snapshot
+check_snapshot() { # FILE: fail and print the reason, unless FILE is a complete snapshot
   report=$(valkey-check-rdb "$1" 2>&1) || { echo "$report" >&2; return 1; }
 }
 
@@ -22,7 +22,7 @@ write_users() {
     hashes=
     if [ "$name" != default ]; then
       [ -s "$passwords/$name" ] || fail "the secret redis-users has no password for $name; run: make secret"
-      while IFS= read -r password || [ "$password" ]; do   # the last line may lack its newline
+      while IFS= read -r password || [ "$password" ]; do   # the last line may have no newline
         [ "$password" ] || continue                        # an empty line must not become a valid password
         hashes="$hashes #$(printf %s "$password" | sha256sum | cut -c -64)"
       done <"$passwords/$name"
@@ -34,7 +34,7 @@ write_users() {
 }
 
 as() { # USER ARGUMENT...: run valkey-cli over the socket
-  # The last line has the oldest password, which Valkey knows even while newer ones are mounted and not yet loaded.
+  # Use the oldest password, on the last line: Valkey accepts it even if newer passwords are mounted but not yet loaded.
   name=$1
   shift
   REDISCLI_AUTH=$(grep . "$passwords/$name" | tail -n 1) valkey-cli -s /run/valkey/socket --user "$name" "$@"
@@ -45,8 +45,8 @@ shift
 case "$command" in
   start)
     cd /data
-    # The process of a pod that was deleted by force may still run, and would acknowledge writes that this process never reads.
-    # That process holds the lock until it exits.
+    # A Valkey holds the lock of its volume until it exits. Wait for the lock: after a pod was deleted by force, its Valkey may
+    # still run, and would acknowledge writes that the new Valkey never reads.
     exec 9>lock
     for _ in $(seq 60); do
       ! flock -n 9 || break
@@ -55,7 +55,7 @@ case "$command" in
     flock -n 9 || fail "another Valkey still uses this volume: its pod was deleted by force, and its process has not exited"
     write_users
     if [ -d restored ] && [ -d appendonlydir ] && [ -z "$(find restored -maxdepth 0 -mmin -15)" ]; then
-      # The restore was interrupted before its restart. A restart days later is not meant to complete it.
+      # The restore was interrupted before Valkey's restart. A restart days later must not complete that restore.
       echo "redis.sh: the snapshot to restore is older than 15 minutes, so it is ignored" >&2
       rm -rf restored
     fi
@@ -68,7 +68,7 @@ case "$command" in
     fi
     exec valkey-server /etc/redis/valkey.conf "$@"
     ;;
-  alive) as probe PING >/dev/null ;;               # any answer is enough, even that Valkey is loading
+  alive) as probe PING >/dev/null ;;               # any answer is enough, even the error that Valkey is loading
   ready) [ "$(as probe PING)" = PONG ] ;;
   load-users)
     write_users
@@ -80,14 +80,14 @@ case "$command" in
     trap 'rm -f "$file"' EXIT
     as operator --rdb "$file" >&2
     check_snapshot "$file"
-    gzip -c "$file"   # a copy that was interrupted does not unpack
+    gzip -c "$file"   # gunzip fails on an incomplete copy
     ;;
   restore)
     cd /data
     rm -rf restored.new
     mkdir restored.new
     trap 'rm -rf restored.new' EXIT
-    # Valkey's own names for a rewritten append-only file, whose base is a snapshot.
+    # Use the file names that Valkey gives to a rewritten append-only file. The base of such a file is a snapshot.
     cat >restored.new/appendonly.aof.1.base.rdb
     check_snapshot restored.new/appendonly.aof.1.base.rdb || fail "this is not a snapshot of Redis; nothing has changed"
     echo "file appendonly.aof.1.base.rdb seq 1 type b" >restored.new/appendonly.aof.manifest

@@ -18,7 +18,7 @@ class Fate(Enum):
     SWALLOW_REPLY = auto()  # have Redis execute the request, and leave the connection open and silent
     STALL = auto()  # keep the request until `Proxy.release`, and leave the connection open and silent
     REPEAT = auto()  # send the request a second time at once, over another connection
-    REPEAT_LATE = auto()  # send it a second time after a later request: see `Proxy`
+    REPEAT_LATE = auto()  # send the request a second time after a later request: see `Proxy`
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RequestParser:
         return requests
 
     def _first(self) -> Request | None:
-        """Return the first request if it is complete: `*<words>`, then each word as `$<bytes>` and its bytes."""
+        """Return the first request if it is complete: `*` and the number of words; for each word `$`, its length, its bytes."""
         line = self._data.find(b"\r\n")
         if line < 0:
             return None
@@ -69,7 +69,7 @@ def pass_on(request: Request) -> Fate:
 
 
 class Proxy:
-    """A proxy on a port of loopback, to be used as a context: it does with each request what `fate` returns for it.
+    """A proxy on a port of loopback, used as an asynchronous context. `fate` decides what happens to each request.
 
     `store` is the port of Redis. A request with the fate REPEAT_LATE is sent again after Redis has executed a request for which
     `is_later(kept, request)` is true. `fates` counts the fates; `repeated` counts the first words of the replies to repeated
@@ -87,7 +87,7 @@ class Proxy:
         self._is_later = is_later
         self.fates: Counter[Fate] = Counter()
         self.repeated: Counter[str] = Counter()
-        self._kept: list[Request] = []  # to be repeated late
+        self._kept: list[Request] = []  # requests to repeat later
         self._stalled: list[Request] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._released = asyncio.Event()
@@ -105,7 +105,7 @@ class Proxy:
         await self._server.wait_closed()
 
     async def release(self) -> None:
-        """Send the stalled requests to Redis, late; wait for their replies, and discard them."""
+        """Send the stalled requests to Redis now. Wait for the replies, and discard the replies."""
         stalled, self._stalled = self._stalled, []
         for request in stalled:
             await self._repeat(request)
@@ -136,7 +136,7 @@ class Proxy:
                     return
                 if fate is Fate.STALL:
                     self._stalled.append(request)
-                    await reader.read()  # until the client gives up
+                    await reader.read()  # wait until the client gives up
                     return
                 store_writer.write(request.data)
                 reply = await read_reply(store_reader)

@@ -1,4 +1,4 @@
-"""A service that is served in the test's own process."""
+"""Serve a service in the test's own process."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ from nanoservice.service import Service
 
 @dataclass
 class Served:
-    """A service that runs in this process, its ports, and a client with its URL."""
+    """A service that runs in this process, its two ports, and an HTTP client for its public port."""
 
     running: Running
     port: int
@@ -24,7 +24,7 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def serving(service: Service[Any], environ: dict[str, str]) -> AsyncIterator[Served]:
-    """Serve `service` on free ports of loopback, with the settings that `environ` has; close it when the context ends."""
+    """Serve `service` on free ports of loopback, with the settings in `environ`. Close the service at the end of the context."""
     public, admin = bind("127.0.0.1", 0, "BIND_PORT"), bind("127.0.0.1", 0, "ADMIN_PORT")
     running = await Running.start(service, service.config.read(environ), public, admin)
     port, admin_port = public.getsockname()[1], admin.getsockname()[1]

@@ -22,7 +22,7 @@ def free_port() -> int:
     sock.bind(("127.0.0.1", 0))
     port = int(sock.getsockname()[1])
     if sys.platform == "linux":
-        atexit.register(sock.close)  # which keeps the port until then
+        atexit.register(sock.close)  # The open socket reserves the port until this process exits.
     else:
         sock.close()
     return port
@@ -31,7 +31,7 @@ def free_port() -> int:
 class Valkey:
     """A real Valkey on a TCP port of loopback, with its data in the folder `data`.
 
-    It writes each command to the kernel before it answers, so a kill loses nothing; it does not wait for the disk.
+    Valkey writes each command to the kernel before it answers, so a kill loses nothing. Valkey does not wait for the disk.
     """
 
     def __init__(self, data: Path, *options: str) -> None:
@@ -88,5 +88,5 @@ class Valkey:
             return client.execute_command(*command)
 
     def environ(self, **more: str) -> dict[str, str]:
-        """Return settings for a service that uses this server and listens on free ports, and those of `more`."""
+        """Return the settings of a service that uses this server and listens on free ports. `more` adds settings."""
         return {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(self.port), "BIND_PORT": "0", "ADMIN_PORT": "0", **more}

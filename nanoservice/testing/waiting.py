@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SLACK = 3  # machines are shared, so a test allows this many times the duration that is promised
+SLACK = 3  # A test allows this many times the promised duration, because machines are shared.
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, what: str = "") -> Any:

@@ -1,22 +1,22 @@
-# What every script shares. A script sources this first. It works in the current folder, which is the root of the repository.
+# Functions that every script shares. Each script sources this file first. The current folder is the root of the repository.
 #
-# The sh of macOS is bash 3.2, whose `set -e` does not see that a subshell or a pipeline fails, so these are followed by
-# `|| exit`.
+# The sh of macOS is bash 3.2, whose `set -e` ignores a failure of a subshell or a pipeline. So the scripts write `|| exit` after
+# a subshell or a pipeline.
 set -eu
-unset CDPATH # with it, `cd` may go elsewhere
+unset CDPATH # with CDPATH, `cd` may enter another folder of the same name
 
-fail() { # MESSAGE...: print it and exit
+fail() { # MESSAGE...: print MESSAGE and exit with status 1
   echo "make: $*" >&2
   exit 1
 }
 
-usage() { # print the comment at the head of the script, and exit with the status that sysexits.h has for wrong usage
+usage() { # print the comment at the head of the script, and exit with 64, the status for wrong usage in sysexits.h
   sed -n -e '/^#!/d' -e '/^#/!q' -e 's/^# //p' "$0" >&2
   exit 64
 }
 
 remove_work_at_exit() { # remove the folder `work`, however the script exits
-  # shellcheck disable=SC2154 # the script sets it
+  # shellcheck disable=SC2154 # the script sets `work`
   trap 'rm -rf "$work"' EXIT
   # A shell that a signal kills runs no EXIT trap.
   trap 'exit 129' HUP
@@ -24,11 +24,11 @@ remove_work_at_exit() { # remove the folder `work`, however the script exits
   trap 'exit 143' TERM
 }
 
-quietly() { # COMMAND...: run it, with its output in work/log; show that only if it fails
+quietly() { # COMMAND...: run COMMAND with its output in work/log, and print this log only if COMMAND fails
   "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
 }
 
-locked() { # REGEX: print the lines that the development lock has for the packages of that name
+locked() { # REGEX: print the lines of the development lock for the packages whose names match
   awk -v name="^($1)==" '/^[a-z]/ { wanted = ($0 ~ name) } wanted' requirements-dev.txt
 }
 

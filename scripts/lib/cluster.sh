@@ -1,12 +1,12 @@
-# How the cluster is reached, and what is found out about it.
-# Reads KUBECTL and NAMESPACE; and SKAFFOLD_KUBE_CONTEXT, in which Skaffold names the cluster that it uses, if that is not the
-# current one.
+# Functions that reach the cluster, and find out what it is.
+# Reads KUBECTL and NAMESPACE. Also reads SKAFFOLD_KUBE_CONTEXT: Skaffold sets it to the cluster that it uses, if that is not the
+# current cluster of kubectl.
 
 kube() { # ARGUMENT...: run kubectl on the cluster
   "$KUBECTL" ${SKAFFOLD_KUBE_CONTEXT:+--context="$SKAFFOLD_KUBE_CONTEXT"} "$@"
 }
 
-k() { # ARGUMENT...: run it in the namespace, with a time limit for each request
+k() { # ARGUMENT...: run kubectl in the namespace, with a time limit for each request
   kube --namespace="$NAMESPACE" --request-timeout=30s "$@"
 }
 
@@ -22,7 +22,7 @@ check_version() { # fail unless a cluster answers and is new enough
 }
 
 namespace_exists() { # succeed if the namespace is there; exit if it does not belong to this service
-  # The output has the first word if the namespace is there, and the second only if it has the label.
+  # The output has the word `there` if the namespace exists, and then the label's value if the namespace has the label.
   found=$(k get namespace "$NAMESPACE" --ignore-not-found \
     --output=jsonpath='there {.metadata.labels.app\.kubernetes\.io/part-of}') || exit
   case "$found" in

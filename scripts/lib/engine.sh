@@ -1,22 +1,22 @@
-# How images are built, with any of three engines, the same each time.
+# Functions that build images with any of three engines. Each build of the same sources gives the same image.
 # Reads ENGINE, SERVICE, WHEELS and BUILD_OPTIONS.
 
-unset SOURCE_DATE_EPOCH # buildah would read it, and refuse --timestamp with it
+unset SOURCE_DATE_EPOCH # buildah would read this variable, and then refuse --timestamp
 
-engines() { # print each engine that can be used: first BuildKit, then one that builds with buildah
+engines() { # print the engines that can be used: first docker, which has BuildKit; then podman or buildah
   if [ "${ENGINE:-}" ]; then
     command -v "$ENGINE" >/dev/null || fail "ENGINE=$ENGINE: there is no such command"
     echo "$ENGINE"
     return
   fi
   {
-    # Podman too may be called `docker`, and have a command `buildx`.
+    # The command `docker` may be Podman, which may have a command `buildx`, too.
     if docker buildx version | grep -q docker/buildx && docker version; then echo docker >&3; fi
     if command -v podman; then echo podman >&3; elif command -v buildah; then echo buildah >&3; fi
   } 3>&1 >/dev/null 2>&1
 }
 
-choose_engine() { # set `engine` to the first one
+choose_engine() { # set `engine` to the first engine that can be used
   engine=$(engines)
   engine=${engine%%
 *}
@@ -26,7 +26,7 @@ choose_engine() { # set `engine` to the first one
 
 is_docker() { case "${engine##*/}" in docker*) ;; *) false ;; esac }
 
-describe_builder() { # print the builder's kind and version: apart from the inputs, a digest depends on these alone
+describe_builder() { # print the builder's kind and version; a digest depends only on these and on the inputs
   if is_docker; then
     description=$("$engine" buildx inspect --bootstrap) || fail "$engine does not describe its builder (see above)"
     version=$(echo "$description" | sed -n 's/^ *BuildKit version: *//p' | head -n 1)
@@ -43,7 +43,7 @@ build() { # CONTEXT [OPTION...]: run the engine's build
   shift
   { [ -e "$context/$SERVICE/__main__.py" ] && grep -qx "!$SERVICE" "$context/.dockerignore"; } \
   || fail "SERVICE=$SERVICE: there has to be a $SERVICE/__main__.py, and a line !$SERVICE in .dockerignore"
-  # No attestation, since one contains the time of the build; and every other time is fixed.
+  # Make no attestation, because it would contain the time of the build. Every other time is fixed.
   if is_docker; then
     set -- buildx build --provenance=false --sbom=false --build-arg SOURCE_DATE_EPOCH=0 "$@"
   else
@@ -52,7 +52,7 @@ build() { # CONTEXT [OPTION...]: run the engine's build
   if [ -d "$WHEELS" ]; then
     set -- "$@" --build-context="wheels=$(cd "$WHEELS" && pwd)" --network=none --build-arg PIP_NO_INDEX=1
   fi
-  # shellcheck disable=SC2086 # several options
+  # shellcheck disable=SC2086 # each option is an argument
   if "$engine" "$@" --file="$context/Containerfile" --build-arg SERVICE="$SERVICE" ${BUILD_OPTIONS:-} "$context"; then return; fi
   [ ! -d "$WHEELS" ] || echo "make: built from $WHEELS/ alone; if requirements.txt has changed since then: make wheels" >&2
   return 1
@@ -61,13 +61,13 @@ build() { # CONTEXT [OPTION...]: run the engine's build
 layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, with an index if there are several platforms
   context=$1 folder=$2 targets=$3
   shift 3
-  # A build that failed leaves a part of a layout, which may be removed; other files may not.
+  # The folder may have the parts of a layout that a failed build left. Only these may be removed, no other files.
   others=$(find "$folder" -mindepth 1 -maxdepth 1 \
     ! -name blobs ! -name index.json ! -name ingest ! -name oci-layout 2>/dev/null) || true
   [ -z "$others" ] || fail "$folder is not an OCI layout: name another folder with LAYOUT=..."
   rm -rf "$folder"
   if is_docker; then
-    # Through an archive: if BuildKit writes into a folder, two platforms may write a shared layer at once, and one fails.
+    # Write an archive first: if BuildKit writes into a folder, two platforms may write a common layer at once, and one fails.
     # shellcheck disable=SC2154 # the script sets `work`
     build "$context" --platform="$targets" --output="type=oci,dest=$work/archive" "$@" \
     && mkdir -p "$folder" && tar -C "$folder" -xf "$work/archive"
@@ -81,7 +81,7 @@ layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, with an 
   case "$targets" in
     *,*)
       list=localhost/image-$$
-      # shellcheck disable=SC2086 # several images
+      # shellcheck disable=SC2086 # each image is an argument
       "$engine" manifest create "$list" $ids >/dev/null || return
       "$engine" manifest push --quiet --all "$list" "oci:$folder:latest" || return
       "$engine" rmi "$list" >/dev/null

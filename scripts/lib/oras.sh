@@ -1,9 +1,9 @@
-# How images are copied and read: by oras, which is built once from a Go module that is locked with its hashes.
-# Reads ORAS, an oras that is there already.
+# oras copies and reads images. Go builds oras once, from a module that is locked with its hashes.
+# Reads ORAS, the path of an oras to use instead.
 ORAS=${ORAS:-$(go -C "${0%/*}/tools/oras" tool -n oras)} \
 || fail "oras is needed: install Go, which builds it, or name one: ORAS=..."
 
-image_digest() { # print the digest of the image in LAYOUT, once it is certain that it is that image's
+image_digest() { # check that the image in LAYOUT matches its digest, and print the digest
   [ -f "$LAYOUT/index.json" ] || fail "there is no image in $LAYOUT/; run: make image-multiarch"
   digest=$(layout_digest "$LAYOUT")
   "$ORAS" manifest fetch --oci-layout "$LAYOUT@$digest" >/dev/null || fail "$LAYOUT/ is broken; run: make image-multiarch"

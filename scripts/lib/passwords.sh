@@ -1,9 +1,9 @@
-# How the passwords of Redis's users are kept in the cluster. A script sources this after lib/cluster.sh.
+# Functions that keep the passwords of Redis's users in the cluster. A script sources this file after lib/cluster.sh.
 #
-# Redis has all of them: the secret redis-users has a key for each user. Each line of a key is a valid password; the newest
-# comes first.
-# A service has its own: the secret SERVICE-redis has it as `password`.
-# Passwords pass through files that only this user can read; on a command line, `ps` would show them.
+# Redis reads all passwords from the secret redis-users, which has a key for each user. Each line of a key is a valid password;
+# the newest password comes first.
+# A service reads only its own password, from the key `password` of the secret SERVICE-redis.
+# The scripts pass passwords in files that only this user can read; on a command line, `ps` would show them.
 
 umask 077
 work=$(mktemp -d)
@@ -13,15 +13,15 @@ services=$(echo "$users" | grep -vx -e probe -e operator)
 
 new_password() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; echo; }
 
-read_secret() { # NAME KEY: print the passwords in that key of a secret, a line each; print nothing if there are none
-  # Through a file, since a secret that cannot be read must not pass for one that is missing.
+read_secret() { # NAME KEY: print the passwords in KEY of the secret NAME, one on each line; print nothing if there are none
+  # Write a file first, to see whether kubectl fails: a secret that cannot be read must not count as missing.
   k get secret "$1" --ignore-not-found \
     --output=go-template="{{with .data}}{{with index . \"$2\"}}{{base64decode .}}{{end}}{{end}}" >"$work/secret" || return
   grep . "$work/secret" || [ $? = 1 ]
 }
 
-write_secret() { # NAME FOLDER: make the secret hold the folder's files
-  # Server-side, since a client-side apply would copy the passwords into an annotation.
+write_secret() { # NAME FOLDER: write the files of FOLDER into the secret NAME
+  # Apply server-side: a client-side apply would copy the passwords into an annotation.
   k create secret generic "$1" --from-file="$2" --dry-run=client --output=yaml \
   | k apply --server-side --force-conflicts --field-manager=hitcounter --filename=- >/dev/null
 }
@@ -33,7 +33,7 @@ read_passwords() { # write each user's passwords in redis-users into the file wo
   done
 }
 
-write_services() { # give each service the newest password of its user, unless it has that already
+write_services() { # write the newest password of each service's user into the service's secret, unless it is there already
   for name in $services; do
     folder=$work/services/$name
     mkdir -p "$folder"

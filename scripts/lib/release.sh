@@ -1,4 +1,4 @@
-# What a release is called, where it goes, and what its files are.
+# The version of a release, the repositories that it goes to, and the folder of its files.
 # Reads SERVICE, REPOSITORIES and DIST.
 
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$SERVICE/__init__.py")
@@ -8,12 +8,12 @@ changes() { # print the section of this version in the changelog
   awk -v version="$version" '/^## / { wanted = ($2 == version); next } wanted' CHANGELOG.md | sed '/./,$!d'
 }
 
-repositories() { # print the repositories, a line each
+repositories() { # print the repositories, one on each line
   [ "$REPOSITORIES" ] || fail "which repositories? REPOSITORIES=\"ghcr.io/NAME/$SERVICE docker.io/NAME/$SERVICE\""
   echo "$REPOSITORIES" | tr '[:upper:]' '[:lower:]' | xargs -n 1
 }
 
-checksum() { # print the digest of SHA256SUMS, which stands for all files of the release
+checksum() { # print the digest of SHA256SUMS, which has the checksums of all files of the release
   [ -f "$folder/SHA256SUMS" ] || fail "there are no files of a release in $folder/; run: make release-files"
   sha256sum "$folder/SHA256SUMS" | cut -d ' ' -f 1
 }

@@ -1,6 +1,6 @@
-# How a pin is replaced in files.
+# A function that replaces a pin in files.
 
-replace() { # OLD NEW FILE...: in each file
+replace() { # OLD NEW FILE...: replace OLD by NEW in each FILE
   old=$1 new=$2
   shift 2
   sed -i.old "s#$old#$new#g" "$@"

@@ -1,4 +1,4 @@
-"""A network for containers, and the hitcounter served in the test's process."""
+"""Fixtures: a network for containers, and the hitcounter in the test's process."""
 
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -13,7 +13,7 @@ from tests.support.images import VALKEY, engine, run
 
 @pytest.fixture(scope="session")
 def network() -> Iterator[str]:
-    """A network with a Valkey in it, which is called `store`. An engine that only builds has neither."""
+    """A network in which a Valkey has the name `store`. The test is skipped if the engine cannot run containers."""
     if "buildah" in engine():
         pytest.skip("buildah runs no containers")
     name = f"image-tests-{os.getpid()}"
@@ -26,6 +26,6 @@ def network() -> Iterator[str]:
 
 @pytest.fixture
 async def served(valkey: Valkey) -> AsyncIterator[Served]:
-    """The hitcounter in this process, on a Valkey of its own."""
+    """The hitcounter, which runs in this process and uses its own Valkey."""
     async with serving(SERVICE, valkey.environ()) as it:
         yield it

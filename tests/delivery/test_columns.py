@@ -1,4 +1,4 @@
-"""Lines are as short as .editorconfig says, and Markdown has one sentence a line."""
+"""No line is longer than .editorconfig allows, and each line of Markdown has at most one sentence."""
 
 import re
 import subprocess
@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[2]
 COLUMNS, CELL = 130, 120
 # A URL or a digest cannot be wrapped.
 UNBREAKABLE = re.compile(r"https?://\S+|sha256:[0-9a-f]{64}")
-# The end of a sentence, and the beginning of the next one.
+# Matches the end of a sentence that is followed by another one on the same line.
 TWO_SENTENCES = re.compile(r"""(?<!\.)(?<!\be\.g)(?<!\bi\.e)[.!?](?:["')*_]|\]\([^)]*\))*\s+["'(*_\[]*[A-Z`]""")
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only git knows which files belong to the repository")
 
 
 def lines(ending: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield the lines of the tracked files whose names have this ending: the file's name, the place, the line."""
+    """Yield each line of the tracked files whose names end with `ending`, as (name of the file, NAME:NUMBER, line)."""
     git = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", f"*{ending}"]
     for name in subprocess.check_output(git, cwd=ROOT, text=True).split("\0")[:-1]:
         for number, line in enumerate((ROOT / name).read_text().splitlines(), 1):
@@ -37,7 +37,7 @@ def unlimited() -> list[str]:
 
 
 def prose(text: str) -> list[str]:
-    """Return the lines of Markdown without code: a line of code, a heading and a row of a table are empty."""
+    """Return the lines of a Markdown text. Lines of code, headings and rows of tables become empty lines."""
     found, fenced, in_list = [], False, False
     for line in text.splitlines():
         fenced ^= line.lstrip().startswith("```")

@@ -1,6 +1,6 @@
-"""compose.yaml, by the real `docker compose`, on a copy of the repository as it is after a clone.
+"""`docker compose` runs compose.yaml in a copy of the repository that is like a fresh clone.
 
-`make test-compose` runs these. The build has no network: it takes its packages from the folder `make wheels` made.
+`make test-compose` runs these tests. The build has no network: it takes its packages from the folder that `make wheels` made.
 """
 
 import asyncio
@@ -34,14 +34,14 @@ LABEL = "com.docker.compose.project"
 
 
 def docker(*arguments: str, check: bool = True, seconds: float = 120, **options: Any) -> str:
-    """Return the output of `docker`; with its errors if it may fail."""
+    """Return the standard output of `docker`. Without `check`, return its exit status, a newline, and both its outputs."""
     ended = subprocess.run(["docker", *arguments], text=True, capture_output=True, timeout=seconds, **options)
     assert not check or ended.returncode == 0, f"docker {' '.join(arguments)}: {ended.returncode}\n{ended.stdout}{ended.stderr}"
     return ended.stdout.strip() if check else f"{ended.returncode}\n{ended.stdout}{ended.stderr}"
 
 
 class Project:
-    """A copy of the repository, and the project that `docker compose` makes of it."""
+    """A copy of the repository, and the project that `docker compose` runs in this copy."""
 
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ class Project:
         return docker("compose", *arguments, **{"cwd": self.folder, "env": self.environ, "seconds": 300, **options})
 
     def container(self, service: str) -> str:
-        """Return the identity of the container of a service."""
+        """Return the id of the container of `service`."""
         return docker(
             "ps", "--all", "--quiet", "--no-trunc", f"--filter=label={LABEL}={self.name}",
             f"--filter=label=com.docker.compose.service={service}",
@@ -76,31 +76,31 @@ class Project:
         return json.loads(docker("inspect", self.container(service)))[0]
 
     def hits(self) -> int:
-        """Count a hit, and return its number."""
+        """Send a request that is counted, and return its number."""
         with urllib.request.urlopen(self.url, timeout=5) as answer:
             return int(re.findall(r"seen (\d+) times", answer.read().decode())[0])
 
     def answer(self) -> str:
-        """Return the answer of `/`, or an empty text if there is none."""
+        """Return the answer to a GET of `/`, or an empty text if there is no answer."""
         with suppress(OSError), urllib.request.urlopen(self.url, timeout=2) as answer:
             return str(answer.read().decode())
         return ""
 
     def in_volume(self, user: str, script: str, **options: Any) -> str:
-        """Run a script in the volume of the secrets, as a user with no group but its own and no capability."""
+        """Run a shell script in the volume of the secrets, as `user` (UID or UID:GID), without other groups or capabilities."""
         return docker(
             "run", "--rm", "--network=none", "--cap-drop=ALL", f"--user={user}", f"--volume={self.name}_secrets:/secrets:ro",
             "--workdir=/secrets", "--entrypoint=sh", VALKEY, "-c", script, **options,
         )  # fmt: skip
 
     def secrets(self) -> dict[str, str]:
-        """Return each secret by its path in the volume."""
+        """Return the secrets: a map from the path in the volume to the content."""
         script = "for file in redis/* redis-tls/tls.key hitcounter/password; do echo \"$file\"; tr -d '\\n' <$file; echo; done"
         lines = self.in_volume("0", script).splitlines()
         return dict(zip(lines[::2], lines[1::2], strict=True))
 
     def left(self) -> dict[str, list[str]]:
-        """Return the engine's objects of the project, except the images."""
+        """Return the ids of the project's containers, networks and volumes that the engine still has, by kind."""
         found = {
             "containers": docker("ps", "--all", "--quiet", f"--filter=label={LABEL}={self.name}"),
             "networks": docker("network", "ls", "--quiet", f"--filter=label={LABEL}={self.name}"),
@@ -123,7 +123,7 @@ def project(folder: Path, suffix: str) -> Iterator[Project]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """What the one command leaves, from nothing."""
+    """A project that was started from nothing by the one command of the README."""
     with project(tmp_path_factory.mktemp("copy"), "run") as one:
         began = time.monotonic()
         one.compose("up", "--build", "--wait", "--quiet-pull")
@@ -133,12 +133,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 
 @pytest.fixture
 def running(ran: Project) -> Project:
-    """The same, well again whatever the test before did."""
+    """The project `ran`, with all containers running, whatever the previous test did."""
     ran.compose("up", "--wait")
     return ran
 
 
-def test_one_command_counts_and_keeps_its_counts_over_down_and_up(ran: Project) -> None:
+def test_one_command_starts_a_service_that_keeps_its_counts_over_down_and_up(ran: Project) -> None:
     first = ran.hits()
     assert ran.hits() == first + 1
     ran.compose("down")
@@ -147,13 +147,13 @@ def test_one_command_counts_and_keeps_its_counts_over_down_and_up(ran: Project) 
     assert ran.hits() == first + 2
 
 
-def test_command_again_leaves_what_runs_alone(running: Project) -> None:
+def test_second_up_restarts_no_running_container(running: Project) -> None:
     before = [running.inspect(service)["State"]["StartedAt"] for service in ("hitcounter", "redis")]
     running.compose("up", "--build", "--wait")
     assert [running.inspect(service)["State"]["StartedAt"] for service in ("hitcounter", "redis")] == before
 
 
-def test_public_port_is_published_on_loopback_alone_and_no_other(running: Project) -> None:
+def test_only_the_public_port_is_published_and_only_on_loopback(running: Project) -> None:
     published = {
         service: {port: bound for port, bound in running.inspect(service)["NetworkSettings"]["Ports"].items() if bound}
         for service in ("hitcounter", "redis")
@@ -161,7 +161,7 @@ def test_public_port_is_published_on_loopback_alone_and_no_other(running: Projec
     assert published == {"hitcounter": {"8080/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(running.port)}]}, "redis": {}}
 
 
-# How each container reads its own files: the service's image has only Python.
+# These commands read a file inside each container. The service's image has no `cat`, only Python.
 LOOK = {
     "hitcounter": ("/usr/bin/python3.13", "-c", "import sys; print(open(sys.argv[1]).read())"),
     "redis": ("cat",),
@@ -173,7 +173,7 @@ WRITE = {
 
 
 @pytest.mark.parametrize(("service", "user"), [("hitcounter", 65532), ("redis", 65531)])
-def test_container_is_nobody_and_can_do_nothing_but_its_work(running: Project, service: str, user: int) -> None:
+def test_container_runs_without_privileges_and_cannot_write_to_its_root(running: Project, service: str, user: int) -> None:
     identity = running.container(service)
     status = dict(
         line.split(":\t", 1) for line in docker("exec", identity, *LOOK[service], "/proc/1/status").splitlines() if ":\t" in line
@@ -181,7 +181,7 @@ def test_container_is_nobody_and_can_do_nothing_but_its_work(running: Project, s
     assert set(status["Uid"].split()) == set(status["Gid"].split()) == {str(user)}
     assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
     assert status["NoNewPrivs"] == "1"
-    assert status["Seccomp"] == "2"  # filtered
+    assert status["Seccomp"] == "2"  # 2 means that a filter is active
     host = running.inspect(service)["HostConfig"]
     assert host["ReadonlyRootfs"]
     assert host["Memory"] <= 256 << 20
@@ -193,13 +193,13 @@ def test_container_is_nobody_and_can_do_nothing_but_its_work(running: Project, s
             "Read-only file system|Permission denied", docker("exec", identity, *WRITE[service], path, check=False)
         ), path
     if service == "redis":
-        docker("exec", identity, *WRITE[service], "/tmp/written")  # where it may
+        docker("exec", identity, *WRITE[service], "/tmp/written")  # Valkey may write to /tmp
 
 
-def test_valkey_reaches_nothing_outside_and_is_reached_by_the_service(running: Project) -> None:
+def test_valkey_has_no_route_to_other_networks_but_the_service_has_one(running: Project) -> None:
     routes = [line.split()[1] for line in docker("exec", running.container("redis"), "cat", "/proc/net/route").splitlines()[1:]]
     assert routes
-    assert "00000000" not in routes  # the default one
+    assert "00000000" not in routes  # the destination of a default route
     assert "00000000" in docker("exec", running.container("hitcounter"), *LOOK["hitcounter"], "/proc/net/route")
 
 
@@ -228,8 +228,8 @@ def test_secrets_are_made_once(running: Project) -> None:
     assert running.secrets() == before
 
 
-def test_secrets_show_nowhere(running: Project) -> None:
-    running.compose("down", "--volumes")  # creates them again, so that the logs are complete
+def test_secrets_are_in_no_log_configuration_image_or_process(running: Project) -> None:
+    running.compose("down", "--volumes")  # the next `up` makes new secrets, so the logs have everything about them
     with processes() as commands:
         running.compose("up", "--wait")
         running.hits()
@@ -261,20 +261,20 @@ def test_secrets_show_nowhere(running: Project) -> None:
 
 
 def kill(project: Project, service: str) -> None:
-    """End process 1 of a container as a crash would; the engine takes its own `kill` for a wish."""
+    """Kill process 1 of a container as a crash would. After `docker kill`, the engine would not restart the container."""
     pid = str(project.inspect(service)["State"]["Pid"])
     docker("run", "--rm", "--network=none", "--pid=host", "--user=0", "--entrypoint=sh", VALKEY, "-c", 'kill -9 "$0"', pid)
 
 
 def again(project: Project, service: str, restarts: int, load: Traffic) -> None:
-    """Return as soon as the container was started again, and a request that was sent after that is answered."""
-    wait_for(lambda: project.inspect(service)["RestartCount"] > restarts, 30, "a new start")
+    """Wait until the engine has restarted the container and a request that was sent after the restart is answered."""
+    wait_for(lambda: project.inspect(service)["RestartCount"] > restarts, 30, "a restart")
     since = time.monotonic()
     wait_for(lambda: load.last_answered > since, 30, "an answer")
 
 
 @pytest.mark.parametrize("service", ["hitcounter", "redis"])
-async def test_kill_9_costs_no_answered_hit(running: Project, service: str) -> None:
+async def test_kill_9_loses_no_answered_hit(running: Project, service: str) -> None:
     before = await counts(running.url)
     times = []
     async with traffic(running.url, 100) as load:
@@ -284,7 +284,7 @@ async def test_kill_9_costs_no_answered_hit(running: Project, service: str) -> N
             await step(kill, running, service)
             await step(again, running, service, restarts, load)
             times.append(time.monotonic() - began)
-            await asyncio.sleep(1)  # a load that goes on
+            await asyncio.sleep(1)  # let the load run between two crashes
     print(f"\n{service} killed: answers again after {', '.join(f'{one:.1f}' for one in times)} s; {load.statuses()}")
     assert load.tally.answered > 100
     assert max(times) < 5 * SLACK
@@ -292,7 +292,7 @@ async def test_kill_9_costs_no_answered_hit(running: Project, service: str) -> N
     load.check(before, after)
 
 
-def test_ends_in_time_and_in_order(running: Project) -> None:
+def test_stop_stops_the_service_before_redis_and_kills_neither(running: Project) -> None:
     running.compose("stop")
     for service in ("hitcounter", "redis"):
         container = running.inspect(service)
@@ -329,7 +329,7 @@ def test_digests_are_those_of_the_containerfile_and_the_manifests() -> None:
 
 @contextmanager
 def watching(one: Project, said: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """Have `docker compose up --watch` run, and write to `said` what it says."""
+    """Run `docker compose up --watch` during the block, and write its output to the file `said`."""
     command = ["docker", "compose", "--profile=dev", "up", "--build", "--watch"]
     options: Any = {"cwd": one.folder, "env": one.environ, "stderr": subprocess.STDOUT}
     with said.open("wb") as output, subprocess.Popen(command, stdout=output, **options) as up:
@@ -342,7 +342,7 @@ def watching(one: Project, said: Path) -> Iterator["subprocess.Popen[bytes]"]:
 def test_dev_profile_follows_the_files(tmp_path: Path) -> None:
     said = tmp_path / "said"
     with project(tmp_path / "copy", "dev") as one, watching(one, said) as up:
-        wait_for(lambda: "Watch enabled" in said.read_text() and "seen" in one.answer(), 120, "it serves and watches")
+        wait_for(lambda: "Watch enabled" in said.read_text() and "seen" in one.answer(), 120, "Compose serves and watches")
         identity, before = one.container("hitcounter-dev"), one.hits()
 
         app, extra = one.folder / "hitcounter" / "app.py", one.folder / "hitcounter" / "new" / "extra.py"
@@ -357,7 +357,7 @@ def test_dev_profile_follows_the_files(tmp_path: Path) -> None:
         seconds_until(lambda: not exists(identity, "/app/hitcounter/new/extra.py"))
         assert one.container("hitcounter-dev") == identity
         assert one.inspect("hitcounter-dev")["RestartCount"] == 0
-        seconds_until(lambda: counted(one) > before)  # the last change had it start again
+        seconds_until(lambda: counted(one) > before)  # the last change restarted the service, which must have kept its counts
 
         for name in ("requirements.txt", "requirements-dev.txt", "Containerfile", "image/finish.py"):
             with (one.folder / name).open("a") as file:
@@ -371,9 +371,9 @@ def test_dev_profile_follows_the_files(tmp_path: Path) -> None:
 
 
 def replaced(one: Project, old: str) -> str:
-    """Return the identity of the container that comes in the old one's place."""
+    """Return the id of the container that replaces the container `old`."""
 
-    def new() -> str:  # while one takes the other's place, there are both
+    def new() -> str:  # during the replacement both containers exist
         found = one.container("hitcounter-dev").split()
         return found[0] if len(found) == 1 and found != [old] else ""
 
@@ -381,7 +381,7 @@ def replaced(one: Project, old: str) -> str:
 
 
 def counted(one: Project) -> int:
-    """Return the hits in the answer, 0 while there is no answer."""
+    """Return the number of hits that the answer shows, or 0 if there is no answer."""
     return int("".join(re.findall(r"seen (\d+) times", one.answer())) or 0)
 
 
@@ -395,7 +395,8 @@ def exists(identity: str, path: str) -> bool:
     return docker("exec", identity, "test", "-e", path, check=False).startswith("0\n")
 
 
-# Prints Valkey's answer to PING: 'plain' without TLS, 'tls' with it, 'other' with only this image's CA certificates.
+# Sends PING and prints Valkey's answer. The argument is `plain` (no TLS), `tls` (TLS with the project's CA) or `other` (TLS with
+# only the CA certificates of the image).
 _PING = """
 import socket, ssl, sys
 raw = socket.create_connection(("redis", 6379), 3)
@@ -411,12 +412,12 @@ except OSError as error:
 """
 
 
-def test_tls_profile_leaves_nothing_in_clear_and_goes_on_with_the_counts(running: Project) -> None:
+def test_tls_profile_leaves_no_port_without_tls_and_keeps_the_counts(running: Project) -> None:
     def ping(service: str, how: str) -> str:
         return docker("exec", running.container(service), "/usr/bin/python3.13", "-c", _PING, how)
 
     hits = running.hits()
-    assert "NOAUTH" in ping("hitcounter", "plain")  # where there is no TLS
+    assert "NOAUTH" in ping("hitcounter", "plain")  # the control: without TLS, Valkey answers
     running.compose("down")
     try:
         running.compose("--profile=tls", "up", "--build", "--wait")

@@ -1,4 +1,4 @@
-"""Checks of the files that make the image, without an engine."""
+"""The files that make the image are checked without an engine."""
 
 import importlib.util
 import struct
@@ -23,7 +23,7 @@ def test_hadolint_finds_nothing(name: str) -> None:
     assert (ended.returncode, ended.stdout) == (0, "")
 
 
-def test_no_build_sees_what_is_for_tests_alone() -> None:
+def test_code_that_only_tests_use_is_not_part_of_a_build() -> None:
     patterns = (ROOT / ".dockerignore").read_text().splitlines()
     later = patterns[patterns.index("nanoservice/testing") :]
     assert not [pattern for pattern in later if pattern.startswith("!nanoservice")]  # the last pattern that matches decides
@@ -47,10 +47,10 @@ def test_missing_engine_is_reported_in_one_line(tmp_path: Path) -> None:
         assert ended.stderr.count("\n") == 1
 
 
-def test_folder_that_is_no_layout_is_left_alone(tmp_path: Path) -> None:
+def test_folder_that_is_not_a_layout_is_left_alone(tmp_path: Path) -> None:
     letter = tmp_path / "letter"
     letter.touch()
-    engine = tmp_path / "docker"  # an engine that does nothing
+    engine = tmp_path / "docker"  # a script that does nothing stands in for the engine
     engine.write_text("#!/bin/sh\n")
     engine.chmod(0o755)
     command = ["make", "image-multiarch", f"LAYOUT={tmp_path}", f"ENGINE={engine}"]
@@ -59,8 +59,8 @@ def test_folder_that_is_no_layout_is_left_alone(tmp_path: Path) -> None:
     assert letter.exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the libraries of this platform are no ELF files")
-def test_stripping_changes_nothing_that_is_loaded() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="the libraries of this platform are not ELF files")
+def test_stripping_changes_no_segment_that_is_loaded() -> None:
     libraries = sorted(Path(sys.prefix).rglob("*.so"))
     assert len(libraries) > 10
     for path in libraries:
@@ -69,11 +69,13 @@ def test_stripping_changes_nothing_that_is_loaded() -> None:
         for header in range(table, table + size * count, size):
             (kind,), (begin,) = struct.unpack_from("<I", whole, header), struct.unpack_from("<Q", whole, header + 8)
             (length,) = struct.unpack_from("<Q", whole, header + 32)
-            if kind == 1:  # loaded; the first 64 bytes of the file have the position of the sections, which are left out
+            # Kind 1 is a segment that is loaded. Stripping removes the sections, so it changes their position, which is in the
+            # first 64 bytes of the file.
+            if kind == 1:
                 assert whole[max(begin, 64) : begin + length] == stripped[max(begin, 64) : begin + length], path
 
 
-def test_what_is_no_library_is_named(tmp_path: Path) -> None:
+def test_file_that_is_not_a_library_is_named_in_the_error(tmp_path: Path) -> None:
     path = tmp_path / "text.so"
     path.write_text("no library")
     with pytest.raises(ValueError, match=r"text\.so is not a 64-bit"):

@@ -1,4 +1,4 @@
-"""The make targets for Kubernetes when kubectl and the engine answer in rare ways: scripts play both."""
+"""The make targets for Kubernetes handle rare answers of kubectl and the engine. Shell scripts play kubectl and the engine."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from tests.support import ROOT
 
 
 def played(folder: Path, name: str, script: str) -> str:
-    """Return the path of a program that runs this script, and logs its arguments to a file beside it."""
+    """Write a program that appends its arguments to NAME.told and then runs `script`. Return the program's path."""
     program = folder / name
     program.write_text(f'#!/bin/sh\necho "$*" >>"$0.told"\n{script}\n')
     program.chmod(0o755)
@@ -24,7 +24,7 @@ def played(folder: Path, name: str, script: str) -> str:
 
 
 def copied(folder: Path) -> Path:
-    """Return the folder of scripts in a copy of what they read and write."""
+    """Copy the scripts, and the manifests that they read and write, into `folder`. Return the copied folder of scripts."""
     shutil.copytree(ROOT / "manifests", folder / "manifests")
     return Path(shutil.copytree(ROOT / "scripts", folder / "scripts"))
 
@@ -37,7 +37,7 @@ def ran(script: str | Path, *arguments: str, **environ: str) -> "subprocess.Comp
 
 
 def cluster(*, minor: int | None = 30, default: str = "true", nodes: str = "", label: str | None = None) -> str:
-    """Return a script for kubectl: a cluster's version, default storage class, nodes and context; the label of the namespace."""
+    """Return a script that plays kubectl: it answers with these facts of a cluster. `label` is the label of the namespace."""
     version = f"""printf '{{"serverVersion": {{\\n "major": "1",\\n "minor": "{minor}",\\n "gitVersion": "v1"}}}}\\n'"""
     return f"""case "$*" in
   *version*) {"exit 1" if minor is None else version} ;;
@@ -52,13 +52,13 @@ esac"""
 
 
 def check(folder: Path, registry: str = "r.example", **options: int | str | None) -> tuple[int, str]:
-    """Return the exit status and the words of `make deploy`'s check on such a cluster."""
+    """Run the check of `make deploy` on a cluster with these `options`. Return its exit status and its error output."""
     kubectl, engine = played(folder, "kubectl", cluster(**options)), played(folder, "docker", "")  # type: ignore[arg-type]
     done = ran("deploy-check.sh", KUBECTL=kubectl, ENGINE=engine, REGISTRY=registry)
     return done.returncode, done.stderr
 
 
-def test_cluster_that_will_do_is_taken_without_a_word(tmp_path: Path) -> None:
+def test_suitable_cluster_passes_the_check_without_output(tmp_path: Path) -> None:
     assert check(tmp_path) == (0, "")
 
 
@@ -72,7 +72,7 @@ def test_cluster_that_will_do_is_taken_without_a_word(tmp_path: Path) -> None:
     ],
     ids=["no cluster", "too old", "no storage class", "no registry"],
 )
-def test_cluster_that_will_not_do_is_refused_in_one_line(tmp_path: Path, options: dict[str, str], words: str) -> None:
+def test_unsuitable_cluster_is_refused_in_one_line(tmp_path: Path, options: dict[str, str], words: str) -> None:
     status, said = check(tmp_path, **options)
     assert status == 1
     assert words in said
@@ -85,7 +85,7 @@ def test_kubectl_that_is_missing_is_named() -> None:
     assert (done.returncode, done.stderr.startswith("make: kubectl is needed")) == (1, True)
 
 
-def test_engine_whose_images_minikube_does_not_take_is_refused(tmp_path: Path) -> None:
+def test_engine_whose_images_minikube_cannot_load_is_refused(tmp_path: Path) -> None:
     kubectl = played(tmp_path, "kubectl", cluster(nodes="node/minikube"))
     for name, status in (("docker", 0), ("podman", 1), ("buildah", 1)):
         engine = played(tmp_path, name, "")
@@ -96,7 +96,7 @@ def test_engine_whose_images_minikube_does_not_take_is_refused(tmp_path: Path) -
 
 @pytest.mark.parametrize("command", ["deploy-check", "deploy", "undeploy"])
 @pytest.mark.parametrize(("label", "taken"), [("hitcounter", True), ("", False), ("another", False)])
-def test_namespace_of_somebody_else_is_left_alone(tmp_path: Path, command: str, label: str, taken: bool) -> None:
+def test_foreign_namespace_is_left_alone(tmp_path: Path, command: str, label: str, taken: bool) -> None:
     kubectl = played(tmp_path, "kubectl", cluster(label=label))
     ended = ran(copied(tmp_path) / f"{command}.sh", KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""))
     told = (tmp_path / "kubectl.told").read_text()
@@ -106,8 +106,8 @@ def test_namespace_of_somebody_else_is_left_alone(tmp_path: Path, command: str, 
     assert ("delete" in told) == (taken and command == "undeploy")
 
 
-def test_names_that_look_like_numbers_are_taken_for_names(tmp_path: Path) -> None:
-    """The tag is the beginning of a digest: one in some hundreds is all digits, or as `12345678e123`."""
+def test_names_that_look_like_numbers_stay_texts(tmp_path: Path) -> None:
+    """The tag is the beginning of a digest. One such tag in some hundreds looks like a number: only digits, or `12345678e123`."""
     keeps = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
     kubectl = played(tmp_path, "kubectl", keeps)
     engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
@@ -121,7 +121,7 @@ def test_names_that_look_like_numbers_are_taken_for_names(tmp_path: Path) -> Non
     ]
 
 
-def test_deploy_that_is_only_to_be_shown_does_nothing(tmp_path: Path) -> None:
+def test_dry_run_of_deploy_calls_nothing(tmp_path: Path) -> None:
     kubectl, engine = played(tmp_path, "kubectl", ""), played(tmp_path, "docker", "")
     command = ["make", "--dry-run", "deploy", f"KUBECTL={kubectl}", f"ENGINE={engine}", "REGISTRY=r.example"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=30).stdout
@@ -133,9 +133,9 @@ def test_deploy_that_is_only_to_be_shown_does_nothing(tmp_path: Path) -> None:
 
 
 class Cluster:
-    """The scripts with the users of Redis `users`, and a cluster with the secrets `has`: what is in SECRET.KEY."""
+    """A copy of the scripts whose users.acl is `users`, and a fake kubectl. `has` maps each SECRET.KEY to its content."""
 
-    # Answers with the content of the files of `has`, and keeps each written secret in a folder of its name.
+    # The fake kubectl answers with the files in `has`. It stores each secret that is written in a folder with the secret's name.
     _KUBECTL = """case $* in
       *"get secret"*)
         key=$(expr "$*" : '.*index \\. "\\([a-z]*\\)"')
@@ -167,15 +167,15 @@ class Cluster:
         return {secret.name: {key.name: key.read_text() for key in secret.iterdir()} for secret in self.got.iterdir()}
 
 
-@pytest.mark.parametrize(("status", "written"), [(0, True), (1, False)], ids=["there is none", "it cannot be read"])
-def test_passwords_are_made_only_where_there_are_none(tmp_path: Path, status: int, written: bool) -> None:
+@pytest.mark.parametrize(("status", "written"), [(0, True), (1, False)], ids=["no secret", "an error"])
+def test_passwords_are_made_only_if_the_cluster_has_none(tmp_path: Path, status: int, written: bool) -> None:
     kubectl = played(tmp_path, "kubectl", f"case $* in *'get secret'*) exit {status} ;; esac")
     assert ran("secret.sh", KUBECTL=kubectl).returncode == status
     assert ("create secret" in (tmp_path / "kubectl.told").read_text()) == written
 
 
-def test_password_that_a_service_has_already_stays(tmp_path: Path) -> None:
-    """It is that of a Redis elsewhere, or the secret of the users alone was deleted."""
+def test_existing_password_of_a_service_stays(tmp_path: Path) -> None:
+    """The password may belong to a Redis outside the cluster, or somebody deleted only the secret `redis-users`."""
     users = "user default off\nuser hitcounter +get\nuser probe +ping\n"
     one = Cluster(tmp_path, users, {"hitcounter-redis.password": "theirs"})
     assert one.run("secret").returncode == 0
@@ -187,7 +187,7 @@ def test_password_that_a_service_has_already_stays(tmp_path: Path) -> None:
 
 def test_each_service_gets_its_own_password_whatever_its_name(tmp_path: Path) -> None:
     names = ["users", "new", "read", "services", "wanted", "last"]
-    # A comment, and a last line without a newline.
+    # The file begins with a comment, and its last line has no newline.
     one = Cluster(tmp_path, "# of all\nuser default off\n" + "\n".join(f"user {name} +get" for name in names), {})
     assert one.run("secret").returncode == 0
     written = one.written()
@@ -206,13 +206,14 @@ def test_rotation_does_not_wait_for_a_service_that_is_not_deployed(tmp_path: Pat
     assert re.findall("rollout restart (.+)", one.told.read_text()) == ["deployment/hitcounter"]
 
 
-def test_passwords_go_with_the_terminal(tmp_path: Path) -> None:
+def test_temporary_passwords_are_deleted_when_the_terminal_closes(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     kubectl = played(tmp_path, "kubectl", 'case $* in *"get secret"*) echo >"$0.waits"; sleep 60 ;; esac')
     environ = {**os.environ, "NAMESPACE": "n", "KUBECTL": kubectl, "TMPDIR": str(temporary)}
     command = str(ROOT / "scripts" / "secret.sh")
-    heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # whatever these tests are run by
+    # Restore the default action of SIGHUP: under nohup, child processes would ignore the signal.
+    heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, preexec_fn=heeded) as popen:
         wait_for((tmp_path / "kubectl.waits").exists, 10 * SLACK)
         assert list(temporary.iterdir())
@@ -226,7 +227,7 @@ def test_passwords_go_with_the_terminal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("end", "whole"), [("", True), ("| head -c 40", False)], ids=["whole", "cut off"])
 def test_backup_that_is_interrupted_replaces_no_file(tmp_path: Path, end: str, whole: bool) -> None:
-    """kubectl does not report a stream that ends early as a failure."""
+    """kubectl succeeds even if the stream from the pod ends early."""
     file = tmp_path / "backup.rdb"
     file.write_text("yesterday's")
     kubectl = played(tmp_path, "kubectl", f"seq 2000 | gzip -c {end}")
@@ -236,7 +237,7 @@ def test_backup_that_is_interrupted_replaces_no_file(tmp_path: Path, end: str, w
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backup.rdb", "kubectl", "kubectl.told"]
 
 
-def test_manifests_stay_where_new_ones_cannot_be_made(tmp_path: Path) -> None:
+def test_rendered_manifests_stay_if_rendering_fails(tmp_path: Path) -> None:
     script, rendered = copied(tmp_path) / "manifests.sh", tmp_path / "manifests" / "rendered"
     before = {path.name: path.read_text() for path in rendered.iterdir()}
     for kubectl in (played(tmp_path, "kubectl", "exit 1"), "no-such-kubectl"):

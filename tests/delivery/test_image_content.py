@@ -1,4 +1,4 @@
-"""The content of the image: everything that it needs, and nothing else."""
+"""The image contains everything that the service needs, and nothing else."""
 
 import _imp
 import os
@@ -16,7 +16,7 @@ from tests.support.images import built, engine, run, tree
 
 pytestmark = pytest.mark.image
 
-OWN = -4  # the layers over the base: packages, their metadata, byte code of the standard library, the service
+OWN = -4  # the last four layers are not the base's: packages, their metadata, byte code of the standard library, the service
 PACKAGES = PurePosixPath("usr/local/lib/python3.13/dist-packages")
 LIBRARY = PurePosixPath("usr/lib/python3.13")
 SERVICE = PurePosixPath("app")
@@ -27,7 +27,7 @@ def members(first: int = 0) -> list[tarfile.TarInfo]:
 
 
 def contents() -> dict[PurePosixPath, bytes]:
-    """Return the files over the base."""
+    """Return the content of each file in the layers on top of the base."""
     files = {}
     for layer in built()[0].layers(OWN):
         for member in layer:
@@ -38,7 +38,7 @@ def contents() -> dict[PurePosixPath, bytes]:
     return files
 
 
-def test_nothing_can_be_changed_by_the_user_that_runs() -> None:
+def test_image_s_user_can_change_no_file() -> None:
     for member in members(OWN):
         assert (member.uid, member.gid) == (0, 0), member.name
         assert member.issym() or member.mode & 0o7022 == 0, member.name
@@ -63,7 +63,7 @@ def test_no_layer_brings_a_setuid_program_a_shell_or_a_compiler() -> None:
             assert not re.fullmatch(r"(ba|da)?sh|busybox|tar|make|as|ld|g?cc(-[0-9]+)?|g\+\+|pip[0-9.]*", name), member.name
 
 
-def test_there_are_the_locked_packages_the_service_and_byte_code_alone() -> None:
+def test_image_adds_only_the_locked_packages_the_service_and_byte_code() -> None:
     locked = re.findall(r"^([a-z0-9-]+)==(\S+)", (tree() / "requirements.txt").read_text(), re.MULTILINE)
     infos = {path.parts[5] for path in contents() if path.is_relative_to(PACKAGES) and ".dist-info" in path.parts[5]}
     assert infos == {f"{name.replace('-', '_')}-{version}.dist-info" for name, version in locked}
@@ -89,7 +89,7 @@ def test_there_are_the_locked_packages_the_service_and_byte_code_alone() -> None
     assert not [path for path in contents() if unwanted & set(path.parts) or path.suffix in {".pem", ".key", ".a", ".o"}]
 
 
-def test_service_is_there_as_it_is_in_the_repository() -> None:
+def test_image_has_the_service_s_files_unchanged() -> None:
     there = {path.relative_to(SERVICE): data for path, data in contents().items() if path.is_relative_to(SERVICE)}
     there = {path: data for path, data in there.items() if path.suffix != ".pyc"}
     files = [path for name in ("hitcounter", "nanoservice") for path in (tree() / name).rglob("*") if path.is_file()]
@@ -97,7 +97,7 @@ def test_service_is_there_as_it_is_in_the_repository() -> None:
     assert there == {PurePosixPath(path.relative_to(tree())): path.read_bytes() for path in shipped}
 
 
-def test_byte_code_is_that_of_its_source_and_never_checked() -> None:
+def test_byte_code_has_the_hash_of_its_source_and_is_never_checked() -> None:
     files = contents()
     for path in files:
         if path.suffix == ".py":
@@ -123,14 +123,14 @@ def test_libraries_have_no_debug_data() -> None:
     assert not [data for data in libraries if b".debug_info" in data]
 
 
-def test_files_come_in_the_same_order_by_every_engine() -> None:
-    """Some sort whole paths, some a folder at a time: `a`, `a-1`, `a/b` or `a`, `a/b`, `a-1`."""
+def test_every_engine_writes_the_files_in_the_same_order() -> None:
+    """Some engines sort whole paths (`a`, `a-1`, `a/b`), others sort folder by folder (`a`, `a/b`, `a-1`)."""
     for layer in built()[0].layers(OWN):
         names = layer.getnames()
         assert sorted(names) == sorted(names, key=lambda name: name.split("/"))
 
 
-def test_configuration_is_the_base_s_but_for_what_runs() -> None:
+def test_configuration_adds_only_the_user_command_ports_and_labels_to_the_base() -> None:
     config = built()[0].config["config"]
     assert config["User"] == "65532:65532"
     assert config["Entrypoint"] == ["/usr/bin/python3.13", "/app"]
@@ -143,7 +143,7 @@ def test_configuration_is_the_base_s_but_for_what_runs() -> None:
 
 def test_engine_s_own_check_finds_nothing() -> None:
     if "docker" not in engine():
-        pytest.skip("BuildKit has such a check, buildah has none")
+        pytest.skip("buildah cannot check a Containerfile")
     assert "no warnings found" in run(
         "buildx",
         "build",

@@ -1,4 +1,4 @@
-"""The build of an image refuses wrong inputs, and says what is wrong."""
+"""The build of an image fails on wrong inputs and reports what is wrong."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ def wheels(tmp_path: Path) -> Path:
 
 
 def refusal(context: Path, wheels: Path = WHEELS, platform: str = PLATFORM) -> str:
-    """Return the output of a build that must fail."""
+    """Build an image, which must fail, and return the output of the build."""
     with pytest.raises(BuildError) as refused:
         layout(context, context / "layout", options="--target=packages", wheels=wheels, PLATFORMS=platform)
     return str(refused.value)

@@ -1,4 +1,4 @@
-"""That an image is a function of its inputs: the same from the same, and another from others."""
+"""The same inputs always give the same image, and other inputs give another image."""
 
 import functools
 import hashlib
@@ -30,8 +30,8 @@ def context(tmp_path: Path) -> Path:
     return sources(tmp_path / "context")
 
 
-def test_two_builds_from_nothing_are_the_same_on_every_engine() -> None:
-    assert len(engines()) > 1 or not os.environ.get("CI"), f"there is one engine alone to compare: {engines()}"
+def test_two_builds_without_a_cache_give_the_same_image_on_every_engine() -> None:
+    assert len(engines()) > 1 or not os.environ.get("CI"), f"a comparison needs two engines, not only {engines()}"
     environ = {**os.environ, "PLATFORMS": "linux/amd64,linux/arm64", "SERVICE": "hitcounter", "WHEELS": str(WHEELS)}
     ended = subprocess.run([ROOT / "scripts" / "image-check.sh"], cwd=ROOT, env=environ, text=True, capture_output=True)
     assert ended.returncode == 0, ended.stderr
@@ -47,18 +47,18 @@ def test_build_from_nothing_takes_a_minute_at_most() -> None:
 
 def test_changed_source_gives_another_image_soon(context: Path, tmp_path: Path) -> None:
     file = context / "hitcounter" / "app.py"
-    file.write_text(file.read_text() + f"# {time.time_ns()}\n")  # of which the engine's cache knows nothing
+    file.write_text(file.read_text() + f"# {time.time_ns()}\n")  # the engine's cache cannot contain this text
     began = time.monotonic()
     changed = layout(context, tmp_path / "layout")
     seconds = time.monotonic() - began
     print(f"{seconds:.1f} s after a change of the source")
     assert seconds < 8 * SLACK
     assert changed.digest != built()[0].digest
-    assert shared(changed) == 3  # of the four layers over the base
+    assert shared(changed) == 3  # only one of the four layers on top of the base has changed
 
 
 def shared(other: Layout) -> int:
-    """Return how many layers over the base are those of the image."""
+    """Return how many layers on top of the base are the same in `other` and in the image that these tests build."""
     mine, others = (one.config["rootfs"]["diff_ids"][-4:] for one in (built()[0], other))
     return len(set(mine) & set(others))
 
@@ -82,18 +82,18 @@ def test_changed_wheel_gives_another_image(context: Path, tmp_path: Path) -> Non
 
 
 def given(argument: str) -> str:
-    """Return the base that a build gets as `argument`."""
+    """Return the image that a build uses for the build argument `argument`."""
     options = re.findall(rf"--build-arg[ =]{argument}=(\S+)", os.environ.get("BUILD_OPTIONS", ""))
     defaults = re.findall(rf"^ARG {argument}=(\S+)$", (ROOT / "Containerfile").read_text(), re.MULTILINE)
     return str([*defaults, *options][-1])
 
 
 def another(argument: str, line: str, folder: Path) -> str:
-    """Make another base: that of `argument` and one line more, with `folder` as context. Return the options of a build on it."""
+    """Add `line` to the image for `argument`, with `folder` as context. Return the options with which a build uses the result."""
     name = f"localhost/image-tests-{argument.lower()}"
     (folder / "Containerfile").write_text(f"FROM {given(argument)}\n{line}\n")
     if "docker" in engine():
-        # A builder in a container sees nothing of the engine's images, so it gets this one as files.
+        # A builder in a container cannot use the engine's images, so give the new image to the builder as a folder.
         archive, files = folder / f"{argument}.tar", folder / f"{argument}.oci"
         to = ["buildx", "build", "--provenance=false", f"--platform={PLATFORM}", f"--output=type=oci,dest={archive}"]
     else:
@@ -133,7 +133,7 @@ def test_umask_changes_nothing(context: Path, tmp_path: Path) -> None:
     assert layout(context, tmp_path / "layout").digest == built()[0].digest
 
 
-def test_files_that_are_no_input_change_nothing(context: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_an_input_change_nothing(context: Path, tmp_path: Path) -> None:
     (context / "hitcounter" / "__pycache__").mkdir()
     for name in (
         "Makefile",
@@ -148,7 +148,7 @@ def test_files_that_are_no_input_change_nothing(context: Path, tmp_path: Path) -
 
 
 def test_clock_changes_nothing(context: Path, tmp_path: Path) -> None:
-    """Two builds without a cache run at two times, yet the image has only the fixed time and the base's."""
+    """Two builds without a cache, at two times, give the same image: its times are the base's and the fixed time only."""
     again = layout(context, tmp_path / "layout", options="--no-cache", SOURCE_DATE_EPOCH="1700000000")
     assert again.digest == built()[0].digest
     assert again.config["created"] == "1970-01-01T00:00:00Z"
@@ -157,9 +157,9 @@ def test_clock_changes_nothing(context: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux", reason="elsewhere the engine is in a machine that does not reach this one's loopback"
+    sys.platform != "linux", reason="elsewhere the engine runs in a virtual machine, which cannot reach this loopback"
 )
-def test_without_wheels_they_come_from_the_index_and_give_the_same_image(context: Path, tmp_path: Path) -> None:
+def test_wheels_from_the_index_give_the_same_image(context: Path, tmp_path: Path) -> None:
     index = tmp_path / "index"
     for wheel in WHEELS.glob("*.whl"):
         name = wheel.name.split("-")[0].replace("_", "-").lower()
@@ -167,7 +167,7 @@ def test_without_wheels_they_come_from_the_index_and_give_the_same_image(context
         (index / name / wheel.name).symlink_to(wheel.resolve())
     asked: list[str] = []
 
-    class Index(http.server.SimpleHTTPRequestHandler):  # its list of a folder is a page as pip reads it
+    class Index(http.server.SimpleHTTPRequestHandler):  # lists a folder as a page of links, which pip accepts as an index
         def log_message(self, _: str, *facts: Any) -> None:
             asked.append(str(facts[0]))
 

@@ -1,4 +1,4 @@
-"""How the image runs."""
+"""The image runs in a restricted container, and `dev` and a second service run too."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ RESTRICTED = [
 
 @contextlib.contextmanager
 def container(network: str, *options: str, name: str = "") -> Iterator[str]:
-    """Run the image on the network and yield the container's name."""
+    """Run the image, or the image `name`, on the network. Yield the container's id."""
     identity = run(
         "run", "--detach", "--network", network, "--publish=127.0.0.1::8080", "--env=REDIS_HOST=store", *options, name or image()
     )
@@ -35,7 +35,10 @@ def container(network: str, *options: str, name: str = "") -> Iterator[str]:
 
 
 def get(identity: str, path: str = "/") -> str:
-    """Return the answer to a request, or an empty text if there is none. Wait for it, since an abandoned request may count."""
+    """Return the answer to a GET, or an empty text if there is no answer.
+
+    The time limit is long, because a request that the client abandons may still be counted.
+    """
     address = run("port", identity, "8080/tcp").splitlines()[0]
     try:
         with urllib.request.urlopen(f"http://{address}{path}", timeout=30) as answer:
@@ -44,7 +47,7 @@ def get(identity: str, path: str = "/") -> str:
         return ""
 
 
-def test_restricted_container_is_soon_ready_counts_and_ends(network: str) -> None:
+def test_restricted_container_is_soon_ready_counts_and_stops(network: str) -> None:
     with container(network, *RESTRICTED) as identity:
         address = run("port", identity, "8080/tcp").splitlines()[0]
         began = time.monotonic()
@@ -54,9 +57,9 @@ def test_restricted_container_is_soon_ready_counts_and_ends(network: str) -> Non
                 return bool(urllib.request.urlopen(f"http://{address}/readyz", timeout=1).status == 200)
             return False
 
-        wait_for(ready, 30, "it is ready")
+        wait_for(ready, 30, "the service is ready")
         took = time.monotonic() - began
-        print(f"ready {took:.2f} s after the engine said that it runs")
+        print(f"ready {took:.2f} s after the engine reported that the container runs")
         assert took < 1.5 * SLACK
         first, second = (int(re.findall(r"seen (\d+) times", get(identity))[0]) for _ in range(2))
         assert second == first + 1
@@ -73,7 +76,7 @@ def test_nothing_is_written(network: str) -> None:
         assert run("diff", identity) == ""
 
 
-def test_exactly_the_byte_code_is_there_that_is_loaded(network: str) -> None:
+def test_image_has_byte_code_of_exactly_the_modules_that_are_loaded(network: str) -> None:
     with container(network, "--env=PYTHONVERBOSE=1") as identity:
         wait_for(lambda: "seen" in get(identity), 30)
         get(identity, "/openapi.json")
@@ -108,7 +111,7 @@ def test_help_lists_the_settings(network: str) -> None:
     assert "| `REDIS_HOST` |" in run("run", "--rm", image(), "--help")
 
 
-def test_working_directory_is_no_place_for_modules(network: str, tmp_path: Path) -> None:
+def test_no_module_is_loaded_from_the_working_directory(network: str, tmp_path: Path) -> None:
     (tmp_path / "aiohttp.py").write_text("raise SystemExit('taken from the working directory')")
     tmp_path.chmod(0o755)
     assert "REDIS_HOST" in run("run", "--rm", f"--volume={tmp_path}:/work:ro", "--workdir=/work", image(), "--help")
@@ -141,9 +144,9 @@ def test_dev_image_restarts_at_a_change_and_keeps_its_counts(network: str) -> No
         changed = tree() / "changed" / "hitcounter" / "app.py"
         changed.parent.mkdir(parents=True)
         answer = ""
-        for word in ("Salut", "Salve"):  # of one length, and maybe within a second
+        for word in ("Salut", "Salve"):  # both files have the same size, and perhaps the same time in seconds
             changed.write_text(text.replace("Hello from Redis", f"{word} from Redis"))
-            # As live sync does it: with tar, as the user that runs.
+            # Live sync does the same: it runs tar in the container, as the container's user.
             packed = subprocess.run(["tar", "cC", tree() / "changed", "hitcounter"], check=True, capture_output=True).stdout
             run("exec", "--interactive", identity, "tar", "xmf", "-", "-C", "/app", "--no-same-owner", input=packed, text=False)
             began = time.monotonic()
@@ -164,5 +167,5 @@ def test_dev_image_restarts_at_a_change_and_keeps_its_counts(network: str) -> No
 def test_image_that_runs_and_is_pushed_is_the_one_whose_digest_is_printed(network: str) -> None:
     identity = json.loads(run("inspect", image()))[0]["Id"]
     if identity == built()[0].config_digest:
-        pytest.skip("this engine's store knows images by their configuration")
+        pytest.skip("this engine identifies an image by its configuration")
     assert identity == built()[0].digest

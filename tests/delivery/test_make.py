@@ -1,4 +1,4 @@
-"""`make` for a newcomer: its help, its environment, its errors."""
+"""A newcomer gets a useful `make`: help, a Python environment, a service that runs, and errors in one line."""
 
 import hashlib
 import io
@@ -47,7 +47,7 @@ def copy(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment without packages. What runs in a copy of it, runs there."""
+    """A virtual environment without packages. It can be copied: what a copy's Python installs goes into the copy."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     return folder
@@ -60,7 +60,7 @@ def copy_with_environment(copy: Path, environment: Path) -> Path:
 
 
 def tools(folder: Path, *names: str) -> Path:
-    """Return a folder for PATH that has only these programs."""
+    """Fill `folder` with only these programs, and return it for use as PATH."""
     folder.mkdir()
     for name in names:
         (folder / name).symlink_to(str(shutil.which(name)))
@@ -68,7 +68,7 @@ def tools(folder: Path, *names: str) -> Path:
 
 
 def tiny(folder: Path, version: str = "1.0", name: str = "tiny") -> str:
-    """Write an empty wheel with a name and a version, and return its line of a lock."""
+    """Write an empty wheel with this name and version into `folder`, and return the wheel's line for a lock."""
     path = folder / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -85,7 +85,7 @@ def test_help_is_the_default_and_lists_every_target() -> None:
 
 
 def test_update_without_an_environment_makes_one_first(copy: Path, tmp_path: Path) -> None:
-    """Without a Python there is no date before which a package has to be out."""
+    """`make update` needs Python to compute the date before which a version must have been published."""
     ended = make("update", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")))
     assert ended.returncode != 0
     assert "Python 3.11 or newer is needed" in ended.stderr.splitlines()[0]
@@ -98,9 +98,10 @@ def test_missing_python_is_reported_in_one_line(copy: Path, tmp_path: Path) -> N
     assert not (copy / ".venv").exists()
 
 
-def test_python_that_is_too_old_is_not_taken(copy: Path, tmp_path: Path) -> None:
+def test_python_that_is_too_old_is_not_used(copy: Path, tmp_path: Path) -> None:
     path = tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")
-    for name in ("python3", "python3.12"):  # the second as a version manager's stand-in: there, and of no use
+    # A version manager may put a `python3.12` on PATH that only fails.
+    for name in ("python3", "python3.12"):
         (path / name).write_text("#!/bin/sh\nexit 1\n")
         (path / name).chmod(0o755)
     ended = make("run", cwd=copy, PATH=str(path))
@@ -150,7 +151,7 @@ def test_only_wheels_of_a_locked_hash_are_installed(
 
 
 class Locked:
-    """A copy with locks of tiny packages, and a folder that serves as the only index."""
+    """A copy of the repository whose locks name tiny packages, and a folder that is pip's only package index."""
 
     def __init__(self, copy: Path, index: Path) -> None:
         index.mkdir()
@@ -167,11 +168,11 @@ class Locked:
         return make(f".venv/{stamp}", cwd=self.copy, **{**index, **environ})
 
     def stale(self) -> set[str]:
-        """Return what make would bring up to date."""
+        """Return the stamps that make would bring up to date."""
         return {stamp for stamp in ("can-run", "installed") if self.make(stamp, MAKEFLAGS="q").returncode}
 
     def packages(self) -> set[str]:
-        """Return the installed packages, except those of each new environment."""
+        """Return the installed packages, without pip and whatever else a new environment contains."""
         listed = subprocess.check_output([self.copy / ".venv" / "bin" / "python", "-m", "pip", "freeze"], text=True)
         return set(listed.split())
 
@@ -181,7 +182,7 @@ def locked(copy_with_environment: Path, tmp_path: Path) -> Locked:
     return Locked(copy_with_environment, tmp_path / "index")
 
 
-def test_environment_has_what_its_locks_have_and_outlives_an_install_that_fails(locked: Locked) -> None:
+def test_environment_has_the_locked_packages_and_survives_a_failed_install(locked: Locked) -> None:
     assert locked.make("can-run").stdout == ""
     assert locked.packages() == {"tiny==1.0"}
     assert locked.stale() == {"installed"}
@@ -223,7 +224,7 @@ def test_environment_whose_python_is_gone_is_created_again(locked: Locked, tmp_p
 
 @contextmanager
 def run(copy: Path, **environ: str) -> Iterator[str]:
-    """Run `make run`, yield the answer to a GET, and stop it as Ctrl-C does."""
+    """Run `make run`, yield the answer to a GET, and stop the service with SIGINT, as Ctrl-C does."""
     (copy / ".venv").symlink_to(sys.prefix)
     environ = {"PATH": os.environ["PATH"], "BIND_PORT": str(free_port()), "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1", **environ}
     environ["PYTHONPATH"] = python_path()
@@ -290,8 +291,8 @@ def test_lock_on_another_python_is_refused(copy: Path, tmp_path: Path) -> None:
     assert "locks are made on Python 3.11" in ended.stderr
 
 
-def test_wheels_are_kept_until_there_are_new_ones(copy: Path) -> None:
-    """Also where a shell completed the folder's name: with a slash."""
+def test_old_wheels_are_kept_until_new_ones_are_fetched(copy: Path) -> None:
+    """The folder's name ends with a slash here, as after completion by a shell."""
     (copy / ".venv" / "bin").mkdir(parents=True)
     (copy / ".venv" / "can-run").touch()
     python = copy / ".venv" / "bin" / "python"
@@ -317,7 +318,7 @@ def test_folder_that_has_more_than_wheels_is_left_alone(copy: Path) -> None:
     assert (copy / "mine" / "letter").exists()
 
 
-def test_folder_that_is_no_environment_is_left_alone(copy: Path) -> None:
+def test_folder_that_is_not_an_environment_is_left_alone(copy: Path) -> None:
     (copy / "mine").mkdir()
     (copy / "mine" / "letter").touch()
     ended = make("run", "VENV=mine/", cwd=copy, PYTHON=sys.executable)

@@ -1,4 +1,4 @@
-"""The rules of the manifests, checked on the rendered files of each variant, which are what is applied."""
+"""The manifests follow their rules. The tests check the rendered file of each variant, because clusters get these objects."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate  # type: ignore[import-untyped] # it has no types
+import kubernetes_validate  # type: ignore[import-untyped] # the package has no types
 import pytest
 import trustme
 import yaml
@@ -75,7 +75,7 @@ class Workload:
 
     @property
     def container(self) -> Object:
-        """The only one."""
+        """The only container of the pod."""
         (container,) = self.containers
         return container
 
@@ -85,7 +85,7 @@ class Workload:
 
     @property
     def mounts(self) -> dict[str, Object]:
-        """By its path in the container, the volume: {name, kind of volume: ...}."""
+        """The volume at each path in the container, as {"name": ..., KIND: ...}."""
         claims = self.object["spec"].get("volumeClaimTemplates", [])
         volumes = {claim["metadata"]["name"]: {"persistentVolumeClaim": claim["spec"]} for claim in claims}
         volumes |= {volume["name"]: volume for volume in self.pod["volumes"]}
@@ -94,7 +94,7 @@ class Workload:
         return {mount["mountPath"]: volumes[mount["name"]] for mount in mounts}
 
     def secret_file(self, path: str) -> tuple[str, str]:
-        """Return the secret and its key that the file at `path` in the container holds."""
+        """Return the secret and the key whose value is in the file `path` of the container."""
         secret = self.mounts[str(Path(path).parent)]["secret"]
         items = secret.get("items", [{"key": Path(path).name, "path": Path(path).name}])
         (key,) = (item["key"] for item in items if item["path"] == Path(path).name)
@@ -115,7 +115,7 @@ def workloads(variant: str) -> list[Workload]:
 
 
 def selected(variant: str, labels: dict[str, str]) -> Workload:
-    """Return the workload whose pods have `labels`; there is one."""
+    """Return the workload whose pods have `labels`. Fail unless there is exactly one such workload."""
     assert labels
     (found,) = (it for it in workloads(variant) if labels.items() <= it.labels.items())
     return found
@@ -126,14 +126,14 @@ def redis(variant: str) -> Workload:
 
 
 def setting(name: str) -> str:
-    """Return what valkey.conf sets `name` to."""
+    """Return the value of the setting `name` in valkey.conf."""
     (value,) = (value for key, value in VALKEY_CONF if key == name)
     return value
 
 
 def number(quantity: str) -> float:
-    """Return the number that a quantity of Kubernetes or of Valkey is: cores, or bytes."""
-    digits, unit = re.fullmatch(r"([0-9.]+)(\w*)", str(quantity)).groups()  # type: ignore[union-attr] # else it is none
+    """Convert a quantity of Kubernetes or Valkey, such as `100m` or `64Mi`, to a number of cores or bytes."""
+    digits, unit = re.fullmatch(r"([0-9.]+)(\w*)", str(quantity)).groups()  # type: ignore[union-attr] # None is a wrong quantity
     return float(digits) * {"": 1, "m": 0.001, "mb": 2**20, "Mi": 2**20, "Gi": 2**30}[unit]
 
 
@@ -143,7 +143,7 @@ of_each_service = pytest.mark.parametrize("workload", [it for it in WORKLOADS if
 in_each_variant = pytest.mark.parametrize("variant", RENDERED)
 
 
-# --- what there is ---
+# --- the objects ---
 
 
 def test_every_variant_is_rendered() -> None:
@@ -151,8 +151,8 @@ def test_every_variant_is_rendered() -> None:
 
 
 @in_each_variant
-def test_variant_holds_what_is_checked_here_and_nothing_else(variant: str) -> None:
-    # A kind that is not in this list needs rules of its own below.
+def test_variant_has_only_the_objects_that_these_tests_check(variant: str) -> None:
+    # If you add a kind to these lists, add rules for that kind below.
     store = ["ConfigMap", "NetworkPolicy", "Service", "StatefulSet"] if variant in WITH_REDIS else []
     scaled = ["HorizontalPodAutoscaler", "Ingress"] if variant in PRODUCTION else []
     service = ["ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service"]
@@ -186,14 +186,14 @@ read_schema = cache(utils.schema_contents)
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
-def test_schema_of_each_kubernetes_takes_every_object(version: str) -> None:
+def test_schema_of_each_kubernetes_accepts_every_object(version: str) -> None:
     checked: list[Object] = []
     for it in (it for variant in RENDERED for it in RENDERED[variant]):
         if it not in checked:  # most objects are the same in all variants
-            # It would fall back to an older version's schema: the one that was used is returned.
+            # Without a schema for `version`, validate() uses an older schema. It returns the version of the schema that it used.
             assert kubernetes_validate.validate(it, version, strict=True) == version
             checked.append(it)
-    read_schema.cache_clear()  # 40 MB
+    read_schema.cache_clear()  # the cached schemas take 40 MB
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
@@ -209,7 +209,7 @@ def test_schema_of_each_kubernetes_finds_a_misspelt_field(version: str) -> None:
 
 
 @in_each_variant
-def test_all_is_in_a_namespace_that_enforces_restricted(variant: str) -> None:
+def test_every_object_is_in_a_namespace_that_enforces_restricted(variant: str) -> None:
     (namespace,) = of_kind(variant, "Namespace")
     levels = {name.split("/")[1]: level for name, level in namespace["metadata"]["labels"].items() if "pod-security" in name}
     assert levels == {"enforce": "restricted", "warn": "restricted", "audit": "restricted"}
@@ -234,7 +234,7 @@ def test_pod_is_hardened(workload: Workload) -> None:
     for container in workload.containers:
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
-            # Live sync writes what a developer changes.
+            # In the variant `dev`, live sync writes changed files into the service's container.
             "readOnlyRootFilesystem": (workload.variant, workload.name) not in {("dev", name) for name in SERVICES},
             "capabilities": {"drop": ["ALL"]},
         }
@@ -258,8 +258,8 @@ def test_storage_that_is_requested_holds_the_volumes_and_the_log(workload: Workl
 
 
 @of_each_workload
-def test_user_is_that_of_compose_and_redis_has_another_than_the_services(workload: Workload) -> None:
-    # In compose.yaml all mount one volume of secrets, in which the group of a file decides who reads it.
+def test_users_are_the_same_as_in_compose_and_redis_has_its_own(workload: Workload) -> None:
+    # In compose.yaml Redis and the services mount the same volume of secrets. A file's group decides which of them can read it.
     context, composed = workload.pod["securityContext"], yaml.safe_load(COMPOSE.read_text())["services"]
     assert composed[workload.name]["user"] == f"{context['runAsUser']}:{context['runAsGroup']}"
     assert context["runAsUser"] == context["runAsGroup"] == context["fsGroup"]
@@ -268,10 +268,10 @@ def test_user_is_that_of_compose_and_redis_has_another_than_the_services(workloa
 
 
 @of_each_workload
-def test_volume_is_mounted_whole_and_what_is_given_is_read_only(workload: Workload) -> None:
+def test_volumes_are_mounted_whole_and_secrets_and_configmaps_read_only(workload: Workload) -> None:
     for container in workload.containers:
         for mount in container["volumeMounts"]:
-            assert mount.keys() <= {"name", "mountPath", "readOnly"}  # no subPath: the kubelet never updates one
+            assert mount.keys() <= {"name", "mountPath", "readOnly"}  # no subPath, because the kubelet never updates its files
             given = workload.mounts[mount["mountPath"]].keys() & {"secret", "configMap"}
             assert mount.get("readOnly", False) is bool(given)
     for volume in workload.mounts.values():
@@ -285,7 +285,7 @@ def test_image_never_moves(workload: Workload) -> None:
     for container in workload.containers:
         assert container["imagePullPolicy"] == "IfNotPresent"
         by_digest = re.fullmatch(r"[a-z0-9./:-]+@sha256:[0-9a-f]{64}", container["image"])
-        # Only for a laptop a service's image has its bare name: that of what was built is put in its place.
+        # Only in the variants for a laptop, a service's image has no registry or tag. The deployment fills in the built image.
         assert by_digest or (workload.variant not in PRODUCTION and container["image"] == workload.name in SERVICES)
         assert ":latest" not in container["image"]
 
@@ -301,7 +301,7 @@ def test_workload_and_its_pods_have_the_recommended_labels(workload: Workload) -
 
 
 def settings(workload: Workload) -> dict[str, str]:
-    """Return the variables of the workload's container."""
+    """Return the environment variables of the workload's container."""
     container = workload.container
     found: dict[str, str] = {}
     for source in container["envFrom"]:
@@ -314,18 +314,18 @@ def settings(workload: Workload) -> dict[str, str]:
 
 
 def configured(workload: Workload, folder: Path) -> Any:
-    """Return the settings of the workload as its service reads them. Files of secrets are stood in for by those in `folder`."""
+    """Return the settings that the service reads from the workload's environment. Files in `folder` replace those of secrets."""
     service, environ = SERVICES[workload.name], settings(workload)
     for name, spec in variables(service.config):
         if name in environ and spec.metadata["parse"] in {config.file, config.certificates}:
             secret, key = workload.secret_file(environ[name])
             environ[name] = str(folder / f"{secret}.{key}")
-            CA.cert_pem.write_to_path(environ[name])  # which is taken for a password as well
+            CA.cert_pem.write_to_path(environ[name])  # any text is a valid password, even a certificate
     return service.config.read(environ)
 
 
 @of_each_service
-def test_service_knows_every_variable_and_takes_its_value(workload: Workload, tmp_path: Path) -> None:
+def test_service_knows_every_variable_and_accepts_its_value(workload: Workload, tmp_path: Path) -> None:
     known = {name for name, _ in variables(SERVICES[workload.name].config)}
     assert settings(workload).keys() <= known
     assert configured(workload, tmp_path).log_format == ("text" if workload.variant == "dev" else "json")
@@ -362,7 +362,7 @@ def test_probes_ask_the_right_paths(workload: Workload, tmp_path: Path) -> None:
     assert {name: probe["httpGet"] for name, probe in found.items()} == {
         name: {"path": path, "port": "http"} for name, path in expected.items()
     }
-    # Liveness must not check Redis: a restart of this process would not fix it.
+    # The liveness probe must not check Redis, because restarting the service would not fix Redis.
     routes = create_app(SERVICES[workload.name], configured(workload, tmp_path)).router.routes()
     handlers = {(route.method, route.resource.canonical): route.handler for route in routes if route.resource}
     assert handlers["GET", "/livez"] is probes.livez
@@ -379,13 +379,13 @@ def test_readiness_outlasts_a_restart_of_redis(workload: Workload) -> None:
 @of_each_service
 def test_grace_period_is_longer_than_a_shutdown_can_take(workload: Workload, tmp_path: Path) -> None:
     read = configured(workload, tmp_path)
-    close = read.redis_timeout  # for the connections to Redis
+    close = read.redis_timeout  # the longest time that closing the connections to Redis takes
     assert 0 < read.drain_seconds
     assert read.drain_seconds + FINISH_SECONDS + close < workload.pod["terminationGracePeriodSeconds"]
 
 
 @of_each_service
-def test_rollout_never_has_a_pod_too_few_and_spreads_over_nodes(workload: Workload) -> None:
+def test_rollout_keeps_every_ready_pod_and_spreads_pods_over_nodes(workload: Workload) -> None:
     spec = workload.object["spec"]
     assert workload.kind == "Deployment"
     assert spec["strategy"] == {"rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
@@ -400,7 +400,7 @@ def test_changed_settings_roll_the_pods(workload: Workload) -> None:
     assert re.fullmatch(workload.name + "-[a-z0-9]{10}", source["configMapRef"]["name"])
 
 
-# --- what stands around the pods ---
+# --- the objects around the pods ---
 
 
 @of_each_workload
@@ -428,7 +428,7 @@ def test_services_show_one_port_and_never_the_admin_port(variant: str) -> None:
 
 
 @in_each_variant
-def test_drain_of_a_node_takes_one_pod_of_a_service_at_a_time_and_is_never_held_up_by_redis(variant: str) -> None:
+def test_drain_of_a_node_evicts_one_pod_of_a_service_at_a_time_and_never_waits_for_redis(variant: str) -> None:
     budgets = [it["spec"] for it in of_kind(variant, "PodDisruptionBudget")]
     assert [selected(variant, budget.pop("selector")["matchLabels"]).name for budget in budgets] == list(SERVICES)
     assert budgets == [{"maxUnavailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow"}] * len(SERVICES)
@@ -444,7 +444,7 @@ def test_number_of_pods_is_set_by_the_autoscaler_only(workload: Workload) -> Non
         assert 2 <= scaler["minReplicas"] < scaler["maxReplicas"]
         (metric,) = scaler["metrics"]
         aim = number(metric["resource"]["target"]["averageValue"])
-        assert number(workload.container["resources"]["requests"]["cpu"]) < aim < 1  # one thread uses no more than a core
+        assert number(workload.container["resources"]["requests"]["cpu"]) < aim < 1  # one thread uses one core
 
 
 @pytest.mark.parametrize("variant", PRODUCTION)
@@ -526,24 +526,24 @@ def test_redis_keeps_what_it_acknowledged_and_forgets_nothing() -> None:
 
 @pytest.mark.parametrize("variant", WITH_REDIS)
 def test_claim_is_the_same_whichever_kustomize_renders_it(variant: str) -> None:
-    # Some versions have a variant's labels in the claim template too. Kubernetes refuses to change one later.
+    # Some versions of Kustomize add a variant's labels to the claim template. Kubernetes refuses every later change.
     templates = redis(variant).object["spec"]["volumeClaimTemplates"]
     assert templates == yaml.safe_load(STATEFULSET.read_text())["spec"]["volumeClaimTemplates"]
     assert [claim["metadata"]["labels"] for claim in templates] == [{LABEL + "part-of": "hitcounter"}]
 
 
 def check_sizes(store: Workload, conf: str, compose: str) -> None:
-    """Fail unless Redis's memory and storage follow from its maxmemory, in compose.yaml too."""
+    """Fail unless the memory and storage of `store`, and of Redis in `compose`, follow from the maxmemory in `conf`."""
     (most,) = (number(line.split()[1]) for line in conf.splitlines() if line.startswith("maxmemory "))
     resources, tmp = store.container["resources"], store.mounts["/tmp"]["emptyDir"]["sizeLimit"]
-    assert number(resources["limits"]["memory"]) == 3 * most + number("32Mi")  # a rewrite forks, which may copy every page
-    assert number(tmp) == 2 * most  # a snapshot
+    assert number(resources["limits"]["memory"]) == 3 * most + number("32Mi")  # the fork of a rewrite may copy every page
+    assert number(tmp) == 2 * most  # for the snapshot of a backup
     assert number(resources["limits"]["ephemeral-storage"]) == number(tmp) + number("64Mi")
-    for name in ("memory", "ephemeral-storage"):  # a node in need evicts first what uses more than it requests
+    for name in ("memory", "ephemeral-storage"):  # a node first evicts the pods that use more than they request
         assert resources["requests"][name] == resources["limits"][name]
     assert number(store.mounts["/data"]["persistentVolumeClaim"]["resources"]["requests"]["storage"]) >= 8 * most
     composed = yaml.safe_load(compose)["services"]["redis"]
-    assert composed["deploy"]["resources"]["limits"]["memory"] + "i" == resources["limits"]["memory"]  # Docker's M is Mi
+    assert composed["deploy"]["resources"]["limits"]["memory"] + "i" == resources["limits"]["memory"]  # Docker's M means Mi
     assert f"/tmp:mode=1777,size={tmp.removesuffix('Mi')}m" in composed["tmpfs"]
 
 
@@ -597,7 +597,7 @@ def test_redis_listens_on_its_port_only(variant: str) -> None:
         assert [redis(variant).secret_file(path)[0] for path in files] == ["redis-tls"] * 3
 
 
-def test_users_of_redis_are_those_who_need_it_and_each_has_its_own_keys() -> None:
+def test_only_services_probes_and_the_operator_are_users_and_services_have_their_own_keys() -> None:
     assert USERS["default"] == ["off"]
     assert USERS.keys() == {"default", "probe", "operator"} | SERVICES.keys()
     for name, rights in list(USERS.items())[1:]:

@@ -1,4 +1,4 @@
-"""The published image is the one that was built, with its SBOM; an image that was changed on the way is refused."""
+"""The published image is the image that was built, and has an SBOM. An image that was changed after the build is refused."""
 
 import contextlib
 import functools
@@ -47,7 +47,7 @@ def oras(*arguments: str, check: bool = True) -> str:
 
 
 def referrers(image: str) -> dict[str, str]:
-    """Return by its type the digest of each thing that refers to the image."""
+    """Return the digest of each referrer of the image, by artifact type."""
     found = json.loads(oras("discover", "--format", "json", image)).get("referrers", [])
     assert len(found) == len({one["artifactType"] for one in found})
     return {one["artifactType"]: one["digest"] for one in found}
@@ -59,7 +59,7 @@ def test_both_registries_have_the_version_under_the_same_digest() -> None:
     assert Layout(one.layout).digest == one.digest
     for repository in one.repositories:
         assert oras("resolve", f"{repository}:{VERSION}").strip() == one.digest
-        assert oras("repo", "tags", "--exclude-digest-tags", repository).split() == [VERSION]  # and no `latest`
+        assert oras("repo", "tags", "--exclude-digest-tags", repository).split() == [VERSION]  # there is no tag `latest`
     assert set(Layout(one.layout).manifests()) == {"linux/amd64", "linux/arm64"}
 
 
@@ -76,7 +76,7 @@ def test_image_pulled_by_digest_counts(network: str) -> None:
         run("rm", "--force", name)
 
 
-def test_what_is_known_of_the_image_refers_to_it_and_can_be_read_back(tmp_path: Path) -> None:
+def test_sbom_refers_to_the_image_and_can_be_pulled(tmp_path: Path) -> None:
     one = published()
     for repository in one.repositories:
         found = referrers(f"{repository}@{one.digest}")
@@ -85,7 +85,7 @@ def test_what_is_known_of_the_image_refers_to_it_and_can_be_read_back(tmp_path: 
         assert (tmp_path / "sbom.spdx.json").read_bytes() == (one.dist / "release" / "sbom.spdx.json").read_bytes()
 
 
-# --- what is in it ---
+# --- the SBOM ---
 
 
 def contents() -> Any:
@@ -138,14 +138,14 @@ def test_list_of_contents_has_all_packages_of_each_platform() -> None:
 
 
 def platform_layers(platform: str) -> Iterator[list[str]]:
-    """Yield the names in the base of the image for one platform, which may be one layer or many, as one list."""
+    """Yield one list: the names of all files in the image for `platform`, from all its layers."""
     one = Layout(published().layout)
     child = Layout.__new__(Layout)
     child.__dict__.update(_blobs=published().layout / "blobs" / "sha256", digest=one.manifests()[platform])
     yield [name for layer in child.layers() for name in layer.getnames()]
 
 
-def test_list_of_contents_names_licences_and_what_wants_what() -> None:
+def test_list_of_contents_names_licences_and_dependencies() -> None:
     document = contents()
     texts = {one["licenseId"]: one["extractedText"] for one in document["hasExtractedLicensingInfos"]}
     libc = next(one for one in document["packages"] if one["name"] == "libc6")
@@ -179,14 +179,14 @@ def test_manifests_of_a_release_name_the_image_by_digest() -> None:
         assert all(re.search("@sha256:(?!0{64})[0-9a-f]{64}$", image) for image in images)
 
 
-def test_files_of_another_time_are_in_no_release(tmp_path: Path) -> None:
+def test_files_from_an_earlier_run_are_not_in_a_release(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published().dist / "release", tmp_path / "dist" / "release"))
     (folder / "left.txt").write_text("from another time\n")
     assert make("release-files", DIST=str(tmp_path / "dist"), REPOSITORIES=published().repositories[0]).returncode == 0
     assert {file.name for file in folder.iterdir()} == {file.name for file in (published().dist / "release").iterdir()}
 
 
-def test_what_commands_make_is_not_in_the_repository() -> None:
+def test_files_that_commands_make_are_not_in_the_repository() -> None:
     command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
     assert not subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True).stdout
 
@@ -209,7 +209,7 @@ def test_changes_of_a_release_are_those_of_its_version() -> None:
     assert (published().dist / "changes.md").read_text().strip() == section.strip()
 
 
-# --- what is refused ---
+# --- releases and images that are refused ---
 
 
 def test_publishing_again_changes_nothing() -> None:
@@ -221,7 +221,7 @@ def test_publishing_again_changes_nothing() -> None:
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Path:
-    """The layout of an image that differs in a comment."""
+    """The OCI layout of an image whose source has one more comment."""
     context = sources(tmp_path / "context")
     with open(context / "hitcounter" / "app.py", "a") as file:
         file.write("# another\n")
@@ -229,7 +229,7 @@ def changed(tmp_path: Path) -> Path:
     return tmp_path / "changed.oci"
 
 
-def test_second_build_with_another_digest_ends_the_release(changed: Path) -> None:
+def test_second_build_with_another_digest_stops_the_release(changed: Path) -> None:
     ended = make("release-compare", LAYOUT=str(changed), DIGEST=published().digest)
     assert ended.returncode != 0
     assert f"the image differs: {published().digest} was expected" in ended.stderr
@@ -237,7 +237,7 @@ def test_second_build_with_another_digest_ends_the_release(changed: Path) -> Non
     assert make("release-compare", DIGEST="").returncode != 0
 
 
-def test_other_files_than_those_attested_are_not_uploaded(tmp_path: Path) -> None:
+def test_files_that_differ_from_the_attested_ones_are_not_uploaded(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published().dist / "release", tmp_path / "release"))
     sums = make("release-sums").stdout.strip().removeprefix("sums=")
     assert make("release-files-compare", DIST=str(tmp_path), SUMS=sums).returncode == 0
@@ -289,16 +289,16 @@ def tamper(file: Path) -> None:
 
 @contextlib.contextmanager
 def between(tampered: str, failing: str = "no tag") -> Iterator[str]:
-    """Stand between a client and the registry; yield the address.
+    """Run a proxy in front of the registry, and yield the proxy's address.
 
-    One bit of the content with the digest `tampered` is changed, and a request for the tag `failing` gets an error.
+    The proxy flips one bit of the content whose digest is `tampered`, and answers requests for the tag `failing` with status 500.
     """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def handle(self) -> None:
-            with contextlib.suppress(ConnectionError):  # a client that found it out does not wait for the rest
+            with contextlib.suppress(ConnectionError):  # a client that notices the flipped bit closes the connection at once
                 super().handle()
 
         def do_GET(self) -> None:
@@ -335,7 +335,7 @@ def between(tampered: str, failing: str = "no tag") -> Iterator[str]:
 
 
 @pytest.mark.parametrize("what", ["layer", "manifest", "nothing"])
-def test_what_was_changed_on_the_way_is_not_taken(tmp_path: Path, what: str) -> None:
+def test_content_that_was_changed_on_the_way_is_refused(tmp_path: Path, what: str) -> None:
     one = Layout(published().layout)
     manifest = json.loads((published().layout / "blobs" / one.manifests()["linux/arm64"].replace(":", "/")).read_text())
     digest = {"layer": manifest["layers"][-1]["digest"], "manifest": one.digest, "nothing": "no digest"}[what]
@@ -354,7 +354,7 @@ def test_what_was_changed_on_the_way_is_not_taken(tmp_path: Path, what: str) -> 
     assert what == "nothing" or "mismatch" in said
 
 
-def test_version_is_not_moved_where_the_registry_fails_to_say_that_it_is_there(changed: Path) -> None:
+def test_version_is_not_moved_if_the_registry_fails_to_answer(changed: Path) -> None:
     name = published().repositories[0].partition("/")[2]
     for failing, reason in (("no tag", f"is {published().digest} already"), (VERSION, f"does not say whether it has {VERSION}")):
         with between("no digest", failing) as address:

@@ -1,4 +1,4 @@
-"""What holds for each script that make runs, and what no other test of them shows."""
+"""Each script answers wrong arguments with its usage and is in the list; two scripts need a builder that describes itself."""
 
 import os
 import re
@@ -14,7 +14,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.[ps][yh]"))
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.name))
 def test_wrong_arguments_are_answered_with_the_usage(script: Path, tmp_path: Path) -> None:
-    """By a checkout without execute bits too: make calls each script with sh."""
+    """The test calls each shell script with sh, as make does, so a checkout without execute bits works too."""
     ended = subprocess.run(
         [sys.executable if script.suffix == ".py" else "sh", script, "no", "such"],
         cwd=tmp_path,
@@ -39,7 +39,7 @@ def test_each_script_is_in_the_list() -> None:
 )
 @pytest.mark.parametrize("name", ["image-digest", "image-check"])
 def test_builder_that_is_not_described_is_an_error(tmp_path: Path, name: str, says: str) -> None:
-    """A digest without its builder cannot be compared with another."""
+    """A digest can be compared with another digest only if the builders of both are known."""
     engine = tmp_path / "docker"
     layout = "for word; do case $word in *dest=*) tar -cf ${word#*dest=} -C $0.layout . ;; esac; done"
     engine.write_text(f'#!/bin/sh\ncase "$*" in *inspect*) {says} ;; *) {layout} ;; esac\n')

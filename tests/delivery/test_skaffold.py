@@ -25,12 +25,12 @@ PACKAGES = {path.parent.name for path in ROOT.glob("*/__main__.py")} | {"nanoser
 
 
 def profiles_of(command: str) -> list[str]:
-    """Return the profiles that a command of Skaffold activates, in the order in which they are applied."""
+    """Return the profiles that a command of Skaffold activates, in the order in which Skaffold applies them."""
     return [one["name"] for one in PROFILES if {"command": command} in one.get("activation", [])]
 
 
 def configured(*names: str) -> Object:
-    """Return the configuration with these profiles; fail if a patch of them does not apply."""
+    """Return skaffold.yaml's configuration with these profiles applied. Fail if a patch of a profile does not apply."""
     config = copy.deepcopy(CONFIG)
     for profile in (one for one in PROFILES if one["name"] in names):
         assert profile.keys() <= {"name", "activation", "patches"}
@@ -53,7 +53,7 @@ def artifact(config: Object) -> Object:
 
 
 def rendered(config: Object) -> list[Object]:
-    """Return the rendered manifests of the deployed variant."""
+    """Return the rendered objects of the variant that `config` deploys."""
     (path,) = config["manifests"]["kustomize"]["paths"]
     assert (ROOT / path / "kustomization.yaml").exists()
     return list(yaml.safe_load_all((ROOT / "manifests" / "rendered" / f"{Path(path).name}.yaml").read_text()))
@@ -88,7 +88,7 @@ def test_command_deploys_its_target(command: str, target: str | None, folder: st
     config = configured(*profiles_of(command))
     assert artifact(config)["docker"].get("target") == target
     assert target is None or re.search(rf"^FROM .* AS {target}$", CONTAINERFILE, re.MULTILINE)
-    # Without a target: the last stage.
+    # Without a target, an engine builds the last stage.
     assert re.findall(r"^FROM .* AS (\w+)$", CONTAINERFILE, re.MULTILINE)[-1] == "runtime"
     assert config["manifests"]["kustomize"]["paths"] == [f"manifests/{folder}"]
     images = [
@@ -107,7 +107,7 @@ def test_every_file_of_the_service_is_synced_to_its_place_and_nothing_else() -> 
     there = {path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file()}
     assert synced == there
     for rule in rules:
-        assert rule.keys() == {"src", "dest"}  # without `strip`, the path below this folder is that below the destination
+        assert rule.keys() == {"src", "dest"}  # without `strip`, a file keeps its path relative to the repository below `dest`
         package = rule["src"].partition("/")[0]
         service = "${SERVICE}" if package == CONFIG["build"]["artifacts"][0]["docker"]["buildArgs"]["SERVICE"] else package
         assert f"\nCOPY {service}/ {rule['dest']}/{service}/\n" in CONTAINERFILE
@@ -125,17 +125,17 @@ def test_port_that_is_forwarded_is_the_service_s(command: str) -> None:
     assert f"<http://localhost:{forward['localPort']}>" in (ROOT / "docs" / "development.md").read_text()
 
 
-def test_smoke_test_is_one_that_the_namespace_admits_and_the_network_lets_through() -> None:
+def test_smoke_test_s_job_fits_the_namespace_and_its_network_policy() -> None:
     (case,) = CONFIG["verify"]
     job = yaml.safe_load((ROOT / case["executionMode"]["kubernetesCluster"]["jobManifestPath"]).read_text())
     objects = rendered(CONFIG)
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    assert case["container"]["name"] == container["name"]  # else Skaffold ignores the job's container
+    assert case["container"]["name"] == container["name"]  # with another name, Skaffold would ignore the job's container
     assert case["container"]["image"] == container["image"] == artifact(CONFIG)["image"]
     assert case["container"]["command"][0] in CONTAINERFILE
     assert all(container["resources"][kind].keys() == {"cpu", "memory", "ephemeral-storage"} for kind in ("requests", "limits"))
     assert job["metadata"]["namespace"] == objects[0]["metadata"]["name"]
-    # That the pod passes Pod Security and the network is shown on a cluster: tests/e2e/test_inner_loop.py.
+    # tests/e2e/test_inner_loop.py shows on a cluster that Pod Security admits the pod and the network policy lets it connect.
     (policy,) = (it for it in objects if it["metadata"]["name"] == job["metadata"]["name"])
     assert policy["spec"]["podSelector"]["matchLabels"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
     names = {it["metadata"]["name"] for it in objects if it["kind"] == "Service"}
@@ -155,7 +155,7 @@ def test_secrets_are_made_before_the_deployment() -> None:
 
 
 def plain(text: str) -> list[Object]:
-    """Return the objects without Skaffold's own labels and without the names of images."""
+    """Return the objects of a YAML text without Skaffold's labels, and without registry and tag in the names of images."""
     objects: list[Object] = [it for it in yaml.safe_load_all(text) if it]
     for it in objects:
         parts = [it["metadata"]]

@@ -1,4 +1,4 @@
-"""Redis as it is shipped, on a real Valkey: its script, its settings, and its users with their permissions."""
+"""The files in manifests/redis work with a real Valkey: the script, the settings, and the users with their rights."""
 
 import contextlib
 import os
@@ -27,16 +27,17 @@ from tests.support import ROOT
 SOURCES = ROOT / "manifests" / "redis"
 USERS = (SOURCES / "users.acl").read_text()
 RIGHTS = next(line.split()[2:] for line in USERS.splitlines() if line.startswith("user hitcounter "))
+# With these options the driver sends no command of its own.
 BARE: dict[str, Any] = {
     "protocol": 2,
     "driver_info": None,
     "retry": Retry(NoBackoff(), 0),
-}  # the driver sends no command of its own
+}
 HITS, POSTS, _, ANSWERS, ORDER = _keys("hitcounter", "")
 
 
 class Shipped(Valkey):
-    """The container's files in the folder `root`, and Valkey as the script starts it there."""
+    """A Valkey that redis.sh starts. The folder `root` has the files of the container."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root / "data")
@@ -46,10 +47,10 @@ class Shipped(Valkey):
         for name in ("redis.sh", "users.acl", "valkey.conf"):
             text = (SOURCES / name).read_text()
             (root / "etc/redis" / name).write_text(re.sub(r"(?<![\w/])/(etc|run|data|tmp)\b", rf"{root}\g<0>", text))
-        for name in ("valkey-server", "valkey-check-rdb"):  # one program, which acts by its name
+        for name in ("valkey-server", "valkey-check-rdb"):  # both are the same program, which behaves according to its name
             (root / "bin" / name).symlink_to(executable())
         with open(root / "etc/redis/users.acl", "a") as file:
-            file.write("user all resetchannels ~* &* +@all\n")  # a user with all permissions
+            file.write("user all resetchannels ~* &* +@all\n")  # this user may run every command
         for name in ("probe", "operator", "hitcounter", "all"):
             self.set_passwords(name, f"{name}'s\n")
 
@@ -57,7 +58,7 @@ class Shipped(Valkey):
         (self.root / "run/secrets/redis" / name).write_text(lines)
 
     def script(self, *arguments: str, input: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
-        """Run a command of the script until it exits."""
+        """Run a command of redis.sh, and return its result."""
         return subprocess.run([*self.command, *arguments], env=self.path, input=input, capture_output=True, timeout=30)
 
     @property
@@ -73,18 +74,18 @@ class Shipped(Valkey):
         self.wait()
 
     def begin(self, *options: str) -> None:
-        """Start it, and do not wait for it."""
+        """Start Valkey with redis.sh, and do not wait until Valkey serves."""
         command = [*self.command, "start", "--port", str(self.port), "--bind", "127.0.0.1", *options]
         self.process = subprocess.Popen(command, env=self.path, stdout=subprocess.DEVNULL)
 
     def wait(self) -> None:
-        """Wait until it serves."""
+        """Wait until Valkey has loaded its data and serves."""
         process = self.process
         assert process
 
         def answers() -> bool:
-            assert process.poll() is None, "it ended: see what it wrote"
-            with contextlib.suppress(BusyLoadingError):  # it asks for a password before it has loaded its data
+            assert process.poll() is None, "Valkey exited: see its output"
+            with contextlib.suppress(BusyLoadingError):  # Valkey already authenticates clients while it loads its data
                 return self.answers() and bool(self.ask("all", "PING"))
             return False
 
@@ -98,7 +99,7 @@ class Shipped(Valkey):
 
 @contextlib.contextmanager
 def shipped() -> Iterator[Shipped]:
-    # A short path: a test's own may be longer than the 108 bytes that a Unix socket's can have.
+    # Use a short path: the path of a Unix socket has at most 108 bytes, and pytest's tmp_path may be longer.
     with tempfile.TemporaryDirectory(prefix="redis-") as folder:
         store = Shipped(Path(folder))
         try:
@@ -109,14 +110,14 @@ def shipped() -> Iterator[Shipped]:
 
 @pytest.fixture
 def stopped() -> Iterator[Shipped]:
-    """One that is not started yet."""
+    """A Valkey that is not started yet."""
     with shipped() as store:
         yield store
 
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[Shipped]:
-    """One for all the tests that leave it as it was."""
+    """A running Valkey for all the tests that do not restart it or change its files."""
     with shipped() as store:
         store.start()
         yield store
@@ -167,13 +168,13 @@ def test_each_line_of_passwords_is_valid(stopped: Shipped) -> None:
 
 
 def test_password_without_a_newline_is_valid(stopped: Shipped) -> None:
-    # As most tools write a secret.
+    # Most tools write a secret without a newline.
     stopped.set_passwords("hitcounter", "only")
     stopped.start()
     assert stopped.ask("hitcounter", "PING", password="only") is True
 
 
-def test_empty_line_is_no_password(stopped: Shipped) -> None:
+def test_empty_line_is_not_a_valid_password(stopped: Shipped) -> None:
     stopped.set_passwords("hitcounter", "only\n\n")
     stopped.start()
     assert stopped.ask("hitcounter", "PING", password="only") is True
@@ -181,12 +182,12 @@ def test_empty_line_is_no_password(stopped: Shipped) -> None:
         client.execute_command("AUTH", "hitcounter", "")
 
 
-def test_second_one_on_the_same_data_waits_until_the_first_has_ended(stopped: Shipped) -> None:
-    """As after a pod that was deleted by force, whose process goes on."""
+def test_second_valkey_on_the_same_data_waits_until_the_first_has_exited(stopped: Shipped) -> None:
+    """After a pod was deleted by force, its Valkey may still run when the next pod starts another Valkey."""
     stopped.start()
     users = stopped.root / "run/valkey/users.acl"
     stopped.ask("all", "SET", "a", "1")
-    users.unlink()  # each start writes them, when it has the data for itself
+    users.unlink()  # redis.sh writes this file as soon as it has the lock of the data
     first, stopped.port = stopped.process, free_port()
     assert first
     try:
@@ -196,11 +197,11 @@ def test_second_one_on_the_same_data_waits_until_the_first_has_ended(stopped: Sh
         children = Path(f"/proc/{second.pid}/task/{second.pid}/children")
 
         def waits() -> bool:
-            with contextlib.suppress(OSError):  # it has just stopped
+            with contextlib.suppress(OSError):  # a child may exit before its file is read
                 return "sleep" in [Path(f"/proc/{child}/comm").read_text().strip() for child in children.read_text().split()]
             return False
 
-        wait_for(waits, 10 * SLACK, "the second one waits")
+        wait_for(waits, 10 * SLACK, "the second Valkey waits")
         assert not users.exists()
     finally:
         first.kill()
@@ -221,7 +222,7 @@ def test_operator_loads_users_and_can_do_nothing_else(stopped: Shipped) -> None:
             stopped.ask("operator", *command)
 
 
-def test_restored_snapshot_is_taken_at_the_next_start_and_the_old_data_is_kept(stopped: Shipped) -> None:
+def test_next_start_loads_the_restored_snapshot_and_keeps_the_old_data(stopped: Shipped) -> None:
     stopped.start()
     stopped.ask("all", "SET", HITS, "7")
     stopped.ask("all", "SAVE")
@@ -229,7 +230,7 @@ def test_restored_snapshot_is_taken_at_the_next_start_and_the_old_data_is_kept(s
     stopped.ask("all", "SET", HITS, "8")
     assert stopped.script("restore", input=snapshot).returncode == 0
     assert stopped.ask("all", "GET", HITS) == "8"
-    for count in ("7", "9"):  # as restored, and as it went on: a second start restores nothing
+    for count in ("7", "9"):  # the first start restores 7; the second start restores nothing, so it keeps the later 9
         stopped.kill()
         stopped.start()
         assert stopped.ask("all", "GET", HITS) == count
@@ -241,7 +242,7 @@ def test_restored_snapshot_is_taken_at_the_next_start_and_the_old_data_is_kept(s
     assert stopped.ask("all", "GET", HITS) == "8"
 
 
-def test_restore_whose_restart_was_cut_off_is_not_taken_later(stopped: Shipped) -> None:
+def test_interrupted_restore_is_not_completed_by_a_later_start(stopped: Shipped) -> None:
     stopped.start()
     stopped.ask("all", "SAVE")
     assert stopped.script("restore", input=(stopped.data / "dump.rdb").read_bytes()).returncode == 0
@@ -254,14 +255,14 @@ def test_restore_whose_restart_was_cut_off_is_not_taken_later(stopped: Shipped) 
     assert not (stopped.data / "restored").exists()
 
 
-def test_users_may_be_commented_and_the_last_line_have_no_end(stopped: Shipped) -> None:
+def test_users_file_may_have_comments_and_no_newline_at_its_end(stopped: Shipped) -> None:
     users = stopped.root / "etc/redis/users.acl"
     users.write_text("# Who may do what\n\n" + users.read_text().rstrip())
     stopped.start()
     assert stopped.ask("all", "PING") is True
 
 
-def test_what_is_no_snapshot_is_refused_and_nothing_changes(stopped: Shipped) -> None:
+def test_input_that_is_not_a_snapshot_is_refused_and_nothing_changes(stopped: Shipped) -> None:
     for junk in (b"", b"junk", b"REDIS0011"):
         ended = stopped.script("restore", input=junk)
         assert ended.returncode == 1
@@ -275,9 +276,12 @@ def test_what_is_no_snapshot_is_refused_and_nothing_changes(stopped: Shipped) ->
 
 
 async def refusal(store: Shipped, timeout: float) -> str:
-    """Make the service use Redis in every way; return the detail of the first answer that is not 200, if there is one."""
+    """Make the service send every command that it can send to Redis.
+
+    Return the detail of the first answer that is not 200, or an empty text if all answers are 200.
+    """
     store.ask("all", "FLUSHALL")
-    store.ask("all", "ZADD", ORDER, 1, "old")  # to be forgotten
+    store.ask("all", "ZADD", ORDER, 1, "old")  # the service must forget this key, because it may keep only one
     store.ask("all", "HSET", ANSWERS, "old", "x")
     password = store.root / "run/secrets/redis/hitcounter"
     environ = store.environ(REDIS_USERNAME="hitcounter", REDIS_PASSWORD_FILE=str(password), IDEMPOTENCY_KEYS="1")
@@ -294,18 +298,16 @@ async def refusal(store: Shipped, timeout: float) -> str:
             return "" if answer.status == 200 else str((await answer.json())["detail"])
 
 
-async def test_service_can_do_all_with_the_rights_of_its_user(store: Shipped) -> None:
+async def test_rights_of_the_service_s_user_are_enough(store: Shipped) -> None:
     assert await refusal(store, 10) == ""
     assert store.ask("all", "MGET", HITS, POSTS) == ["2", "3"]
 
 
 @pytest.mark.parametrize("right", [right for right in RIGHTS if right.startswith(("+", "~"))])
-async def test_service_can_spare_none_of_the_rights_of_its_user(
-    store: Shipped, right: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_service_needs_each_right_of_its_user(store: Shipped, right: str, caplog: pytest.LogCaptureFixture) -> None:
     store.ask("all", "ACL", "SETUSER", "hitcounter", "resetkeys", *(other for other in RIGHTS if other != right))
     told = "Redis fails: its user may not do this (NOPERM)"
-    for timeout in (0.5, 5):  # a busy machine gets a second try
+    for timeout in (0.5, 5):  # on a busy machine, 0.5 s may be too short
         assert await refusal(store, timeout)
         if told in caplog.messages:
             break
@@ -326,6 +328,7 @@ def test_users_may_not_do_more_than_they_need(store: Shipped, user: str) -> None
             with pytest.raises(NoPermissionError):
                 store.ask(user, *command)
         for command in commands:
-            # The same command by a user who may: it stops Valkey, closes the connection, or needs a setting that is off.
+            # The control: a user with all rights may run the same command. Leave out the commands that stop Valkey, close the
+            # connection, or need a setting that is off.
             if command[0] not in ("SHUTDOWN", "MONITOR", "REPLICAOF", "ACL"):
                 store.ask("all", *command)

@@ -1,4 +1,4 @@
-"""What the texts name exists, and each link leads somewhere."""
+"""Every target, file, class, message and metric that the texts name exists, and every link has a target."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_make_targets_exist(text: Path) -> None:
 @of_each_text
 def test_files_exist(text: Path) -> None:
     content = text.read_text()
-    # With a folder, from the root or from the text's own; a test's also by its name alone.
+    # A name in backquotes is relative to the repository, and a link is relative to the text. Tests may be named without a folder.
     named = re.findall(r"`((?:\.ci|bench|docs|hitcounter|image|manifests|nanoservice|tests)/[\w./-]+)`", content)
     linked = re.findall(r"\]\((?!https?://)([\w./-]+)\)", content)
     missing = [name for name in named if not (ROOT / name).exists()]
@@ -46,7 +46,7 @@ def anchors(text: Path) -> set[str]:
 
 
 @of_each_text
-def test_links_lead_somewhere(text: Path) -> None:
+def test_targets_of_links_exist(text: Path) -> None:
     missing = []
     for target in re.findall(r"\]\((?!https?://|mailto:)([^)\s]+)\)", text.read_text()):
         name, _, anchor = target.partition("#")
@@ -57,8 +57,8 @@ def test_links_lead_somewhere(text: Path) -> None:
 
 
 @of_each_text
-def test_classes_stand_in_the_file_that_is_linked_with_them(text: Path) -> None:
-    """As in "[counter.py](../hitcounter/counter.py), `Lane`" and "`Lane` in [counter.py](../hitcounter/counter.py)"."""
+def test_classes_are_in_the_file_that_the_text_links(text: Path) -> None:
+    """Texts write "[counter.py](../hitcounter/counter.py), `Lane`" or "`Lane` in [counter.py](../hitcounter/counter.py)"."""
     content = text.read_text()
     named = re.findall(r"\]\(([\w./]+\.py)\), `([A-Z]\w+)`", content)
     named += [(file, name) for name, file in re.findall(r"`([A-Z]\w+)` in \[[^]]*\]\(([\w./]+\.py)\)", content)]
@@ -74,7 +74,7 @@ def test_symptoms_of_the_runbook_are_its_headings_in_the_order_of_the_index() ->
 
 
 def test_details_of_the_runbook_are_those_of_the_code() -> None:
-    """The table of causes quotes what a client gets as `detail`."""
+    """The runbook's table of causes quotes the `detail` that a client gets."""
     table = (ROOT / "docs" / "operations.md").read_text().partition("\n| `detail` |")[2].partition("\n\n")[0]
     details = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
     code = "".join(path.read_text() for folder in ("nanoservice", "hitcounter") for path in (ROOT / folder).glob("*.py"))
@@ -84,7 +84,7 @@ def test_details_of_the_runbook_are_those_of_the_code() -> None:
         assert words in code, detail
 
 
-# How messages begin that are kubectl's, Kubernetes' or Valkey's.
+# Messages of kubectl, Kubernetes and Valkey begin with these words.
 _FOREIGN = (
     "deployment", "statefulset.apps", "persistentvolumeclaim/", 'secret "', "Failed to pull", "must support resize",
     "Bad ", "Can't recover", "Digest:", "Ready to accept", "Unrecoverable ", "Valkey version=",
@@ -92,7 +92,7 @@ _FOREIGN = (
 
 
 def test_messages_of_the_runbook_are_those_of_the_code() -> None:
-    """Each message that one is to see, or that a log is said to have."""
+    """The messages are the quoted texts in paragraphs that say what you see, or what a log or a command prints."""
     text = re.sub(r"^ *(```.*?^ *```|\|.*?$)", "", (ROOT / "docs" / "operations.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     paragraphs = [it for it in re.split(r"\n\s*\n", text) if re.search(r"\b([Yy]ou see|logs?|says|prints?)\b", it)]
     messages = {message for it in paragraphs for message in re.findall(r"`([^`\n]+)`", it) if " " in message}
@@ -102,14 +102,14 @@ def test_messages_of_the_runbook_are_those_of_the_code() -> None:
     sources += [path for folder in ("nanoservice", "hitcounter") for path in (ROOT / folder).glob("*.py")]
     code = "".join(path.read_text() for path in sources).replace("$name", "hitcounter")
     for message in messages:
-        for part in re.split(r": |\.\.\.|\b[A-Z]{3,}\b", message):  # without names and values
+        for part in re.split(r": |\.\.\.|\b[A-Z]{3,}\b", message):  # compare only the parts between names and values
             assert part.strip() in code, message
 
 
 async def test_metrics_of_the_runbook_are_measured(served: Served) -> None:
     content = (ROOT / "docs" / "operations.md").read_text()
     named = re.findall(r"^\| `([a-z]+_[a-z_]+)` \|", content, re.MULTILINE)
-    named += re.findall(r"\b((?:http|counter|process|redis)_[a-z_]+)[{[]", content)  # in queries
+    named += re.findall(r"\b((?:http|counter|process|redis)_[a-z_]+)[{[]", content)  # the metrics in queries
     async with served.client.get("/") as answer:
         assert answer.status == 200
     async with served.client.get(f"http://127.0.0.1:{served.admin_port}/metrics") as answer:

@@ -1,4 +1,4 @@
-"""`make update` takes newer versions from the named sources only, and shows them; Renovate and git find each version."""
+"""`make update` takes newer versions from the named sources only and shows each change; Renovate finds each pinned image."""
 
 import json
 import os
@@ -16,7 +16,10 @@ RENOVATE = json.loads((ROOT / ".github" / "renovate.json").read_text())
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A repository with a workflow that uses an action, and the action's own with a newer version, whose tag is an object."""
+    """A repository whose workflow uses an old version of an action.
+
+    The action's own repository is beside it, and the tag of the action's newest version is an annotated tag.
+    """
     action, copy = tmp_path / "actions" / "some", tmp_path / "copy"
     for folder in (action, copy):
         folder.mkdir(parents=True)
@@ -30,7 +33,7 @@ def copy(tmp_path: Path) -> Path:
     return copy
 
 
-# What a developer has set is not asked for.
+# git must ignore the developer's own configuration.
 ENVIRON = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
 
 
@@ -51,7 +54,7 @@ def test_action_gets_the_commit_of_its_newest_version(copy: Path) -> None:
     assert [file.name for file in (copy / ".github" / "workflows").iterdir()] == ["a.yml"]
 
 
-def test_what_changed_is_shown_whatever_kind_of_pin_it_is(copy: Path) -> None:
+def test_changes_of_every_kind_of_pin_are_shown(copy: Path) -> None:
     pins = [
         "aiohttp==3.{}",
         "pip-tools==7.{}",
@@ -67,7 +70,7 @@ def test_what_changed_is_shown_whatever_kind_of_pin_it_is(copy: Path) -> None:
 
     write(1)
     git(copy, "add", ".")
-    git(copy, "config", "diff.external", "true")  # as for a user with a diff viewer
+    git(copy, "config", "diff.external", "true")  # users of an external diff viewer have such a setting
     assert changes(copy) == ["nothing is newer"]
     write(2)
     assert changes(copy) == ["+++ b/pins", *(f"-{pin.format(1)}" for pin in pins), *(f"+{pin.format(2)}" for pin in pins)]
@@ -80,7 +83,7 @@ def changes(copy: Path) -> list[str]:
 
 
 def test_checkout_on_windows_has_the_same_bytes(tmp_path: Path) -> None:
-    """They go into containers, and into the image, whose digest they make."""
+    """The files go into containers and into the image, whose digest depends on every byte."""
     git(tmp_path, "init", "--quiet")
     for name in (".gitattributes", "Makefile", "manifests/redis/redis.sh", "hitcounter/app.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +102,7 @@ def test_image_gets_the_digest_that_its_tag_has_now(copy: Path) -> None:
     for name, text in texts.items():
         (copy / name).write_text(text.format(old))
     git(copy, "add", ".")
-    oras = copy.parent / "oras"  # knows this image, and no other
+    oras = copy.parent / "oras"  # this fake oras knows only one image
     oras.write_text(f'#!/bin/sh\n[ "$*" = "resolve docker.io/some/image-1:1-a" ] && echo sha256:{"1" * 64}\n')
     oras.chmod(0o755)
     environ = os.environ | {"ORAS": str(oras)}
@@ -108,11 +111,11 @@ def test_image_gets_the_digest_that_its_tag_has_now(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["Makefile", "compose.yaml", "tests/support/images.py"])
-def test_renovate_finds_each_image_where_none_of_its_own_managers_looks(name: str) -> None:
+def test_renovate_s_custom_managers_find_each_image(name: str) -> None:
     managers = [one for one in RENOVATE["customManagers"] if any(re.search(p[1:-1], name) for p in one["managerFilePatterns"])]
     regexes = [regex.replace("(?<", "(?P<") for manager in managers for regex in manager["matchStrings"]]
     text = (ROOT / name).read_text()
     found = [hit.group("depName", "currentValue", "currentDigest") for regex in regexes for hit in re.finditer(regex, text)]
     assert found == re.findall(r"([a-z][a-z.]*/[\w./-]+):([\w.-]+)@(sha256:[0-9a-f]{64})", text)
     assert len(found) == len(re.findall(r"@sha256:[0-9a-f]{64}", text)) > 0
-    assert RENOVATE["ignorePaths"] == []  # the preset that it extends ignores each folder `tests`
+    assert RENOVATE["ignorePaths"] == []  # Renovate's preset would ignore each folder named `tests`

@@ -1,4 +1,4 @@
-"""The rules of the workflows that no linter knows. zizmor, actionlint and the schema check the rest, in `make lint`."""
+"""The workflows follow the rules that no linter knows. `make lint` checks all other rules: zizmor, actionlint and the schema."""
 
 import re
 from typing import Any
@@ -11,14 +11,14 @@ from tests.support.workflows import CI, NOT_HERE, RELEASE, Run, runs
 WORKFLOWS = {"ci": CI, "release": RELEASE}
 JOBS = [pytest.param(job, id=f"{name}-{key}") for name, workflow in WORKFLOWS.items() for key, job in workflow["jobs"].items()]
 RUNS = [run for workflow in WORKFLOWS.values() for run in runs(workflow)]
-# Without the steps' titles and comments, which run nothing.
+# HERE is the text of .ci/run and .ci/steps. Titles of steps and comments are removed, because they run nothing.
 HERE = re.sub(r'step "[^"]*"|(?<!\S)#.*', "step", "".join((ROOT / ".ci" / name).read_text() for name in ("run", "steps")))
-# By the test of publishing, which executes these as they stand in the workflow.
+# The test of publishing reads these commands from the workflow and executes them unchanged.
 EXECUTED = {run.line for run in runs(RELEASE) if run.here}
 
 
 def uses() -> list[tuple[str, str, str]]:
-    """Return each action that is used: its name, its commit, its version."""
+    """Return the name, the commit and the version of each action that the workflows use."""
     text = "".join(path.read_text() for path in sorted((ROOT / ".github" / "workflows").iterdir()))
     return list(re.findall(r"uses: (?!\./)([\w./-]+)@(\S+)(?:  # (\S+))?", text))
 
@@ -33,7 +33,7 @@ def test_command_of_a_workflow_is_one_that_is_tested(run: Run) -> None:
         assert re.search(rf"(?<![\w-]){re.escape(run.line)}(?![\w-])", HERE), f"neither .ci/run nor a test runs it: {run.line}"
 
 
-def test_list_of_what_does_not_run_here_is_no_longer_than_it_has_to_be() -> None:
+def test_each_exception_in_not_here_is_still_needed() -> None:
     for beginning in NOT_HERE:
         assert [run for run in RUNS if run.line.startswith(beginning)], beginning
 
@@ -43,7 +43,7 @@ def test_actions_are_named_by_commit_and_version() -> None:
         assert re.fullmatch(r"[0-9a-f]{40}", commit), name
         assert re.fullmatch(r"v\d+\.\d+\.\d+", version), name
     assert len(uses()) > 10
-    assert len({name for name, _, _ in uses()}) == len(set(uses()))  # one version each
+    assert len({name for name, _, _ in uses()}) == len(set(uses()))  # each action has only one version
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -57,7 +57,7 @@ def test_job_has_its_limits(job: Any) -> None:
 
 
 def test_python_that_is_set_up_is_the_one_that_make_uses() -> None:
-    """Runners have Python 3.12, and make prefers a newer one."""
+    """Runners have Python 3.12, and make prefers a newer Python if the runner has one."""
     set_up = {
         job: step["with"]["python-version"]
         for job, one in CI["jobs"].items()
@@ -71,19 +71,19 @@ def test_python_that_is_set_up_is_the_one_that_make_uses() -> None:
 
 
 def test_code_of_a_pull_request_gets_no_secret_and_may_write_nothing() -> None:
-    assert "pull_request_target" not in CI[True]  # `on` to YAML
+    assert "pull_request_target" not in CI[True]  # YAML reads the key `on` as True
     assert not re.search(r"secrets\.|github\.token", str(CI))
     assert [job["permissions"] for job in CI["jobs"].values()] == [{"contents": "read"}] * len(CI["jobs"])
 
 
 def needed(job: str) -> set[str]:
-    """Return the jobs of a release that have to succeed before this one begins."""
+    """Return the jobs of a release that must succeed before `job` begins."""
     needs = RELEASE["jobs"][job].get("needs", [])
     direct = {needs} if isinstance(needs, str) else set(needs)
     return direct.union(*map(needed, direct))
 
 
-def test_nothing_is_signed_or_published_before_two_runners_made_the_same_and_it_was_scanned() -> None:
+def test_image_is_signed_and_published_only_after_two_equal_builds_and_a_scan() -> None:
     writing = {name for name, job in RELEASE["jobs"].items() if "write" in job["permissions"].values()}
     assert writing == {"publish", "github-release"}
     for name in writing:

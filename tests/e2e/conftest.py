@@ -1,4 +1,4 @@
-"""The deployment that `make deploy` left on the cluster, and a second namespace."""
+"""Fixtures: the deployment of `make deploy` on the cluster, and a second namespace."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Redis keeps its data when its pod is deleted, and gets it back from a backup."""
+"""Redis keeps its data when its pod is deleted, and a backup restores the data."""
 
 import re
 import shlex
@@ -22,7 +22,7 @@ def test_volume_survives_the_pod(cluster: Deployed) -> None:
     assert wait_for(namespace.answered, 30) == (before[0] + 1, before[1])
 
 
-def test_service_logs_that_redis_was_set_back(cluster: Deployed, tmp_path: Path) -> None:
+def test_service_logs_that_a_restore_has_lost_counts(cluster: Deployed, tmp_path: Path) -> None:
     namespace, file = cluster.namespace, tmp_path / "hitcounter.rdb"
     before = namespace.counts()
     namespace.make("backup", f"FILE={file}")
@@ -31,7 +31,7 @@ def test_service_logs_that_redis_was_set_back(cluster: Deployed, tmp_path: Path)
     namespace.make("restore", f"FILE={file}")
     assert wait_for(namespace.answered, 30) == (before[0] + 1, before[1])
     assert "Redis has lost counts that were answered" in namespace.kubectl("logs", "deployment/hitcounter")
-    # And back to what it had, as the runbook says.
+    # Go back to the data from before the restore, with the runbook's command.
     (line,) = re.findall(r"^kubectl (exec .*before-restore.*)", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
     namespace.kubectl(*shlex.split(line))
     namespace.kubectl("delete", "pod", "redis-0")
@@ -51,12 +51,12 @@ def test_backup_gives_the_counts_of_its_moment_in_another_namespace(cluster: Dep
     restored = wait_for(other.answered, 30)
     print(f"\nbacked up at {at_backup}, restored {restored[0] - 1} hits; lost: the {last[0] - at_backup[0]} that came after")
     assert restored == (at_backup[0] + 1, at_backup[1])
-    # It had answered one hit of its own before. What is restored is more than that, so nothing seems lost to it.
+    # This service had answered one hit before the restore. The restored count is higher, so the service must not report a loss.
     log = other.kubectl("logs", "deployment/hitcounter")
     assert "Redis has lost counts" not in log
 
 
-def test_restore_refuses_what_is_no_snapshot_and_changes_nothing(cluster: Deployed, tmp_path: Path) -> None:
+def test_restore_refuses_an_incomplete_snapshot_and_changes_nothing(cluster: Deployed, tmp_path: Path) -> None:
     file = tmp_path / "hitcounter.rdb"
     cluster.namespace.make("backup", f"FILE={file}")
     torn = tmp_path / "torn.rdb"

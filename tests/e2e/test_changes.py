@@ -1,4 +1,4 @@
-"""What an operator does to a service that works: none of it costs a request."""
+"""No request fails when an operator rolls, scales or reconfigures the service, evicts a pod, or rotates the passwords."""
 
 import json
 import re
@@ -20,14 +20,14 @@ def scale(namespace: Namespace, replicas: int) -> None:
 
 
 def evict(namespace: Namespace, pod: str) -> None:
-    """Evict one of two pods as `kubectl drain` does; a disruption budget may refuse."""
+    """Evict a pod as `kubectl drain` does. Raise an error if the disruption budget refuses the eviction."""
     body = f'{{"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {{"name": "{pod}", "namespace": "{namespace.name}"}}}}'
     path = f"/api/v1/namespaces/{namespace.name}/pods/{pod}/eviction"
     namespace.kubectl("create", f"--raw={path}", "--filename=-", input=body)
 
 
 def change_config(namespace: Namespace) -> None:
-    """Deploy once more with another setting: a ConfigMap of another name."""
+    """Change a setting as a deployment does: make a ConfigMap with another name, and use it in the pods."""
     container = namespace.get("deployment", "hitcounter")["spec"]["template"]["spec"]["containers"][0]
     config = container["envFrom"][0]["configMapRef"]["name"]
     data = namespace.get("configmap", config)["data"] | {"LANES": "3"}
@@ -51,7 +51,7 @@ def scale_up_and_down(namespace: Namespace) -> None:
 
 
 def await_budget(namespace: Namespace) -> None:
-    """Wait until the disruption budget knows of two pods, which is a moment after they are ready."""
+    """Wait until the disruption budget counts two pods, which happens a moment after both are ready."""
 
     def allows_one() -> bool:
         status = namespace.get("poddisruptionbudget", "hitcounter")["status"]
@@ -66,11 +66,11 @@ def evict_one(namespace: Namespace) -> None:
     wait_for(lambda: len(namespace.ready()) == len(namespace.pods()) == 2, 120)
 
 
-async def test_changes_cost_no_request(cluster: Deployed) -> None:
+async def test_changes_fail_no_request(cluster: Deployed) -> None:
     before = await counts(cluster.url)
     done = []
     async with traffic(cluster.url, 250, least=20_000) as load:
-        while load.sent < 15_000:  # not all at the beginning
+        while load.sent < 15_000:  # spread the changes over the load
             for change in (roll, scale_up_and_down, evict_one, change_config):
                 await step(change, cluster.namespace)
                 done.append(f"{change.__name__} by {load.sent}")
@@ -101,18 +101,18 @@ async def test_passwords_are_rotated_without_a_failed_request(cluster: Deployed)
     assert not load.failures
     new = namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").strip()
     assert old != new
-    assert "redis.sh load-users" in "".join(seen)  # it was watched
+    assert "redis.sh load-users" in "".join(seen)  # the control: the test saw the rotation's command lines
     for password in (old, new):
         assert password not in said + "".join(seen)
     assert namespace.valkey("PING", user="hitcounter", password=new) == "PONG"
     assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=old))
-    namespace.kubectl("delete", "pod", "redis-0")  # and it stays so
+    namespace.kubectl("delete", "pod", "redis-0")  # Redis also accepts only the new password after a restart
     namespace.await_rollout("statefulset/redis")
     assert namespace.valkey("PING", user="hitcounter", password=new) == "PONG"
     assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=old))
 
 
-# A kubectl that fails at the $AT-th time that $STEP is to be done.
+# This kubectl fails instead of running the $AT-th command that contains $STEP.
 _CUT = """#!/bin/sh
 case "$*" in
   *"$STEP"*) echo >>"$0.seen"; [ "$(wc -l <"$0.seen")" -lt "$AT" ] || { echo "cut short before: $STEP" >&2; exit 1; } ;;
@@ -121,7 +121,7 @@ exec KUBECTL "$@"
 """
 
 
-def test_rotation_may_be_cut_short_at_any_step_and_redis_restart(cluster: Deployed, tmp_path: Path) -> None:
+def test_rotation_survives_an_interruption_at_any_step_and_a_restart_of_redis(cluster: Deployed, tmp_path: Path) -> None:
     namespace = cluster.namespace
     hits, posts = namespace.counts()
     old = namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").strip()
@@ -140,7 +140,7 @@ def test_rotation_may_be_cut_short_at_any_step_and_redis_restart(cluster: Deploy
         hits += 1
         assert wait_for(namespace.answered, 30) == (hits, posts)
         seen |= set(namespace.kubectl("exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter").split())
-    assert len(seen) == 2  # a rotation that is taken up again goes on with its password
+    assert len(seen) == 2  # an interrupted rotation continues with the new password that it had already made
     assert namespace.make("secret-rotate").endswith("Redis accepts the new passwords only\n")
     assert wait_for(namespace.answered, 30) == (hits + 1, posts)
     for password in seen:

@@ -1,4 +1,4 @@
-"""Processes are killed and pods taken away under load: 200 or 503, every number once, no answered hit lost."""
+"""Under load, processes are killed and pods deleted. Clients get 200 or 503, each number once, and no answered hit is lost."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cluster
 
 REDIS = "app.kubernetes.io/name=redis"
 
-# Ends process 1 of the container $1 with signal 9, from the node: from inside, process 1 is not reached by it.
+# Kills process 1 of the container $1 with SIGKILL, from the node: inside the container, the kernel ignores SIGKILL to process 1.
 _KILL = """
 for folder in /proc/[0-9]*; do
   if grep -q "$1" $folder/cgroup 2>/dev/null && grep -q '^NSpid:.*[[:space:]]1$' $folder/status; then
@@ -29,7 +29,7 @@ echo "no process of the container $1"; exit 1
 
 
 class Node:
-    """A pod that sees the node's processes. It runs Valkey's image, which the cluster has, for its shell."""
+    """A pod that sees all processes of the node. It runs Valkey's image, which the cluster has and which contains a shell."""
 
     def __init__(self, namespace: Namespace, image: str) -> None:
         self._namespace = namespace
@@ -49,7 +49,7 @@ class Node:
         namespace.kubectl("wait", "--for=condition=Ready", "pod/node", "--timeout=60s")
 
     def kill(self, container: str) -> None:
-        """End process 1 of a container as a crash would."""
+        """Kill process 1 of a container, as in a crash."""
         self._namespace.kubectl("exec", "node", "--", "sh", "-c", _KILL, "sh", container.split("//")[1])
 
 
@@ -60,23 +60,23 @@ def node(cluster: Deployed) -> Iterator[Node]:
 
 
 def status(namespace: Namespace, selector: str) -> Any:
-    """Return the status of the one container of the one pod that is selected."""
+    """Return the status of the container of the pod that `selector` selects. There must be one pod, with one container."""
     (pod,) = namespace.pods(selector)
     return pod["status"]["containerStatuses"][0]
 
 
 class Windows:
-    """The times between a blow and the recovery from it."""
+    """The periods in which requests may fail. Each begins with a fault that a test causes, and ends with the recovery."""
 
     def __init__(self, load: Traffic) -> None:
         self._load = load
         self.all: list[tuple[float, float]] = []
 
     async def recover(self, began: float, namespace: Namespace, ready: Callable[[], Any]) -> float:
-        """Wait until `ready` is true, and a request that is sent after that is answered; return the seconds since `began`.
+        """Wait until `ready` is true and a request that was sent after that is answered. Return the seconds since `began`.
 
-        Should Redis have been away for more than half a minute, the service is not ready either, and new connections are refused,
-        until the next look of the kubelet: the window ends when a new connection is answered.
+        The recorded period ends later, when a request on a new connection is answered. If Redis was away for more than half a
+        minute, the service is not ready, and new connections are refused until the kubelet's next readiness check.
         """
         await step(wait_for, ready, 120)
         since = time.monotonic()
@@ -90,7 +90,7 @@ class Windows:
         return seconds
 
     def check(self) -> None:
-        """Fail if a request failed at another time, or in another way than by a 503 or a broken connection."""
+        """Fail if a request failed outside the recorded periods, or failed with anything but a 503 or a broken connection."""
         for failure in self._load.failures:
             ended = failure.at + failure.seconds
             assert any(failure.at <= last and ended >= first for first, last in self.all), (failure, self.all)
@@ -99,7 +99,7 @@ class Windows:
 
 @asynccontextmanager
 async def blows(cluster: Deployed, what: str) -> AsyncIterator[tuple[Traffic, Windows, list[float]]]:
-    """Have a load go on while the block hits, and account for every request."""
+    """Run a load while the block causes faults, and then check every request."""
     before = await counts(cluster.url)
     async with traffic(cluster.url, 100) as load:
         windows = Windows(load)
@@ -111,7 +111,7 @@ async def blows(cluster: Deployed, what: str) -> AsyncIterator[tuple[Traffic, Wi
 
 
 @pytest.mark.parametrize("selector", [SERVICE, REDIS], ids=["service", "Valkey"])
-async def test_killed_process_costs_no_answered_hit(cluster: Deployed, node: Node, selector: str) -> None:
+async def test_killed_process_loses_no_answered_hit(cluster: Deployed, node: Node, selector: str) -> None:
     namespace = cluster.namespace
     async with blows(cluster, "kill -9") as (_, windows, times):
         for _ in range(3):
@@ -130,7 +130,7 @@ async def test_killed_process_costs_no_answered_hit(cluster: Deployed, node: Nod
 
 
 @pytest.mark.parametrize("selector", [SERVICE, REDIS], ids=["service", "Valkey"])
-async def test_pod_taken_away_at_once_costs_no_answered_hit(cluster: Deployed, selector: str) -> None:
+async def test_pod_deleted_by_force_loses_no_answered_hit(cluster: Deployed, selector: str) -> None:
     namespace = cluster.namespace
     async with blows(cluster, "pod deleted with grace 0") as (_, windows, times):
         for _ in range(7):
@@ -154,5 +154,5 @@ async def test_clients_are_not_refused_while_redis_restarts(cluster: Deployed) -
         began = time.monotonic()
         await step(namespace.kubectl, "delete", "pod", "redis-0")
         times.append(await windows.recover(began, namespace, lambda: namespace.ready(REDIS)))
-    assert {failure.what for failure in load.failures} <= {"503"}  # the service stayed where it is
+    assert {failure.what for failure in load.failures} <= {"503"}  # no connection failed, because the service's pod stayed ready
     assert namespace.ready() == [pod]

@@ -1,4 +1,4 @@
-"""`make deploy` leaves a service that counts and is ready soon, without warnings, and reveals no secret."""
+"""After `make deploy`, the service counts and new pods are ready soon. There are no warnings, and no secret is revealed."""
 
 import re
 import time
@@ -14,12 +14,12 @@ from tests.support.traffic import counts
 
 pytestmark = pytest.mark.cluster
 
-# Events that a start may cause: the first probe comes before the service listens, or before Redis is there.
+# A start may cause these events: the first probe may run before the service listens or before Redis answers.
 EXPECTED = [
     r"Unhealthy Startup probe failed: Get ",
     r"Unhealthy Readiness probe failed: HTTP probe failed with statuscode: 503",
     r"Unhealthy Readiness probe failed: Could not connect to Valkey at /run/valkey/socket",
-    # On a busy node, which recovers by itself.
+    # The events below happen on a busy node, and the pod recovers by itself.
     r"Unhealthy Readiness probe failed: (Get |command timed out)",
     r"FailedMount .* failed to sync (secret|configmap) cache: timed out",
     r'FailedScheduling .*persistentvolumeclaim "data-redis-0" not found',
@@ -36,7 +36,7 @@ async def test_deployed_service_counts_and_warns_of_nothing() -> None:
 
 
 def seconds_until_ready(namespace: Namespace) -> float:
-    """Ask for a second pod; return how long it took to be ready."""
+    """Scale the service from one pod to two. Return the seconds until the new pod is ready."""
     namespace.kubectl("scale", "deployment/hitcounter", "--replicas=1")
     wait_for(lambda: len(namespace.pods()) == 1, 60)
     (first,) = namespace.ready()
@@ -50,10 +50,11 @@ def seconds_until_ready(namespace: Namespace) -> float:
 
 def test_cold_pod_is_ready_within_three_seconds(cluster: Deployed) -> None:
     took: list[float] = []
-    # A look at Redis that comes before the policies know the new pod costs it 5 s until the next: not each time.
+    # If the first readiness check runs before the network policies know the new pod, Redis is out of reach, and the next check
+    # runs 5 s later. This does not happen every time, so try three times.
     while not took or (min(took) >= 3 * SLACK and len(took) < 3):
         took.append(seconds_until_ready(cluster.namespace))
-    print(f"\nready {min(took):.1f} s after it was asked for")
+    print(f"\nready {min(took):.1f} s after the pod was requested")
     assert min(took) < 3 * SLACK
 
 
@@ -72,7 +73,7 @@ def test_image_that_cannot_be_pushed_is_not_deployed(cluster: Deployed) -> None:
     assert container["image"] == cluster.image
 
 
-def test_undeploy_takes_a_namespace_away_if_it_is_the_service_s() -> None:
+def test_undeploy_deletes_only_a_namespace_of_the_service() -> None:
     with namespace("away") as one:
         one.kubectl("create", "configmap", "something")
         with pytest.raises(AssertionError, match="is not this service's"):
@@ -113,7 +114,7 @@ def test_production_is_accepted_by_the_api(cluster: Deployed, components: str) -
 
 
 def test_secrets_are_made_once_and_revealed_nowhere(cluster: Deployed, tmp_path: Path) -> None:
-    slow = tmp_path / "kubectl"  # so that each command line is seen
+    slow = tmp_path / "kubectl"  # each kubectl runs long enough for the test to see its command line
     slow.write_text(f'#!/bin/sh\nsleep 0.3\nexec {KUBECTL} "$@"\n')
     slow.chmod(0o755)
     with namespace("secrets") as one, processes() as seen:
@@ -125,9 +126,9 @@ def test_secrets_are_made_once_and_revealed_nowhere(cluster: Deployed, tmp_path:
             "get", "secrets", "--output=go-template={{range .items}}{{range .data}}{{base64decode .}}{{end}}{{end}}"
         ).split()
         described = one.kubectl("describe", "secrets")
-    assert "create secret generic redis-users" in "".join(seen)  # it was watched
+    assert "create secret generic redis-users" in "".join(seen)  # the control: the test saw the command lines
     assert len(set(passwords)) == 3
-    assert len(passwords) == 4  # the service's password is in both
+    assert len(passwords) == 4  # both secrets contain the service's password
     for password in passwords:
         assert len(password) == 64
         assert password not in said + described + "".join(seen)
@@ -152,7 +153,7 @@ def test_passwords_are_in_no_log_event_or_description(cluster: Deployed) -> None
         assert not [text for text in told if password in text]
     assert passwords[0] in ours.kubectl(
         "exec", "redis-0", "--", "cat", "/run/secrets/redis/hitcounter"
-    )  # the search finds it where it is
+    )  # the control: the same search finds a password in a text that has it
 
 
 def test_service_selects_only_the_service(cluster: Deployed) -> None:

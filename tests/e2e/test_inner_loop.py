@@ -1,6 +1,6 @@
-"""What `skaffold dev`, `debug` and `verify` do, done as Skaffold does it: for where there is no Skaffold.
+"""The steps of `skaffold dev`, `debug` and `verify` work on the cluster. The tests need no Skaffold: they do the same steps.
 
-The images are those of its targets, the manifests those of its profiles, and files come and go by its commands.
+They build the targets that skaffold.yaml names, deploy the manifests of its profiles, and sync files with Skaffold's commands.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from tests.support.cluster import KUBECTL, Namespace, compose, deployed, namespa
 pytestmark = pytest.mark.cluster
 
 CONFIG = yaml.safe_load((ROOT / "skaffold.yaml").read_text())
-PLACE = "/app"  # where the image has the service
+PLACE = "/app"  # the service's folder in the image
 APP = (ROOT / "hitcounter" / "app.py").read_text()
 GREETING = "Hello from Redis"
-ANY_NODE_PORT = [{"op": "remove", "path": "/spec/ports/0/nodePort"}]  # there is one 30080
+ANY_NODE_PORT = [{"op": "remove", "path": "/spec/ports/0/nodePort"}]  # only one Service of a cluster can have the port 30080
 
 
 def published(target: str) -> str:
-    """Build a target of the image, give it to the cluster, and return its name there."""
+    """Build a target of the Containerfile, give the image to the cluster, and return the image's name in the cluster."""
     name = f"hitcounter-{target}"
     options = f"{os.environ.get('BUILD_OPTIONS', '')} --target={target}"
     run("make", "--no-print-directory", "image", f"IMAGE={name}", f"BUILD_OPTIONS={options}", seconds=600)
@@ -44,7 +44,7 @@ def published(target: str) -> str:
 
 @pytest.fixture(scope="module")
 def dev() -> Iterator[Namespace]:
-    """A namespace with the deployment of `skaffold dev`, but on any port of the node."""
+    """A namespace with the deployment of `skaffold dev`. Kubernetes chooses its port of the node."""
     images = replace(deployed(), image=published("dev"))
     with namespace("dev") as one:
         one.make("secret")
@@ -57,13 +57,14 @@ def dev() -> Iterator[Namespace]:
 
 @contextlib.contextmanager
 def forwarded(pod: Any, port: int) -> Iterator[int]:
-    """Forward a port of loopback to one of the pod, and return it."""
+    """Forward a free port of loopback to the pod's port `port`, and yield the free port."""
     metadata = pod["metadata"]
     command = [KUBECTL, f"--namespace={metadata['namespace']}", "port-forward", f"pod/{metadata['name']}", f":{port}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
-            # Do not connect: debugpy takes a silent connection for an editor, and the next connection waits until it closes.
+            # Do not connect to check the port: debugpy would take the connection for an editor, and the editor's own connection
+            # would wait until this connection closes.
             yield int(re.findall(r"Forwarding from 127.0.0.1:(\d+)", process.stdout.readline())[0])
         finally:
             process.terminate()
@@ -76,7 +77,7 @@ def url(namespace: Namespace) -> str:
 
 
 def ask(url: str, seconds: float = 5) -> str:
-    """Return the answer, or nothing while there is none."""
+    """Return the answer to a GET, or an empty text if there is no answer."""
     with contextlib.suppress(OSError), urlopen(url, timeout=seconds) as answer:
         return str(answer.read().decode())
     return ""
@@ -88,12 +89,12 @@ def the_pod(namespace: Namespace) -> Any:
 
 
 def identity(pod: Any) -> tuple[str, int]:
-    """Return what identifies a pod and a run of its container."""
+    """Return the pod's UID and the restarts of its container. Both stay the same unless the pod is replaced or restarts."""
     return pod["metadata"]["uid"], pod["status"]["containerStatuses"][0]["restartCount"]
 
 
 def sync(pod: Any, files: dict[str, str], deleted: tuple[str, ...] = ()) -> None:
-    """Have the pod have `files`, and not have those deleted: by the commands of Skaffold's pkg/skaffold/sync."""
+    """Write `files` into the pod and remove those in `deleted`, with the commands of Skaffold's pkg/skaffold/sync."""
     place = [KUBECTL, "exec", pod["metadata"]["name"], "--namespace", pod["metadata"]["namespace"], "-c", "hitcounter"]
     if deleted:
         run(*place, "--", "rm", "-rf", "--", *(f"{PLACE}/{name}" for name in deleted))
@@ -117,7 +118,7 @@ def test_changed_new_and_deleted_files_are_answered_by_the_same_pod(dev: Namespa
         ("new", {"hitcounter/words.py": 'FROM = b"Salve from Redis"\n', "hitcounter/app.py": with_new}, (), "Salve from Redis!"),
         ("deleted", {"hitcounter/app.py": APP}, ("hitcounter/words.py",), f"{GREETING}!"),
     ]
-    # As `skaffold dev` does, which stops if it is refused once.
+    # `skaffold dev` also keeps one port-forward through all changes. A port-forward stops if the pod refuses one connection.
     with forwarded(pod, 8080) as port:
         service = f"http://127.0.0.1:{port}/"
         last = int(wait_for(lambda: re.findall(r"seen (\d+) times", ask(service)), 30)[0])
@@ -146,12 +147,12 @@ def test_new_file_that_nothing_imports_is_there_and_only_the_service_s_folder_ca
 
 def test_passwords_are_made_in_the_cluster_that_skaffold_names(dev: Namespace) -> None:
     here = run(KUBECTL, "config", "current-context").strip()
-    assert dev.make("secret", env={"SKAFFOLD_KUBE_CONTEXT": here}) == ""  # they are there already
+    assert dev.make("secret", env={"SKAFFOLD_KUBE_CONTEXT": here}) == ""  # the secrets already exist
     with pytest.raises(AssertionError, match="no namespace"):
         dev.make("secret", env={"SKAFFOLD_KUBE_CONTEXT": "another"})
 
 
-def test_log_is_for_a_person(dev: Namespace) -> None:
+def test_log_format_is_text(dev: Namespace) -> None:
     log = dev.kubectl("logs", "deployment/hitcounter")
     assert re.search(r"^\d\d:\d\d:\d\d INFO    listening", log, re.MULTILINE)
 
@@ -160,14 +161,14 @@ def test_log_is_for_a_person(dev: Namespace) -> None:
 
 
 def smoke_test(namespace: Namespace, image: str, name: str = "smoke-test", wait: int = 0) -> tuple[str, str]:
-    """Run the smoke test as Skaffold composes it, after so many seconds; return what became of it and its log."""
+    """Run the smoke test as Skaffold does, after `wait` seconds. Return the job's last condition and its log."""
     (case,) = CONFIG["verify"]
     job = yaml.safe_load((ROOT / case["executionMode"]["kubernetesCluster"]["jobManifestPath"]).read_text())
     (script,) = case["container"]["args"]
     job["metadata"] = {"name": name, "namespace": namespace.name}
     template = job["spec"]["template"]
     template["metadata"]["labels"] = {"app.kubernetes.io/name": name}
-    # A missing name server is noticed in a second, not in half a minute.
+    # With these options, a look-up fails within a second if no name server answers, not after half a minute.
     template["spec"]["dnsConfig"] = {"options": [{"name": "timeout", "value": "1"}, {"name": "attempts", "value": "1"}]}
     template["spec"]["containers"][0] |= {
         "image": image,
@@ -186,16 +187,16 @@ def _ended(job: Any) -> str:
     return next((kind for kind in ("Complete", "Failed") if kind in conditions), "")
 
 
-def test_smoke_test_passes_by_the_policy_that_is_made_for_it_alone(dev: Namespace) -> None:
+def test_only_the_smoke_test_s_own_policy_lets_it_pass(dev: Namespace) -> None:
     image = deployed().image
     status, log = smoke_test(dev, image)
     assert (status, "it counts: {'hits'" in log) == ("Complete", True), log
-    status, log = smoke_test(dev, image, "another", wait=5)  # a pod is known to the policies a moment after it has its address
+    status, log = smoke_test(dev, image, "another", wait=5)  # the policies apply a moment after a pod has its address
     assert status == "Failed", log
     assert "URLError" in log
 
 
-def test_smoke_test_fails_where_nothing_counts(dev: Namespace) -> None:
+def test_smoke_test_fails_without_redis(dev: Namespace) -> None:
     dev.kubectl("scale", "statefulset/redis", "--replicas=0")
     dev.kubectl("wait", "--for=delete", "pod/redis-0", "--timeout=60s")
     try:
@@ -211,7 +212,7 @@ def test_smoke_test_fails_where_nothing_counts(dev: Namespace) -> None:
 
 
 class Debugger:
-    """A client of the Debug Adapter Protocol, which is what an editor talks: https://microsoft.github.io/debug-adapter-protocol/"""
+    """A client of the Debug Adapter Protocol, as in editors: https://microsoft.github.io/debug-adapter-protocol/"""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), 10)
@@ -290,7 +291,7 @@ def test_debugger_attaches_through_a_forwarded_port_and_stops_a_request(dev: Nam
             client.join(60)
             assert answers[0].startswith(GREETING)
     assert identity(the_pod(dev)) == identity(pod)
-    # Anyone who reaches debugpy can run code in the pod, so it listens inside the pod only.
+    # Anyone who reaches debugpy can run code in the pod, so debugpy listens only on the pod's loopback.
     reached = "import socket, sys; print(socket.socket().connect_ex((sys.argv[1], 5678)))"
     assert dev.python(pod["metadata"]["name"], reached, "127.0.0.1") == "0\n"
     assert dev.python(pod["metadata"]["name"], reached, pod["status"]["podIP"]) != "0\n"

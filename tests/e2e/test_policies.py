@@ -1,4 +1,7 @@
-"""Who may reach what, and do what. Each denial has its control: the same from where it is allowed."""
+"""Network policies, Redis's users and Pod Security deny everything that is not needed.
+
+Each denial has a control: the same attempt succeeds where it is allowed.
+"""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +13,7 @@ from tests.support.cluster import Deployed, Namespace, namespace
 
 pytestmark = pytest.mark.cluster
 
-# Prints whether a TCP connection to each HOST:PORT can be opened.
+# Prints, for each HOST:PORT, whether a TCP connection succeeds.
 _REACH = """
 import json, socket, sys
 def reach(target):
@@ -25,13 +28,13 @@ print(json.dumps({target: reach(target) for target in sys.argv[1:]}))
 
 
 def reach(namespace: Namespace, pod: str, *targets: str) -> dict[str, bool]:
-    """Return which of the targets the pod reaches."""
+    """Return for each of the targets (HOST:PORT) whether the pod can connect to it."""
     answer: dict[str, bool] = json.loads(namespace.python(pod, _REACH, *targets))
     return answer
 
 
 def start(namespace: Namespace, image: str, name: str = "client", labels: dict[str, str] | None = None) -> str:
-    """Start a pod that serves HTTP on port 8000, and return its address. It has Python to try things with."""
+    """Start a pod that serves HTTP on port 8000, and return its address. Tests run Python in this pod to try connections."""
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -58,7 +61,7 @@ def start(namespace: Namespace, image: str, name: str = "client", labels: dict[s
 
 @pytest.fixture
 def monitoring() -> Iterator[Namespace]:
-    """The namespace that monitoring has in a cluster: made for the test where there is none."""
+    """The namespace `monitoring`. The fixture creates it, and deletes it again, if the cluster does not have it."""
     one = Namespace("monitoring")
     there = "monitoring" in one.kubectl("get", "namespaces", "--output=name")
     if not there:
@@ -88,11 +91,11 @@ def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
         f"{address}:8080": True,
         f"{address}:9090": False,
     }
-    # A namespace-wide denial applies to a pod without a policy of its own.
+    # `default-deny` applies to every pod of the namespace, also to one that no other policy selects.
     assert reach(ours, "stranger", redis, f"{address}:8080") == {redis: False, f"{address}:8080": False}
     ours.kubectl("delete", "pod", "stranger")
 
-    def monitored() -> bool:  # it is known to the policies a moment after it has its address
+    def monitored() -> bool:  # the policies admit a new pod a moment after the pod has its address
         return reach(monitoring, "client", f"{address}:9090", redis) == {f"{address}:9090": True, redis: False}
 
     wait_for(monitored, 15)
@@ -101,8 +104,8 @@ def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
 def test_service_reaches_redis_and_dns_and_nothing_else(cluster: Deployed, other: Namespace) -> None:
     ours = cluster.namespace
     server = f"{start(other, cluster.image)}:8000"
-    api = "kubernetes.default.svc:443"  # found, so DNS was reached
-    redis = f"redis.{ours.name}:6379"
+    api = "kubernetes.default.svc:443"
+    redis = f"redis.{ours.name}:6379"  # a name, so a connection to it shows that the service reaches DNS
     assert reach(ours, ours.ready()[0], redis, server, api) == {redis: True, server: False, api: False}
     start(other, cluster.image, "control")
     assert reach(other, "control", server, api) == {server: True, api: True}
@@ -110,7 +113,7 @@ def test_service_reaches_redis_and_dns_and_nothing_else(cluster: Deployed, other
 
 def test_redis_reaches_nothing(cluster: Deployed, other: Namespace) -> None:
     server = start(other, cluster.image)
-    # Valkey's own client is all there is to try with. Python's server does not know the protocol, but it answers.
+    # The pod has no client except Valkey's. Python's HTTP server does not know Redis's protocol, but it accepts the connection.
     command = ["timeout", "3", "valkey-cli", "-h", server, "-p", "8000", "PING"]
     with pytest.raises(AssertionError, match=r"Could not connect|: (124|143)"):
         cluster.namespace.kubectl("exec", "redis-0", "--", *command)
@@ -124,13 +127,13 @@ DENIED = [
 ]  # fmt: skip
 
 
-def test_services_user_may_do_what_the_script_does_and_nothing_else(cluster: Deployed) -> None:
+def test_each_user_of_redis_may_run_only_the_commands_that_it_needs(cluster: Deployed) -> None:
     ours = cluster.namespace
 
     def ask(*command: str, user: str = "hitcounter") -> str:
         return ours.valkey(*command, user=user)
 
-    # NOPERM, not "unknown command": the server has it, and would do it for another.
+    # NOPERM, not "unknown command", shows that the server has the command and would run it for a user with more rights.
     for command in DENIED:
         assert ask(*command).startswith("NOPERM"), command
     assert ask("GET", "{hitcounter}:hits").isdigit()
@@ -142,7 +145,7 @@ def test_services_user_may_do_what_the_script_does_and_nothing_else(cluster: Dep
     assert "NOAUTH" in ours.kubectl("exec", "redis-0", "--", "valkey-cli", "-s", "/run/valkey/socket", "PING")
 
 
-def test_namespace_takes_only_restricted_pods(cluster: Deployed) -> None:
+def test_namespace_admits_only_restricted_pods(cluster: Deployed) -> None:
     command = ["run", "root", "--image=x", "--dry-run=server"]
     with pytest.raises(AssertionError, match='violates PodSecurity "restricted'):
         cluster.namespace.kubectl(*command)

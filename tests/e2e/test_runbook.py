@@ -1,4 +1,4 @@
-"""What docs/operations.md says of faults: provoked, seen, fixed; and its recipes, followed."""
+"""docs/operations.md is right: the tests provoke its faults, look for its symptoms, apply its fixes and follow its recipes."""
 
 import base64
 import json
@@ -27,20 +27,20 @@ REDIS = "app.kubernetes.io/name=redis"
 
 @pytest.fixture
 def installed(cluster: Deployed, other: Namespace) -> Namespace:
-    """A service and a Redis to break."""
+    """A namespace with a service and a Redis, which a test may break."""
     install(cluster, other)
     assert wait_for(other.answered, 30) == (1, 0)
     return other
 
 
 def log(namespace: Namespace, pod: str, *options: str) -> str:
-    with suppress(AssertionError):  # while there is none
+    with suppress(AssertionError):  # the pod may have no log yet
         return namespace.kubectl("logs", pod, *options)
     return ""
 
 
 def newcomer(namespace: Namespace, *known: str) -> str:
-    """Return the name of the service's pod that is none of the known ones, as soon as there is one."""
+    """Wait until the service has a pod that is not one of `known`, and return the pod's name."""
 
     def new() -> list[str]:
         return [name for pod in namespace.pods() if (name := pod["metadata"]["name"]) not in known]
@@ -49,7 +49,7 @@ def newcomer(namespace: Namespace, *known: str) -> str:
 
 
 def detail(namespace: Namespace) -> str:
-    """Return why the service's pod answers 503; empty if it does not."""
+    """Send a request to the service's pod. Return the status and the detail of an error, or an empty text on success."""
     script = (
         "import urllib.request as u, urllib.error as e, json\n"
         "try: u.urlopen('http://localhost:8080/', timeout=9).read(); print()\n"
@@ -68,7 +68,7 @@ def test_wrong_password_keeps_the_new_pod_out_and_the_old_one_serving(installed:
     assert installed.ready() == [old]
     assert wait_for(installed.answered, 30) == (2, 0)
     assert installed.make("secret").strip() == "wrote the secret hitcounter-redis"
-    installed.kubectl("rollout", "restart", "deployment/hitcounter")  # or wait for the kubelet to change the file in the pod
+    installed.kubectl("rollout", "restart", "deployment/hitcounter")  # without a restart, the kubelet changes the file later
     installed.await_rollout("deployment/hitcounter")
     assert wait_for(installed.answered, 30) == (3, 0)
 
@@ -98,12 +98,12 @@ def test_cluster_without_dns_keeps_new_pods_out_and_old_ones_serving(installed: 
     new = newcomer(installed, old)
     wait_for(lambda: re.search("Redis fails: it (does not answer in time|cannot be reached)", log(installed, new)), 60)
     assert installed.ready() == [old]
-    assert wait_for(installed.answered, 30) == (2, 0)  # its connections are still open
-    assert "never retrieved" not in log(installed, new)  # by look-ups that fail later
+    assert wait_for(installed.answered, 30) == (2, 0)  # the old pod's connections to Redis are still open
+    assert "never retrieved" not in log(installed, new)  # asyncio must not log the look-ups that fail later
     began = time.monotonic()
     installed.kubectl("delete", "pod", new)
     print(f"\nended after {time.monotonic() - began:.0f} s, 5 of them to drain")
-    assert time.monotonic() - began < 20  # while look-ups go on, which fail after 21
+    assert time.monotonic() - began < 20  # the exit does not wait for DNS look-ups, which fail after 21 s
     patch[0]["value"] = rules
     installed.kubectl("patch", "networkpolicy", "hitcounter", "--type=json", f"--patch={json.dumps(patch)}")
     began = time.monotonic()
@@ -114,11 +114,12 @@ def test_cluster_without_dns_keeps_new_pods_out_and_old_ones_serving(installed: 
 def test_redis_that_is_away_for_a_minute_restarts_no_service(installed: Namespace) -> None:
     installed.kubectl("scale", "statefulset/redis", "--replicas=0")
     began = time.monotonic()
-    installed.kubectl("wait", "pod/redis-0", "--for=delete", "--timeout=60s")  # until then it may still count
+    installed.kubectl("wait", "pod/redis-0", "--for=delete", "--timeout=60s")  # Redis may count until its pod is gone
     wait_for(lambda: detail(installed).startswith("503 Redis: it "), 30)
     wait_for(lambda: not installed.ready(), 90)
     print(f"\nnot ready after {time.monotonic() - began:.0f} s")
-    time.sleep(max(0.0, began + 45 - time.monotonic()))  # three liveness probes, and one more
+    # In 45 s the kubelet runs four liveness probes. If three failed, it would restart the service.
+    time.sleep(max(0.0, began + 45 - time.monotonic()))
     installed.kubectl("scale", "statefulset/redis", "--replicas=1")
     installed.await_rollout("statefulset/redis")
     began = time.monotonic()
@@ -128,7 +129,7 @@ def test_redis_that_is_away_for_a_minute_restarts_no_service(installed: Namespac
     assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
 
 
-def test_full_memory_is_refused_and_nothing_forgotten(cluster: Deployed, installed: Namespace) -> None:
+def test_redis_with_full_memory_refuses_to_count_and_forgets_nothing(cluster: Deployed, installed: Namespace) -> None:
     manifests = compose(cluster, installed, "resources: [../hitcounter, ../redis]")
 
     def limit(memory: str) -> None:
@@ -136,15 +137,15 @@ def test_full_memory_is_refused_and_nothing_forgotten(cluster: Deployed, install
         installed.kubectl("rollout", "restart", "statefulset/redis")
         installed.await_rollout("statefulset/redis")
 
-    limit("500kb")  # less than it has when it is empty
+    limit("500kb")  # less than an empty Redis uses
     wait_for(lambda: detail(installed) == "503 Redis: it is out of memory (OOM)", 30)
     assert "Redis fails: it is out of memory (OOM)" in installed.kubectl("logs", "deployment/hitcounter")
-    assert installed.ready()  # it answers; more pods would not help
+    assert installed.ready()  # Redis answers, so the service stays ready: more pods would not help
     limit("64mb")
     assert wait_for(installed.answered, 30) == (2, 0)
 
 
-# As the service's user: puts 60 MB into Redis, and more than 64 MB into its append-only file, so that it is rewritten.
+# Writes 60 MB into Redis as the service's user. The append-only file then has more than 64 MB, so Redis rewrites the file.
 _FILL = """
 export REDISCLI_AUTH="$(tail -n 1 /run/secrets/redis/hitcounter)"
 for i in $(seq 20); do
@@ -162,7 +163,7 @@ def test_full_redis_has_room_to_rewrite_its_file(installed: Namespace) -> None:
     assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
 
 
-# A volume that is small in truth, and a second container that can fill it.
+# Replaces Redis's volume with a small one, and adds a container that can fill this volume.
 _SMALL = """
 patches:
   - target: {kind: StatefulSet, name: redis}
@@ -180,7 +181,7 @@ patches:
 """
 
 
-def test_full_disk_ends_redis_and_costs_no_answered_hit(cluster: Deployed, other: Namespace) -> None:
+def test_full_disk_stops_redis_and_loses_no_answered_hit(cluster: Deployed, other: Namespace) -> None:
     install(cluster, other, _SMALL)
     for number in range(1, 6):
         assert wait_for(other.answered, 30) == (number, 0)
@@ -214,7 +215,7 @@ def test_missing_secret_is_named_and_made(cluster: Deployed, other: Namespace) -
     print(f"\nready {time.monotonic() - began:.0f} s after the secrets were made")
 
 
-# As the service's user: as many commands in the append-only file as take $1 seconds to load, at a millisecond each.
+# Writes $1 x 1000 commands into the append-only file, as the service's user. Redis then loads for $1 s, at 1 ms a command.
 _COMMANDS = """
 export REDISCLI_AUTH="$(tail -n 1 /run/secrets/redis/hitcounter)"
 seq "$(($1 * 1000))" | sed 's/.*/SET {hitcounter}:fill &/' | valkey-cli -s /run/valkey/socket --user hitcounter | sort -u
@@ -223,8 +224,9 @@ seq "$(($1 * 1000))" | sed 's/.*/SET {hitcounter}:fill &/' | valkey-cli -s /run/
 
 def test_redis_that_loads_is_not_ready_and_not_restarted(cluster: Deployed, installed: Namespace) -> None:
     assert installed.kubectl("exec", "redis-0", "--", "sh", "-c", _COMMANDS, "sh", "10").strip() == "OK"
-    # Slow to load, and restarted at the first look of the kubelet that finds it not alive. It answers once in a
-    # thousand commands, which a busy machine draws out: what is looked for is a "no", not a late "yes".
+    # Make Redis load slowly, and make the kubelet restart Redis after one failed liveness probe. While Redis loads, it answers
+    # only once in a thousand commands, and on a busy machine even later. The probe's timeout is long, because this test is about
+    # a Redis that answers "no", not about a Redis that answers late.
     probe = {"initialDelaySeconds": 5, "periodSeconds": 1, "failureThreshold": 1, "timeoutSeconds": 60}
     container = {"name": "redis", "args": ["--key-load-delay", "1000"], "livenessProbe": probe}
     patch = {"spec": {"template": {"spec": {"containers": [container]}}}}
@@ -253,7 +255,7 @@ def test_redis_that_cannot_start_is_fixed_by_the_next_deploy(installed: Namespac
 
 
 def test_redis_that_cannot_start_is_rolled_back(cluster: Deployed, installed: Namespace) -> None:
-    # With a ConfigMap of another name, as a change of valkey.conf makes it.
+    # A change of valkey.conf makes a ConfigMap with another name.
     generator = "configMapGenerator: [{name: redis, behavior: merge, literals: [valkey.conf=no-such-setting 1]}]"
     installed.apply(compose(cluster, installed, "resources: [../hitcounter, ../redis]", generator))
     wait_for(lambda: "Bad directive" in log(installed, "redis-0"), 60)
@@ -263,7 +265,7 @@ def test_redis_that_cannot_start_is_rolled_back(cluster: Deployed, installed: Na
 
 
 def with_settings(cluster: Deployed, namespace: Namespace, *literals: str) -> str:
-    """Return the manifests with these lines in the service's ConfigMap."""
+    """Return the manifests with the settings `literals` (NAME=VALUE) added to the service's ConfigMap."""
     generator = f"configMapGenerator: [{{name: hitcounter, behavior: merge, literals: [{', '.join(literals)}]}}]"
     return compose(cluster, namespace, "resources: [../hitcounter, ../redis]", generator)
 
@@ -281,7 +283,7 @@ def test_setting_is_changed_and_rolled_back(cluster: Deployed, installed: Namesp
     installed.apply(with_settings(cluster, installed, "LANES=8", "LOG_FORMAT=text"))
     installed.await_rollout("deployment/hitcounter")
     wait_for(one_is_left, 60)
-    assert settings() == "8 json"  # LOG_FORMAT stands in `env`, which overrides the ConfigMap
+    assert settings() == "8 json"  # `env` in the Deployment sets LOG_FORMAT and overrides the ConfigMap
     assert wait_for(installed.answered, 30) == (2, 0)
     installed.kubectl("rollout", "undo", "deployment/hitcounter")
     installed.await_rollout("deployment/hitcounter")
@@ -339,7 +341,7 @@ def test_redis_moves_to_a_new_volume_with_its_counts(cluster: Deployed, installe
 
 
 def forwarded(namespace: Namespace, port: str, path: str) -> str:
-    """Return the answer of the service's pod to a GET, by way of a port of this machine's."""
+    """Forward a port of this machine to `port` (as in `:8080`) of the service's pod, and return the answer to a GET of `path`."""
     command = [KUBECTL, f"--namespace={namespace.name}", "port-forward", "deployment/hitcounter", port]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -352,7 +354,7 @@ def forwarded(namespace: Namespace, port: str, path: str) -> str:
 
 
 def blocks() -> Iterator[tuple[str, Any]]:
-    """Yield the YAML objects that the texts show."""
+    """Yield each YAML object in the README and docs/, with the file's name."""
     for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for block in re.findall(r"^```yaml\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL):
             for one in yaml.safe_load_all(block):
@@ -364,23 +366,25 @@ def test_examples_in_the_texts_apply() -> None:
         kinds = set()
         for file, example in blocks():
             assert {"apiVersion", "kind"} <= example.keys(), file
-            if example["kind"] not in ("Certificate", "ExternalSecret", "Gateway", "HTTPRoute"):  # which a cluster need not know
+            if example["kind"] not in ("Certificate", "ExternalSecret", "Gateway", "HTTPRoute"):  # some clusters lack these
                 one.kubectl("apply", "--dry-run=server", "--filename=-", input=json.dumps(example))
                 kinds.add(example["kind"])
     assert kinds == {"Secret", "Ingress"}
 
 
-# What would change the cluster is only asked of its API.
+# These commands would change the cluster, so the test runs them with --dry-run=server.
 _DRY = ("apply", "delete", "patch", "scale", "taint", "undo")
-# The storage class cannot resize; nothing has restarted; there is nothing to go back to; and the node has no such taint.
+# These errors are expected: the storage class cannot resize volumes, no container has restarted, there is no revision to go back
+# to, or the node has no such taint.
 _REFUSALS = "must support resize|previous terminated container .* not found|no last revision to roll back to|taint .* not found"
 
 
 def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
     ours = cluster.namespace
-    ours.kubectl("rollout", "restart", "deployment/hitcounter")  # so that there is a revision to go back to
+    ours.kubectl("rollout", "restart", "deployment/hitcounter")  # makes a second revision, so `undo` can go back
     ours.await_rollout("deployment/hitcounter")
-    wait_for(lambda: len(ours.get("pods", f"--selector={SERVICE}")) == 1, 60)  # else `deployment/...` may be the pod that stops
+    # While two pods exist, `deployment/...` may choose the pod that is stopping.
+    wait_for(lambda: len(ours.get("pods", f"--selector={SERVICE}")) == 1, 60)
     values = {
         "NODE": ours.kubectl("get", "nodes", "--output=name").split()[0].removeprefix("node/"),
         "POD": "redis-0",
@@ -388,11 +392,11 @@ def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
     }
     production = compose(cluster, ours, "resources: [../production]")
     ran = set()
-    # A line each, which may go on within quotation marks.
+    # A command is one line, which may continue on the next line inside quotation marks.
     lines = re.findall(r"^ *kubectl ((?:[^'\n]|'[^']*')*)", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
     for line in dict.fromkeys(lines):
         if "before-restore" in line:
-            continue  # test_backup.py runs it
+            continue  # test_backup.py runs this command
         filled = re.sub(r"\b(NODE|POD|N)\b", lambda name: values[name[1]], line)
         command = list(takewhile("|".__ne__, shlex.split(filled, comments=True)))
         verb = next(word for word in command if not word.startswith("--"))
@@ -404,8 +408,8 @@ def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
             assert forwarded(ours, ":9090", "/metrics").startswith("# HELP")
             assert "ready" in forwarded(ours, ":8080", "/readyz")
         elif command[-1] == "--kustomize=manifests/production":
-            command[-1] = "--filename=-"  # of a namespace and an image that there are
-            with suppress(AssertionError) if verb == "diff" else nullcontext():  # it fails if there is a difference
+            command[-1] = "--filename=-"  # `production` names a namespace and an image that exist
+            with suppress(AssertionError) if verb == "diff" else nullcontext():  # `kubectl diff` fails if there is a difference
                 ours.kubectl(*command, *dry, input=production)
         else:
             try:

@@ -1,4 +1,4 @@
-"""The components: TLS to Redis, and a Redis outside the cluster."""
+"""The components work on the cluster: TLS to Redis, and a Redis outside the cluster. A second service needs one file."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from tests.support.cluster import Deployed, Namespace, compose, install, namespa
 
 pytestmark = pytest.mark.cluster
 
-# Prints Redis's answer to PING: 'plain' without TLS, 'tls' with it.
+# Sends PING and prints Redis's answer. The argument is `plain` (no TLS) or `tls`.
 _PING = """
 import socket, ssl, sys
 raw = socket.create_connection(("redis", 6379), 3)
@@ -28,7 +28,7 @@ except OSError as error:
 """
 
 
-def test_tls_component_leaves_nothing_in_clear(cluster: Deployed, other: Namespace) -> None:
+def test_tls_component_leaves_no_port_without_tls(cluster: Deployed, other: Namespace) -> None:
     authority = trustme.CA()
     certificate = authority.issue_cert("redis")
     data = {
@@ -49,7 +49,7 @@ def test_tls_component_leaves_nothing_in_clear(cluster: Deployed, other: Namespa
     (pod,) = other.ready()
     assert "NOAUTH" in other.python(pod, _PING, "tls")
     assert "NOAUTH" not in other.python(pod, _PING, "plain")
-    assert "NOAUTH" in cluster.namespace.python(cluster.namespace.ready()[0], _PING, "plain")  # where there is no TLS
+    assert "NOAUTH" in cluster.namespace.python(cluster.namespace.ready()[0], _PING, "plain")  # the control: without TLS
 
 
 def test_second_service_is_one_file(cluster: Deployed, other: Namespace) -> None:
@@ -70,7 +70,7 @@ def test_second_service_is_one_file(cluster: Deployed, other: Namespace) -> None
             assert f"{kind}/{one} created" in said
 
 
-def test_redis_outside_is_used_and_nothing_else_let_out(cluster: Deployed, other: Namespace) -> None:
+def test_redis_outside_is_used_and_no_other_address_is_allowed(cluster: Deployed, other: Namespace) -> None:
     with namespace("outside") as outside:
         pod = {
             "apiVersion": "v1",
@@ -104,12 +104,12 @@ def test_redis_outside_is_used_and_nothing_else_let_out(cluster: Deployed, other
             "components: [../components/redis-outside]",
         )
         assert "kind: StatefulSet" not in text
-        # What is the user's to set.
+        # Set the values that depend on the provider: the host is this pod, and this Redis has no TLS.
         text = text.replace("redis.example.com", address).replace('REDIS_TLS: "true"', 'REDIS_TLS: "false"')
         other.apply(text)
         other.kubectl("wait", "--for=create", "deployment/hitcounter", "--timeout=10s")
         wait_for(lambda: other.pods(), 30)
-        assert not other.ready()  # the policy names other addresses
+        assert not other.ready()  # the network policy still allows other addresses only
         other.apply(text.replace("192.0.2.0/24", f"{address}/32"))
         other.await_rollout("deployment/hitcounter")
         assert wait_for(other.answered, 30) == (1, 0)

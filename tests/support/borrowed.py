@@ -1,57 +1,65 @@
-"""Read the lists of borrowed names in docstrings, and find the names that a library no longer has."""
+"""Read the lists of borrowed names in docstrings, and find the names that a library no longer has.
+
+Nothing here imports a module of the chassis, because the import may fail when a borrowed name is missing.
+"""
 
 import ast
-import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 DOCUMENTED = {"_exit", "_asdict"}  # these names of the standard library look private
 
+_PYTHONS = {"builtins", "asyncio.protocols", "abc", "typing"}  # A library does not define the attributes of Python's own classes.
+
 _ENTRY = re.compile(r"- ((?:`[^`]+`, )*`[^`]+`)[^:`]*: (.+)")
+
+# Maps the first part of a borrowed name to a function that returns the object of this name.
+Owners = Mapping[str, Callable[[], Any]]
+
+
+def of(module: str, name: str) -> Callable[[], Any]:
+    """Return a function that imports `module` and returns the object `name` in it."""
+    return lambda: getattr(import_module(module), name)
+
+
+def places(thing: Any) -> list[Any]:
+    """Return the objects that may define an attribute of `thing`: `thing` itself, its class, and the base classes."""
+    classes = [kind for kind in (thing if isinstance(thing, type) else type(thing)).__mro__ if kind.__module__ not in _PYTHONS]
+    return classes if isinstance(thing, type) or not hasattr(thing, "__dict__") else [thing, *classes]
 
 
 class Borrowed:
-    """The names that `module` lists as borrowed; `owners` has the library's object for the first part of each name."""
+    """The names that the module in the file `path` lists as borrowed."""
 
-    def __init__(self, module: ModuleType, owners: Mapping[str, Any]) -> None:
-        self.module = module
+    def __init__(self, path: Path, owners: Owners) -> None:
+        self.path = path
         self.owners = owners
         self.reasons: dict[str, str] = {}  # the sentences that follow each name in the list
-        for entry in (module.__doc__ or "").replace("\n  ", " ").splitlines():  # indented lines continue an entry
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        for entry in text.replace("\n  ", " ").splitlines():  # Indented lines continue an entry.
             if found := _ENTRY.fullmatch(entry):
                 self.reasons |= dict.fromkeys(re.findall(r"`([^`]+)`", found[1]), found[2])
 
-    def missing(self, name: str) -> str:
-        """Return a sentence that says what breaks without `name`, or an empty string if the library still has `name`."""
+    def has(self, name: str) -> bool:
+        """Return whether the library still has `name`."""
         owner, _, attribute = name.partition(".")
-        if owner in self.owners and (not attribute or hasattr(self.owners[owner], attribute)):
+        try:
+            found = self.owners[owner]()
+        except (ImportError, AttributeError):
+            return False
+        return not attribute or any(attribute in vars(place) for place in places(found))
+
+    def missing(self, name: str) -> str:
+        """Return what breaks without `name` and what to do, or an empty string if the library still has `name`."""
+        if self.has(name):
             return ""
-        return f"{self.module.__name__} borrows {name}, and the library no longer has it: {self.reasons[name]}"
-
-
-class Without:
-    """An object that behaves like `thing` except that it has no attribute `gone`."""
-
-    def __init__(self, thing: Any, gone: str) -> None:
-        self._thing = thing
-        self._gone = gone
-
-    def __getattribute__(self, name: str) -> Any:
-        if name == object.__getattribute__(self, "_gone"):
-            raise AttributeError(name)
-        return getattr(object.__getattribute__(self, "_thing"), name)
-
-
-def changed_parameters(own: type, base: type, names: Iterator[str]) -> Iterator[str]:
-    """Yield a sentence for each method of `names` whose parameters in the class `own` differ from those in the class `base`."""
-    for name in names:
-        if name in vars(own):
-            ours, theirs = (list(inspect.signature(getattr(one, name)).parameters) for one in (own, base))
-            if ours != theirs:
-                yield f"{base.__name__}.{name} now has the parameters {theirs}, and {own.__name__} overrides it with {ours}"
+        return (
+            f"{self.path.parent.name}/{self.path.name} borrows {name}, and the library no longer has it. "
+            f"Change the code that uses this name, or do without it. From the list: {self.reasons[name]}"
+        )
 
 
 def foreign_private_names(package: Path) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-// One INCR for each request, with Go's net/http and go-redis at their defaults.
+// The program sends one INCR for each request, with Go's net/http and go-redis at their defaults.
 package main
 
 import (
