@@ -1,6 +1,8 @@
 #!/bin/sh
-# Build the image twice with each engine, from copies that differ where it must not matter, and compare: image-check.sh
-# Reads PLATFORMS, and the variables of lib/engine.sh.
+# Build the image twice with each engine and compare the digests. The two copies of the sources differ in path, file times and
+# permissions, which must not change the image.
+# Usage: image-check.sh
+# The script reads PLATFORMS, and the variables of lib/engine.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/engine.sh"

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Build the image of SERVICE and load it into the engine as IMAGE: image.sh
-# Reads IMAGE, and the variables of lib/engine.sh.
+# Build the image of the package SERVICE, and load it into the engine under the name IMAGE.
+# Usage: image.sh
+# The script reads IMAGE, and the variables of lib/engine.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/engine.sh"

@@ -1,6 +1,8 @@
 #!/bin/sh
-# Write each lock (requirements.txt ...) from its requirements.in again: lock.sh
-# Reads VENV, the environment that has pip-compile, and UPGRADE: with `--upgrade`, the locks get the newest versions.
+# Write each lock (requirements.txt ...) again, from its requirements.in.
+# Usage: lock.sh
+# The script reads VENV, the environment that has pip-compile, and UPGRADE. With UPGRADE=--upgrade, the locks get the newest
+# versions.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 

@@ -1,6 +1,8 @@
 #!/bin/sh
-# Render each variant of the manifests into one plain file, to read or to apply without Kustomize: manifests.sh FOLDER
-# Reads KUBECTL, and RELEASE: if it is set, the files are for a release, and name RELEASE (NAME@DIGEST) as the service's image.
+# Render each variant of the manifests into one plain file in FOLDER, to read or to apply without Kustomize.
+# Usage: manifests.sh FOLDER
+# The script reads KUBECTL and RELEASE. If RELEASE (NAME@DIGEST) is set, the files are for a release, and name RELEASE as the
+# service's image.
 . "${0%/*}/lib/base.sh"
 [ $# = 1 ] || usage
 folder=$1

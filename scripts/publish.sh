@@ -1,6 +1,8 @@
 #!/bin/sh
-# Publish the image in LAYOUT as its version in each of REPOSITORIES, attach the list of contents, and read both back: publish.sh
-# Reads LAYOUT, ORAS, and the variables of lib/release.sh.
+# Publish the image in LAYOUT in each of REPOSITORIES, with its version as the tag. Attach the list of contents to the image, and
+# read both back.
+# Usage: publish.sh
+# The script reads LAYOUT, ORAS, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"

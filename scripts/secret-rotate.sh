@@ -1,7 +1,8 @@
 #!/bin/sh
-# Replace the passwords of Redis's users by new ones, without a failed request: secret-rotate.sh
-# After each step everything works, and each step may be repeated.
-# Reads the variables of lib/cluster.sh.
+# Replace the passwords of Redis's users by new passwords, without a failed request. After each step everything works. If the
+# script is interrupted, run it again.
+# Usage: secret-rotate.sh
+# The script reads the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Make the missing passwords of Redis's users in the cluster: secret.sh
-# Reads the variables of lib/cluster.sh.
+# Make the missing passwords of Redis's users in the cluster.
+# Usage: secret.sh
+# The script reads the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"

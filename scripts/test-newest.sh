@@ -1,6 +1,8 @@
 #!/bin/sh
-# Run the contract tests with the newest aiohttp and redis-py, and with what they need: test-newest.sh
-# If it fails, the next update of these libraries breaks the service. Reads VENV, an environment that only this script uses.
+# Run the contract tests with the newest versions of aiohttp, redis-py and the packages that both need. If a test fails, the next
+# update of these libraries breaks the service.
+# Usage: test-newest.sh
+# The script reads VENV, an environment that only this script uses.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 

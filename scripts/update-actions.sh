@@ -1,5 +1,6 @@
 #!/bin/sh
-# Give each action in the workflows the commit of its newest version, as Renovate would: update-actions.sh
+# Give each action in the workflows the commit of its newest version, as Renovate would.
+# Usage: update-actions.sh
 # A tag does not record when it was published, so this script cannot wait a week, as update-packages.sh does. Check what is new
 # before you commit.
 # The script does not update minikube in ci.yml. It does not update Go modules either: run `go get -tool TOOL@latest` in the

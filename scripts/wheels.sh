@@ -1,6 +1,7 @@
 #!/bin/sh
-# Download the packages for images, for amd64 and arm64, and check their hashes: wheels.sh
-# Reads WHEELS, the folder to download into, and VENV, the environment that has pip.
+# Download the packages for images, for amd64 and arm64, and check their hashes.
+# Usage: wheels.sh
+# The script reads WHEELS, the folder to download into, and VENV, the environment that has pip.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 
