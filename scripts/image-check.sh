@@ -7,7 +7,7 @@
 [ $# = 0 ] || usage
 . "${0%/*}/lib/engine.sh"
 
-copy() { # FOLDER TIME: copy the inputs of a build into a new folder, and set TIME on every file
+copy() { # FOLDER TIME: copy the inputs of a build into the new folder FOLDER, and set the time of every file to TIME
   mkdir -p "$1"
   for path in Containerfile .dockerignore $(sed -n 's/^!//p' .dockerignore); do
     mkdir -p "$1/$(dirname "$path")" && cp -R "$path" "$1/$path" || return
@@ -15,7 +15,7 @@ copy() { # FOLDER TIME: copy the inputs of a build into a new folder, and set TI
   find "$1" -exec touch -t "$2" {} +
 }
 
-contents() { # FOLDER: print the digests of the unpacked layers, which do not depend on how the engine compresses
+contents() { # FOLDER: print the digests of the unpacked layers; unlike the image's digest, they do not depend on compression
   grep -aoh '"diff_ids": *\[[^]]*\]' "$1"/blobs/sha256/*
 }
 

@@ -9,7 +9,7 @@
 
 destination=$(destination)
 choose_engine
-# The tag is the beginning of the image's ID. So a changed image has a new name, and Kubernetes replaces its pods.
+# The tag is the beginning of the image's ID. So a changed image has a new name, and Kubernetes replaces the service's pods.
 case "${engine##*/}" in
   buildah) id=$("$engine" inspect --format '{{.FromImageID}}' "$IMAGE") ;;
   *) id=$("$engine" image inspect --format '{{.Id}}' "$IMAGE") ;;

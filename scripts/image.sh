@@ -8,7 +8,7 @@
 
 choose_engine
 if is_docker; then
-  # The option --load would write a manifest in Docker's own format, which has another digest.
+  # Use no --load: this option writes a manifest in Docker's own format, whose digest differs from that of the OCI manifest.
   build . --output="type=docker,name=$IMAGE,oci-mediatypes=true"
 else
   build . --tag "$IMAGE"

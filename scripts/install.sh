@@ -12,7 +12,7 @@
 . "${0%/*}/lib/base.sh"
 
 find_python() { # print the Python that makes the environment
-  # Take the first Python that runs, is new enough and can make environments. The shim of a version manager may do none of these.
+  # Take the first Python that runs, is new enough and can make environments. The shim of a version manager may not even run.
   if [ "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3.14 python3.13 python3.12 python3.11 python3 python; fi
   for python; do
     if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then

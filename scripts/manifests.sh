@@ -26,12 +26,12 @@ remove_work_at_exit
 for variant in minikube production; do
   render "$variant" "$variant"
 done
-[ "${RELEASE:-}" ] || render dev dev # a release has no image for developers
+[ "${RELEASE:-}" ] || render dev dev # a release has no image for the variant `dev`
 for component in manifests/components/*/; do
   component=$(basename "$component")
   render "production-$component" production "$component"
 done
 rm "$work/kustomization.yaml"
 mkdir -p "$folder"
-rm -f "$folder"/*.yaml # some files may be of variants that no longer exist
+rm -f "$folder"/*.yaml # also remove the files of variants that no longer exist
 mv "$work"/*.yaml "$folder"

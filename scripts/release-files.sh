@@ -12,7 +12,7 @@ sh "${0%/*}/release-check.sh"
 repositories=$(repositories)
 digest=$(image_digest)
 image=$(echo "$repositories" | head -n 1)@$digest
-rm -rf "$folder" # otherwise files of an earlier run would be hashed and uploaded, too
+rm -rf "$folder" # otherwise SHA256SUMS would list files of an earlier run, and the release would have them
 RELEASE=$image sh "${0%/*}/manifests.sh" "$folder"
 cp "$DIST/sbom.spdx.json" "$folder"
 changes >"$DIST/changes.md"

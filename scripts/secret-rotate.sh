@@ -9,7 +9,7 @@
 . "${0%/*}/lib/passwords.sh"
 
 load() { # make Redis load the passwords that the secret redis-users has now
-  # After a change of the pod, its kubelet updates the mounted secret at once; without a change, this takes a minute or two.
+  # Change the pod's annotation: the kubelet then updates the mounted secret at once, instead of after a minute or two.
   k annotate pod redis-0 --overwrite "passwords-changed=$(date +%s)" >/dev/null
   # shellcheck disable=SC2086 # each user's name is an argument
   (cd "$work/users" && cat $users) >"$work/wanted" || exit
@@ -38,7 +38,7 @@ write_secret redis-users "$work/users"
 load
 echo "Redis accepts the new passwords, and still the old ones"
 write_services
-# Replace all pods: when the new pods are ready, each has connected with the new password.
+# Replace the pods of each service. A new pod is ready only when it has connected to Redis with the new password.
 for name in $services; do
   deployed=$(k get deployment "$name" --ignore-not-found --output=name)
   [ "$deployed" ] || continue # a service that is deployed later starts with the new password

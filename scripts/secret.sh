@@ -13,7 +13,7 @@ read_passwords
 missing=
 for name in $users; do
   [ ! -s "$work/users/$name" ] || continue
-  # If the user's service already has a password, for a Redis elsewhere, for example, write this password into redis-users.
+  # If the user's service already has a password (for a Redis outside the cluster, say), write this password into redis-users.
   read_secret "$name-redis" password >"$work/read"
   head -n 1 "$work/read" >"$work/users/$name"
   [ -s "$work/users/$name" ] || new_password >"$work/users/$name"

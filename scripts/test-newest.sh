@@ -6,9 +6,10 @@
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 
-# No lock has versions that nobody has checked yet. This takes wheels only, so it runs no build script of a package.
+# Install without a lock, because no lock has the newest versions yet. Install wheels only, so that no build script of a package
+# runs.
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: --upgrade aiohttp hiredis redis
 "$VENV/bin/python" -m pip list --disable-pip-version-check | grep -E '^(aiohttp|hiredis|redis) '
-# These tests start no server. Without a borrowed name, the tests below may hang.
+# First check the names that the code borrows from these libraries, without a server. If a name is gone, the tests below may hang.
 "$VENV/bin/python" -m pytest --noconftest tests/*/test_borrowed.py
 "$VENV/bin/python" -m pytest tests/*/test_contract.py tests/nanoservice/test_redis.py

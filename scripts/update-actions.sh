@@ -11,7 +11,8 @@
 
 git grep -hoE 'uses: [^ .]+@[0-9a-f]{40}  # v[0-9.]+' .github/workflows | sort -u | while read -r _ action _ version; do
   name=${action%@*}
-  # An annotated tag is an object of its own; the next line, whose name ends in ^{}, then has the commit.
+  # git prints two lines for an annotated tag: the first has the tag's own hash, the second (NAME^{}) has the commit. So awk keeps
+  # the later line of each version.
   newest=$(git ls-remote --tags "https://github.com/$(echo "$name" | cut -d / -f 1,2)" 'v*' \
     | awk '{ sub("refs/tags/", "", $2); sub("\\^[{][}]", "", $2); if ($2 ~ /^v[0-9]+\.[0-9]+\.[0-9]+$/) commit[$2] = $1 }
            END { for (version in commit) print version, commit[version] }' | sort -V | tail -n 1)
