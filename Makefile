@@ -26,8 +26,8 @@ REPOSITORIES ?=      # where to publish, such as "ghcr.io/me/hitcounter docker.i
 DIST ?= dist
 ORAS ?=              # the path of an oras to use; if empty, Go builds oras
 TAG ?=               # the tag of the release, such as v0.1.0
-DIGEST ?=            # the digest that an image is expected to have
-SUMS ?=              # the digest that SHA256SUMS, the checksums of a release's files, is expected to have
+DIGEST ?=            # the expected digest of the image
+SUMS ?=              # the expected digest of SHA256SUMS, the file with the checksums of a release's files
 
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
@@ -137,7 +137,7 @@ wheels: $(VENV)/can-run ## download the packages for images, and check their has
 image: ## build the image of hitcounter (or of the package SERVICE=) and load it into the engine (ENGINE=)
 	@sh scripts/image.sh
 
-image-check: ## build twice with each installed engine, from different copies of the sources, and compare
+image-check: ## build twice with each installed engine, from different copies of the sources; compare the digests
 	@sh scripts/image-check.sh
 
 image-multiarch: ## write an OCI layout for amd64 and arm64 to hitcounter.oci/
@@ -195,7 +195,7 @@ secret-rotate: ## replace all passwords without a failed request
 backup: ## write a snapshot of Redis's current data to FILE
 	@sh scripts/backup.sh
 
-restore: ## restart Redis with the snapshot FILE; its volume keeps the old data until the next `make restore`
+restore: ## restart Redis with the snapshot FILE; Redis's volume keeps the old data until the next restore
 	@sh scripts/restore.sh
 
 manifests: ## write manifests/rendered/ again: one plain file for each variant
@@ -225,16 +225,16 @@ release-digest: ## print the digest of the image in hitcounter.oci/, as digest=s
 release-compare: ## fail unless the image in hitcounter.oci/ has the digest DIGEST
 	@sh scripts/release-compare.sh
 
-sbom: $(VENV)/can-run ## write dist/sbom.spdx.json, the contents of hitcounter.oci/; each run writes the same bytes
+sbom: $(VENV)/can-run ## write dist/sbom.spdx.json, the list of contents of hitcounter.oci/; each run writes the same bytes
 	@sh scripts/sbom.sh
 
-release-files: sbom ## write dist/release/: manifests that name the digest, the list of contents, checksums
+release-files: sbom ## write the release's files to dist/release/: manifests with the digest, list of contents, checksums
 	@sh scripts/release-files.sh
 
 release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 	@sh scripts/release-sums.sh
 
-release-files-compare: ## fail unless dist/release/SHA256SUMS has the digest SUMS and matches the files
+release-files-compare: ## fail if the digest of dist/release/SHA256SUMS is not SUMS, or if a file has another checksum
 	@sh scripts/release-files-compare.sh
 
 publish: ## publish the image of hitcounter.oci/ and its list of contents in REPOSITORIES, and read both back

@@ -16,8 +16,8 @@ _REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\nAccept: *
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 _NUMBER = re.compile(rb"\d+")
-_MAX_REQUESTS = 2_000_000  # the most requests that one load sends
-_SETTLE_SECONDS = 10.0  # the longest wait for the last answers
+_MAX_REQUESTS = 2_000_000  # the highest number of requests that one load sends
+_SETTLE_SECONDS = 10.0  # how long to wait for the last answers, at most
 _OPENED_AT_ONCE = 50  # connections; few, because a server with a short backlog would refuse more
 
 

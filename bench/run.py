@@ -1,4 +1,4 @@
-"""Measure the service against its peers: `make bench`, or `make bench-quick` to check that the benchmark runs.
+"""Compare the service with its peers: `make bench`, or `make bench-quick` to check that the benchmark runs.
 
 The benchmark needs two cores: the first runs only the server under test, the second runs this process (the load) and Redis.
 """

@@ -22,8 +22,8 @@ _IMPORTED_AT_FIRST_DNS_LOOKUP = "encodings.idna"
 def packages(root: Path, metadata: Path) -> None:
     """Finish the packages under `root`, and move the files with their names, versions and licences to `metadata`.
 
-    The files in `metadata` make a layer of their own. In a common layer, the order of `aiohttp` and `aiohttp-3.dist-info` would
-    depend on the engine: some engines sort the names in each folder, others sort all paths.
+    The files in `metadata` make a layer of their own. In one layer with the packages, the order of `aiohttp` and
+    `aiohttp-3.dist-info` would depend on the engine: some engines sort the names in each folder, others sort all paths.
     """
     for unpacked in root.rglob("dist-packages"):
         shutil.rmtree(unpacked / "bin", ignore_errors=True)  # commands, which contain the path of the builder's Python

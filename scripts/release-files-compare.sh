@@ -1,5 +1,5 @@
 #!/bin/sh
-# Fail unless the file DIST/release/SHA256SUMS has the digest SUMS, and its checksums match the files.
+# Fail if the digest of the file DIST/release/SHA256SUMS is not SUMS, or if a file has another checksum than in SHA256SUMS.
 # Usage: release-files-compare.sh
 # The script reads SUMS, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"

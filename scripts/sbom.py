@@ -33,7 +33,8 @@ _PACKAGES = "usr/local/lib/python3.13/dist-packages/"
 _INTERESTING = re.compile(
     rf"{_STATUS}[^/]+|usr/share/doc/[^/]+(/copyright)?|(etc|usr/lib)/os-release|{_PACKAGES}[^/]+\.dist-info/(METADATA|WHEEL)"
 )
-# Some packages do not declare their licence as an SPDX expression yet. This maps each name that they use to its SPDX expression.
+# Some packages do not declare an SPDX expression as their licence yet. This dictionary maps the names that they use to SPDX
+# expressions.
 _LICENCES = {name: name for name in ("Apache-2.0", "MIT", "PSF-2.0")} | {
     "Apache 2": "Apache-2.0",
     "Apache 2.0": "Apache-2.0",

@@ -10,6 +10,7 @@
 # runs.
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: --upgrade aiohttp hiredis redis
 "$VENV/bin/python" -m pip list --disable-pip-version-check | grep -E '^(aiohttp|hiredis|redis) '
-# First check the names that the code borrows from these libraries, without a server. If a name is gone, the tests below may hang.
+# First check the names that the code borrows from these libraries, because the tests below may hang if a name is gone. This check
+# starts no server.
 "$VENV/bin/python" -m pytest --noconftest tests/*/test_borrowed.py
 "$VENV/bin/python" -m pytest tests/*/test_contract.py tests/nanoservice/test_redis.py

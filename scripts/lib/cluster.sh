@@ -6,7 +6,7 @@ kube() { # ARGUMENT...: run kubectl on the cluster
   "$KUBECTL" ${SKAFFOLD_KUBE_CONTEXT:+--context="$SKAFFOLD_KUBE_CONTEXT"} "$@"
 }
 
-k() { # ARGUMENT...: run kubectl in the namespace, with a time limit for each request
+k() { # ARGUMENT...: run kubectl in the namespace, with a time limit of 30 s for each request
   kube --namespace="$NAMESPACE" --request-timeout=30s "$@"
 }
 
