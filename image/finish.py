@@ -97,7 +97,8 @@ def stripped(path: Path) -> bytes:
         if kind == 1:  # PT_LOAD, a segment that is loaded
             end = max(end, offset + file_size)
     loaded = bytearray(library[:end])
-    # The section header table is cut off, so clear its offset, its entries' size and number, and the index of its name table.
+    # The section header table is cut off. So clear the fields of the ELF header that describe this table: the table's offset, the
+    # size and number of its entries, and the index of the section with its names.
     struct.pack_into("<Q", loaded, 40, 0)
     struct.pack_into("<HHH", loaded, 58, 0, 0, 0)
     return bytes(loaded)

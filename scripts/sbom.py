@@ -4,8 +4,8 @@ Usage: sbom.py LAYOUT LOCK WHEELS VERSION
 
 The script writes the document to standard output. The document lists the packages that the image itself records: Debian packages
 in /var/lib/dpkg, and Python packages in their metadata. For each Python package the document also names the wheel in WHEELS from
-which the package was unpacked and, from LOCK, the packages that require this package. The service is in no package, so the
-document has no entry for the service beside the image's own entry.
+which the package was unpacked and, from LOCK, the packages that require this package. No package contains the service,
+so the service belongs to the image's own entry.
 """
 
 import gzip
