@@ -1,11 +1,11 @@
-# This file has every command of the repository, for laptops and for CI. `make help` lists the commands. Longer ones run a script
-# in scripts/.
+# This file has every command of the repository, for laptops and for CI. `make help` lists the commands. Most commands run
+# a script in scripts/.
 
 PYTHON ?=            # the Python to use, 3.11 or newer; if empty, make uses the newest that it finds
 VENV ?= .venv
 override VENV := $(patsubst %/,%,$(VENV))
 BIN := $(VENV)/bin
-UPGRADE ?=           # --upgrade: lock the newest versions
+UPGRADE ?=           # with UPGRADE=--upgrade, `make lock` locks the newest versions
 
 ENGINE ?=            # docker (with buildx), podman or buildah; if empty, make uses the first of these that it finds
 SERVICE ?= hitcounter
@@ -26,8 +26,8 @@ REPOSITORIES ?=      # where to publish, such as "ghcr.io/me/hitcounter docker.i
 DIST ?= dist
 ORAS ?=              # the path of an oras to use; if empty, Go builds oras
 TAG ?=               # the tag of the release, such as v0.1.0
-DIGEST ?=            # the digest that an image is expected to have
-SUMS ?=              # the digest that SHA256SUMS, the checksums of a release's files, is expected to have
+DIGEST ?=            # the expected digest of the image
+SUMS ?=              # the expected digest of SHA256SUMS, the file with the checksums of a release's files
 
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
@@ -44,7 +44,7 @@ export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE
 $(VENV)/can-run: requirements.txt requirements-dev.txt
 	@sh scripts/install.sh $@
 
-# Most other targets need the development packages, too.
+# Most other targets need the development packages as well as the service's packages.
 $(VENV)/installed: $(VENV)/can-run
 	@sh scripts/install.sh $@
 
@@ -56,18 +56,18 @@ help: ## list the targets
 run: $(VENV)/can-run ## run the service on port 8080, with a Valkey of its own in .data/ unless REDIS_HOST is set
 	@exec $(BIN)/python -m hitcounter
 
-# The tests run in two processes, because most tests wait most of the time.
+# Run the tests in two processes, because most tests spend most of their time waiting.
 test: $(VENV)/installed ## run all tests that need only this machine
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-newest: ## run the contract tests with the newest aiohttp and redis-py; they may fail
+test-newest: ## run the contract tests with the newest aiohttp and redis-py; these tests may fail
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
 	@VENV=.venv-newest sh scripts/test-newest.sh
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
-# The option --shell is needed, because redis.sh, the files in scripts/lib/ and .ci/steps have no line that names their shell.
+# shellcheck needs the option --shell, because redis.sh, .ci/steps and the files in scripts/lib/ do not name their shell.
 lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/yamllint --strict .
@@ -137,7 +137,7 @@ wheels: $(VENV)/can-run ## download the packages for images, and check their has
 image: ## build the image of hitcounter (or of the package SERVICE=) and load it into the engine (ENGINE=)
 	@sh scripts/image.sh
 
-image-check: ## build twice with each installed engine, from different copies of the sources, and compare
+image-check: ## build twice with each installed engine, from different copies of the sources; compare the digests
 	@sh scripts/image-check.sh
 
 image-multiarch: ## write an OCI layout for amd64 and arm64 to hitcounter.oci/
@@ -149,7 +149,7 @@ image-digest: ## build for amd64 and arm64, and print the digests
 # The digest of an image depends on its builder, so releases use a fixed BuildKit. The digest of this BuildKit image was found in
 # three independent public sources before it was pinned.
 BUILDKIT ?= docker.io/moby/buildkit:v0.31.2@sha256:2f5adac4ecd194d9f8c10b7b5d7bceb5186853db1b26e5abd3a657af0b7e26ec
-# The builder uses the host's network, because one test needs it to reach a package index on loopback.
+# The builder uses the host's network, because one test builds with a package index on the host's loopback.
 builder: ## create and select the builder that releases use, a BuildKit of a fixed version
 	@docker buildx rm --force hitcounter >/dev/null 2>&1 || true
 	@docker buildx create --name hitcounter --use --bootstrap \
@@ -195,7 +195,7 @@ secret-rotate: ## replace all passwords without a failed request
 backup: ## write a snapshot of Redis's current data to FILE
 	@sh scripts/backup.sh
 
-restore: ## restart Redis with the snapshot FILE; its volume keeps the old data until the next `make restore`
+restore: ## restart Redis with the snapshot FILE; Redis's volume keeps the old data until the next restore
 	@sh scripts/restore.sh
 
 manifests: ## write manifests/rendered/ again: one plain file for each variant
@@ -225,16 +225,16 @@ release-digest: ## print the digest of the image in hitcounter.oci/, as digest=s
 release-compare: ## fail unless the image in hitcounter.oci/ has the digest DIGEST
 	@sh scripts/release-compare.sh
 
-sbom: $(VENV)/can-run ## write dist/sbom.spdx.json, the contents of hitcounter.oci/; each run writes the same bytes
+sbom: $(VENV)/can-run ## write dist/sbom.spdx.json, the list of contents of hitcounter.oci/; each run writes the same bytes
 	@sh scripts/sbom.sh
 
-release-files: sbom ## write dist/release/: manifests that name the digest, the list of contents, checksums
+release-files: sbom ## write the release's files to dist/release/: manifests with the digest, list of contents, checksums
 	@sh scripts/release-files.sh
 
 release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 	@sh scripts/release-sums.sh
 
-release-files-compare: ## fail unless dist/release/SHA256SUMS has the digest SUMS and matches the files
+release-files-compare: ## fail if the digest of dist/release/SHA256SUMS is not SUMS, or if a file has another checksum
 	@sh scripts/release-files-compare.sh
 
 publish: ## publish the image of hitcounter.oci/ and its list of contents in REPOSITORIES, and read both back

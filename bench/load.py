@@ -1,7 +1,7 @@
 """Send GETs over keep-alive connections: in a closed loop to measure throughput, in an open loop to measure latency.
 
-This load shares one core with Redis, and must cost less than the server that it measures. So the client is a bare asyncio
-protocol, which parses only the parts of an answer that it needs.
+This client shares one core with Redis, and must use less CPU time for a request than the server under test. So the client is a
+bare asyncio protocol, which parses only the parts of an answer that the benchmark needs.
 """
 
 import asyncio
@@ -16,9 +16,9 @@ _REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\nAccept: *
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 _NUMBER = re.compile(rb"\d+")
-_MAX_REQUESTS = 2_000_000  # the most requests that one load sends
-_SETTLE_SECONDS = 10.0  # the longest wait for the last answers
-_OPENED_AT_ONCE = 50  # connections; few, because not every server has a long backlog
+_MAX_REQUESTS = 2_000_000  # the highest number of requests that one load sends
+_SETTLE_SECONDS = 10.0  # how long to wait for the last answers, at most
+_OPENED_AT_ONCE = 50  # connections; few, because a server with a short backlog would refuse more
 
 
 class Load:
@@ -33,13 +33,14 @@ class Load:
         self._opening: set[asyncio.Task[None]] = set()
         self._ended = False
         self.clients: set[_Client] = set()
-        self.idle: deque[_Client] = deque()  # The longest idle client sends next, so that no server closes its connection.
+        # The client that has been idle longest sends next, because a server may close a connection that is idle for long.
+        self.idle: deque[_Client] = deque()
         self.errors: Counter[str] = Counter()
         self.numbers: list[int] = []  # the numbers in the answers
         self.latencies: list[float] = []  # seconds
-        self.answered = 0  # requests answered within `seconds`
-        self.seconds = 0.0
-        self.marks: list[Any] = []  # what `mark` returned at the beginning and at the end of `seconds`
+        self.answered = 0  # the number of requests that were answered during the measurement
+        self.seconds = 0.0  # how long the measurement took
+        self.marks: list[Any] = []  # what `mark` returned at the beginning and at the end of the measurement
 
     @property
     def failed(self) -> int:
@@ -48,13 +49,13 @@ class Load:
 
     @property
     def duplicates(self) -> int:
-        """Return the number of answers whose number an earlier answer had too."""
+        """Return how many answers had a number that an earlier answer had already."""
         return len(self.numbers) - len(set(self.numbers))
 
     async def closed(self, seconds: float, warm: float = 0.0, mark: Callable[[], Any] = lambda: None) -> None:
-        """Send the next request on each connection as soon as the last one is answered.
+        """Send the next request on each connection as soon as the previous request is answered.
 
-        The answers of the first `warm` seconds do not count.
+        Measure for `seconds` after a warm-up of `warm` seconds. The answers during the warm-up do not count.
         """
         self._closed_loop = True
         await self._open()
@@ -65,9 +66,10 @@ class Load:
         await self._measure(seconds, mark)
 
     async def open(self, seconds: float, rate: float) -> None:
-        """Send `rate` requests a second, whether or not earlier ones are answered.
+        """Send `rate` requests a second, whether or not earlier requests are answered.
 
-        The latency of a request begins when the request is due, so it includes waiting for a connection or for this process.
+        The latency of a request begins when the request is due, so it includes the time that the request
+        waits for an idle connection or for this process.
         """
         # Send one request on each connection first, because a silent connection would block one of gunicorn's threads.
         self._closed_loop = True
@@ -173,7 +175,7 @@ class _Client(asyncio.Protocol):
         self.busy = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's transport is not a subclass of it.
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's transport is no subclass of asyncio.Transport.
         self._load.clients.add(self)
         self._load.ready(self)
 
@@ -209,7 +211,7 @@ class _Client(asyncio.Protocol):
 
 
 class _Timer:
-    """A file that becomes readable every `interval` seconds; the event loop's own timers only count milliseconds."""
+    """A timer file, which becomes readable every `interval` seconds. The event loop's own timers only count milliseconds."""
 
     def __init__(self, interval: float) -> None:
         libc = ctypes.CDLL(None, use_errno=True)

@@ -42,7 +42,7 @@ The figures are medians of {rounds} interleaved rounds of {names} servers; each 
 The server runs alone on one core; the load and Redis run on another core.
 Redis is Valkey with `appendonly yes`, and with `appendfsync always` unless the server's name says otherwise.
 All traffic is on loopback.
-A target's ratio is computed within each round, and the median of these ratios counts.
+A target's ratio is computed within each round, and the median of these ratios is compared with the limit.
 
 - requests/s, CPU, commands and duplicates are measured in a closed loop over 64 keep-alive connections.
   After a warm-up, the loop runs for {seconds:g} s in each round.
@@ -54,13 +54,16 @@ A target's ratio is computed within each round, and the median of these ratios c
   The latency of a request begins when the request is due, so it includes waiting for a connection or for slow earlier requests.
 - errors are the share of requests that were not answered with 200, in a closed loop over 256 and over 1,000 connections.
 - Pss is the memory of the process tree, from `/proc/PID/smaps_rollup`, after 64 and after 1,000 connections.
-  Memory that other running processes share counts in part: alone, a server would have more.
+  Memory that a server shares with other running processes counts only in part.
+  If the server ran alone, its Pss would be higher.
 - start-up is the time from the process's start to its first 200 from `/`, while Redis runs.
 
-The peers (`bench/peers/`) follow their own documentation, without an access log.
+The peers (`bench/peers/`) are set up as their documentation recommends.
+Their access logs are off.
 gunicorn has one worker with 16 threads, uvicorn has uvloop and httptools, and aiohttp runs on asyncio's own loop.
 redis-py and go-redis have their default pools.
-The pool of redis-py raises an error if more than 100 connections are needed, which explains most errors of its servers.
+The pool of redis-py raises an error if more than 100 connections are needed.
+This explains most errors of the servers that use redis-py.
 """
 
 

@@ -1,4 +1,4 @@
-"""Measure the service against its peers: `make bench`, or `make bench-quick` to check that the benchmark runs.
+"""Compare the service with its peers: `make bench`, or `make bench-quick` to check that the benchmark runs.
 
 The benchmark needs two cores: the first runs only the server under test, the second runs this process (the load) and Redis.
 """
@@ -36,9 +36,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 PEERS = HERE / "peers"
 CONNECTIONS = 64
-# The script calls these commands inside Redis, and the service itself sends none of them.
+# count.lua calls these commands inside Redis. The service itself sends none of them, so they do not count as sent commands.
 INSIDE_SCRIPT = {name.lower() for name in re.findall(r"redis\.call\('(\w+)'", SCRIPT)}
-# Runs the service under cProfile, but not the start of Python and the imports.
+# This program runs the service under cProfile. The profile does not include the start of Python and the imports.
 PROFILED = """
 import cProfile, os, sys
 from hitcounter.app import SERVICE
@@ -49,10 +49,10 @@ cProfile.run("main(SERVICE, os.environ, [])", sys.argv[1])
 
 @dataclass(frozen=True)
 class Plan:
-    """The length of each part of a run in seconds, and the number of rounds."""
+    """The number of rounds, and the length of each part of a run in seconds."""
 
     rounds: int  # the highest number of rounds
-    limit: float  # A round that would end after this time does not begin.
+    limit: float  # no round begins that would probably end after this time
     warm: float
     closed: float
     open: float
@@ -66,7 +66,7 @@ QUICK = Plan(rounds=1, limit=50, warm=0.1, closed=0.4, open=0.3, crowd=0.2, prof
 
 @dataclass(frozen=True)
 class Server:
-    """A server under test; `PORT` in its command is replaced by the port."""
+    """A server under test. The word `PORT` in its command stands for the port that the server listens on."""
 
     name: str
     command: list[str]
@@ -76,7 +76,7 @@ class Server:
 
 
 def servers(go: Path | None) -> Iterator[Server]:
-    """Yield the servers. Servers that are compared most closely follow each other."""
+    """Yield the servers. Servers whose figures are compared are measured one after the other, so that conditions differ least."""
     python = sys.executable
     gunicorn = [python, "-m", "gunicorn", "--worker-class", "gthread", "--threads", "16", "--bind", "127.0.0.1:PORT"]
     uvicorn = [python, "-m", "uvicorn", "--no-access-log", "--log-level", "warning", "--port", "PORT"]
@@ -142,11 +142,11 @@ class Process:
         return found
 
     def cpu(self) -> float:
-        """Return the seconds of user and system time that the server's processes have used, finished ones included."""
+        """Return the seconds of user and system time that the server's processes have used, including finished processes."""
         return sum(cpu_of(folder) for folder in self.tree())
 
     def pss(self) -> float:
-        """Return the memory of the server's processes in MB."""
+        """Return the memory (Pss) of the server's processes in MB."""
         texts = [(folder / "smaps_rollup").read_text() for folder in self.tree()]
         return sum(int(size) for text in texts for size in re.findall(r"^Pss: +(\d+) kB", text, re.MULTILINE)) * 1024 / 1e6
 
@@ -166,9 +166,9 @@ def free_port() -> int:
 
 
 def load(process: Process, connections: int, how: Callable[[Load], Any]) -> Load:
-    """Put a load on the server, and return its outcome."""
+    """Send requests to the server in the way that `how` chooses, and return the finished load with its figures."""
     it = Load(process.port, connections)
-    gc.disable()  # Pauses of the garbage collector would count as the server's.
+    gc.disable()  # A pause of this process's garbage collector would look like a slow answer of the server.
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(how(it))
     gc.enable()
@@ -177,7 +177,7 @@ def load(process: Process, connections: int, how: Callable[[Load], Any]) -> Load
 
 
 def commands(store: "redis.Redis", server: Server) -> int:
-    """Return the number of commands that the server has sent to Redis, without those of this process and of the script."""
+    """Return the number of commands that the server has sent to Redis, without this process's and the script's commands."""
     ours = {"info"} | (INSIDE_SCRIPT if server.counts_in_script else set())
     stats = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in store.info("commandstats").items()}
     return sum(calls for name, calls in stats.items() if name not in ours)
@@ -254,7 +254,7 @@ def profile(plan: Plan, core: int, store: "redis.Redis", folder: Path) -> str:
 
 
 def sync_ms(folder: Path) -> float:
-    """Return the median time that the disk takes to sync a small write, in milliseconds."""
+    """Return the time that the disk takes to sync a small write, in milliseconds (the median of 100 writes)."""
     times = []
     with (folder / "sync").open("wb", buffering=0) as file:
         for _ in range(100):
@@ -274,10 +274,10 @@ def main() -> int:
     if len(cores) < 2:
         print("bench: the benchmark needs Linux and two cores", file=sys.stderr)
         return 1
-    # This process and the servers that it starts need a file descriptor for each of 1,000 connections.
+    # Raise the limit: this process and each server need a file descriptor for each of 1,000 connections.
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 1 << 16) if limit > 0 else 1 << 16, limit))
-    data = ROOT / ".data"  # The checkout is on a disk: in a memory file system, a sync would cost nothing.
+    data = ROOT / ".data"  # Use the checkout's disk: in a file system in memory, such as /tmp may be, a sync would cost nothing.
     data.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=data)))
@@ -315,7 +315,7 @@ def main() -> int:
             f"A sync of a small write took {sync_ms(folder):.2f} ms (median).\n"
             f"During the rounds, other processes used {others:.0%} of the server's core and {others_at_load:.0%} of the other "
             "core (medians).\n"
-            "On a quiet machine both shares are 0%; the higher they are, the less the figures mean."
+            "On a quiet machine both shares are 0%; the higher they are, the less reliable the figures are."
         )
     print(f"\n{report.table(rounds)}\n\n{report.target_table(rounds)}\n\n{conditions}\n\n{profiled}")
     if quick:

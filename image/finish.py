@@ -1,9 +1,9 @@
-"""Make Python files small, fast to import, and the same on every machine. The stages of the Containerfile run this.
+"""Make Python files small, fast to import, and the same on every machine. The Containerfile runs this script.
 
 `finish.py packages ROOT METADATA` finishes the packages that pip has unpacked under ROOT.
 `finish.py service ROOT LIBRARY STANDARD_LIBRARY` finishes the service in /app.
-Both run while an image is built, and this file is not in the image. ROOT, METADATA and LIBRARY each stand for `/` of the image,
-and each becomes one of its layers.
+Both commands run while an image is built, and the image does not contain this file. Each of the folders ROOT, METADATA and
+LIBRARY stands for `/` of the image, and becomes a layer of the image.
 """
 
 import os
@@ -22,8 +22,8 @@ _IMPORTED_AT_FIRST_DNS_LOOKUP = "encodings.idna"
 def packages(root: Path, metadata: Path) -> None:
     """Finish the packages under `root`, and move the files with their names, versions and licences to `metadata`.
 
-    The files in `metadata` make a layer of their own. In a common layer, the order of `aiohttp` and `aiohttp-3.dist-info` would
-    depend on the engine: some engines sort the names in each folder, others sort all paths.
+    The files in `metadata` make a layer of their own. In one layer with the packages, the order of `aiohttp` and
+    `aiohttp-3.dist-info` would depend on the engine: some engines sort the names in each folder, others sort all paths.
     """
     for unpacked in root.rglob("dist-packages"):
         shutil.rmtree(unpacked / "bin", ignore_errors=True)  # commands, which contain the path of the builder's Python
@@ -48,11 +48,11 @@ def service(name: str, root: Path, library: Path, standard_library: Path) -> Non
     the service imports, this function runs the service with this machine's standard library.
     """
     app = Path("/app")
-    # With this link, the same entry point without a shell starts any service. Nothing else in the image depends on its name.
+    # With this link, every service has the same entry point, without a shell. Only this link depends on the service's name.
     (app / "__main__.py").symlink_to(f"{name}/__main__.py")
     # The base ships no byte code, and Python writes byte code of each module that it imports. So the byte code shows which
-    # modules the service imports. Modules that are frozen into Python need no byte code. The first DNS look-up comes before the
-    # first answer, so the module that this look-up imports is compiled, too.
+    # modules the service imports. Modules that are frozen into Python need no byte code. The service looks up
+    # Redis's name before its first answer, and the first look-up imports another module. So this module is compiled, too.
     for command in ([str(app), "--help"], ["-c", f"import {_IMPORTED_AT_FIRST_DNS_LOOKUP}"]):
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     for imported in sorted(_STANDARD_LIBRARY.rglob("__pycache__/*.pyc")):
@@ -61,7 +61,7 @@ def service(name: str, root: Path, library: Path, standard_library: Path) -> Non
     for folder in list(app.rglob("__pycache__")):
         shutil.rmtree(folder)
     shutil.copytree(app, root / "app", symlinks=True)
-    (root / "app" / "nanoservice" / "reload.py").unlink()  # for development only
+    (root / "app" / "nanoservice" / "reload.py").unlink()  # The reloader is for development only.
     for source in sorted(root.rglob("*.py")):
         compile_source(source, root, "/" / source.relative_to(root))
     normalise(library)
@@ -69,10 +69,10 @@ def service(name: str, root: Path, library: Path, standard_library: Path) -> Non
 
 
 def compile_source(source: Path, root: Path, path: Path) -> None:
-    """Write the byte code of `source`, which is `path` in the image, under `root`.
+    """Write the byte code of `source` under `root`. In the image, the source has the path `path`.
 
-    Python does not check this byte code against its source. Nothing in the image changes, so a start need not compare hashes, or
-    times, which are fixed.
+    Python does not compare this byte code with its source. The comparison would cost time at each start, and no file in the image
+    changes. Comparing times would show nothing, because all times are fixed.
     """
     code = root / path.relative_to("/").parent / "__pycache__" / f"{path.stem}.cpython-313.pyc"
     py_compile.compile(
@@ -83,8 +83,8 @@ def compile_source(source: Path, root: Path, path: Path) -> None:
 def stripped(path: Path) -> bytes:
     """Return the shared library (64-bit little-endian ELF) without the parts that no process loads: debug data and symbol table.
 
-    These parts are two thirds of the wheels. The function does what `strip` does, for any architecture, because neither the
-    builder's image nor the base has `strip`. Raises ValueError if the file is not such a library.
+    These parts are two thirds of the wheels' size. The function does the same as the command `strip`, and works for any
+    architecture. Neither the builder's image nor the base has `strip`. Raises ValueError if the file is not such a library.
     """
     library = path.read_bytes()
     if library[:6] != b"\x7fELF\x02\x01":
@@ -94,16 +94,18 @@ def stripped(path: Path) -> bytes:
     for header in range(headers, end, size):
         (kind,) = struct.unpack_from("<I", library, header)
         offset, file_size = *struct.unpack_from("<Q", library, header + 8), *struct.unpack_from("<Q", library, header + 32)
-        if kind == 1:  # PT_LOAD
+        if kind == 1:  # PT_LOAD, a segment that is loaded
             end = max(end, offset + file_size)
     loaded = bytearray(library[:end])
-    struct.pack_into("<Q", loaded, 40, 0)  # the offset of the section table, which is cut off
+    # The section header table is cut off. So clear the fields of the ELF header that describe this table: the table's offset, the
+    # size and number of its entries, and the index of the section with its names.
+    struct.pack_into("<Q", loaded, 40, 0)
     struct.pack_into("<HHH", loaded, 58, 0, 0, 0)
     return bytes(loaded)
 
 
 def normalise(root: Path) -> None:
-    """Set fixed modes and times for everything under `root`, in place of those from the checkout and the wheels."""
+    """Set fixed modes and times for all files and folders under `root`, so that the checkout and the wheels have no influence."""
     for path in (root, *root.rglob("*")):
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() else 0o644)

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Write a snapshot of Redis's current data to FILE: backup.sh
-# Reads FILE, and the variables of lib/cluster.sh.
+# Write a snapshot of Redis's current data to the file FILE.
+# Usage: backup.sh
+# The script reads FILE, and the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"

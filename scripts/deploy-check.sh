@@ -1,6 +1,7 @@
 #!/bin/sh
-# Before anything is built or changed, fail unless the cluster can run the service: deploy-check.sh
-# Reads REGISTRY, ENGINE, and the variables of lib/cluster.sh.
+# Fail unless the cluster can run the service. make runs this script before it builds or changes anything.
+# Usage: deploy-check.sh
+# The script reads REGISTRY, ENGINE, and the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"

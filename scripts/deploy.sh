@@ -1,11 +1,12 @@
 #!/bin/sh
-# Deploy the image IMAGE and its Redis on the cluster, wait until they are ready, and print the URL: deploy.sh
-# Reads VALKEY, an image that replaces the manifests' image of Valkey, and the variables of image-to-cluster.sh.
+# Deploy the image IMAGE and its Redis on the cluster, wait until both are ready, and print the URL.
+# Usage: deploy.sh
+# The script reads VALKEY, an image that replaces the manifests' image of Valkey, and the variables of image-to-cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"
 
-wait_for() { # KIND/NAME: wait until its pods are ready
+wait_for() { # KIND/NAME: wait until the pods of KIND/NAME are ready, for at most 180 s
   k rollout status "$1" --timeout=180s >&2 || {
     k get pods >&2
     k get events --field-selector=type=Warning --sort-by=.lastTimestamp >&2
@@ -14,8 +15,8 @@ wait_for() { # KIND/NAME: wait until its pods are ready
 }
 
 image=$(sh "${0%/*}/image-to-cluster.sh")
-# Deploy manifests/minikube with these images and in this namespace; nothing else differs. The folder is made in manifests/,
-# because Kustomize accepts bases only by relative path.
+# Write a kustomization that deploys manifests/minikube with these images and in this namespace, and changes nothing else. Its
+# folder is in manifests/, because Kustomize accepts bases only by relative path.
 work=$(mktemp -d manifests/.deploy.XXXXXX)
 remove_work_at_exit
 cat >"$work/kustomization.yaml" <<END
@@ -30,7 +31,8 @@ END
 if [ "$VALKEY" ]; then
   echo "  - {name: docker.io/valkey/valkey, newName: \"${VALKEY%:*}\", newTag: \"${VALKEY##*:}\"}" >>"$work/kustomization.yaml"
 fi
-# The namespace comes first, because the secrets go into it. The manifests below add its Pod Security labels and network policy.
+# Make the namespace first, because secret.sh writes into the namespace. The manifests below add the namespace's Pod Security
+# labels and its network policy.
 namespace_exists || k create --filename=- >&2 <<END
 {apiVersion: v1, kind: Namespace, metadata: {name: "$NAMESPACE", labels: {app.kubernetes.io/part-of: hitcounter}}}
 END

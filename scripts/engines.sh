@@ -1,6 +1,7 @@
 #!/bin/sh
-# Print the engines that can be used, one on each line; the first engine builds images: engines.sh
-# Reads ENGINE.
+# Print the container engines that can be used, one a line. The scripts build images with the first one.
+# Usage: engines.sh
+# The script reads ENGINE.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/engine.sh"

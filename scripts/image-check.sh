@@ -1,11 +1,13 @@
 #!/bin/sh
-# Build the image twice with each engine, from copies that differ where it must not matter, and compare: image-check.sh
-# Reads PLATFORMS, and the variables of lib/engine.sh.
+# Build the image twice with each engine and compare the digests. The two copies of the sources differ in path, file times and
+# permissions, which must not change the image.
+# Usage: image-check.sh
+# The script reads PLATFORMS, and the variables of lib/engine.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/engine.sh"
 
-copy() { # FOLDER TIME: copy the inputs of a build into a new folder, and set TIME on every file
+copy() { # FOLDER TIME: copy the inputs of a build into the new folder FOLDER, and set the time of every file to TIME
   mkdir -p "$1"
   for path in Containerfile .dockerignore $(sed -n 's/^!//p' .dockerignore); do
     mkdir -p "$1/$(dirname "$path")" && cp -R "$path" "$1/$path" || return
@@ -13,7 +15,7 @@ copy() { # FOLDER TIME: copy the inputs of a build into a new folder, and set TI
   find "$1" -exec touch -t "$2" {} +
 }
 
-contents() { # FOLDER: print the digests of the unpacked layers, which do not depend on how the engine compresses
+contents() { # FOLDER: print the digests of the unpacked layers; unlike the image's digest, they do not depend on compression
   grep -aoh '"diff_ids": *\[[^]]*\]' "$1"/blobs/sha256/*
 }
 

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Build the image for each of PLATFORMS. Print the builder first, then each platform and its digest on a line: image-digest.sh
-# Reads PLATFORMS, and the variables of lib/engine.sh.
+# Build the image for each of PLATFORMS. Print the builder first, then a line with each platform and the digest of its image.
+# Usage: image-digest.sh
+# The script reads PLATFORMS, and the variables of lib/engine.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/engine.sh"

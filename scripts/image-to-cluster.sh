@@ -1,6 +1,7 @@
 #!/bin/sh
-# Put the image IMAGE into the cluster, or into its registry, and print the image's name there: image-to-cluster.sh
-# Reads IMAGE, REGISTRY, ENGINE, and the variables of lib/cluster.sh.
+# Copy the image IMAGE into the cluster, or push it to the registry REGISTRY. Print the name that the image has there.
+# Usage: image-to-cluster.sh
+# The script reads IMAGE, REGISTRY, ENGINE, and the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"
@@ -8,7 +9,7 @@
 
 destination=$(destination)
 choose_engine
-# The tag is the beginning of the image's ID. So a changed image has a new name, and Kubernetes replaces its pods.
+# The tag is the beginning of the image's ID. So a changed image has a new name, and Kubernetes replaces the service's pods.
 case "${engine##*/}" in
   buildah) id=$("$engine" inspect --format '{{.FromImageID}}' "$IMAGE") ;;
   *) id=$("$engine" image inspect --format '{{.Id}}' "$IMAGE") ;;

@@ -1,16 +1,18 @@
 #!/bin/sh
-# Install packages at their locked versions into the virtual environment FOLDER:
-# install.sh FOLDER/can-run | FOLDER/installed | FOLDER/peers
-#   can-run    the service's packages, and Valkey
-#   installed  the service's and the development packages; packages that are in no lock are removed
-#   peers      the packages of `can-run`, and the packages of the benchmark's peers
-# If FOLDER is missing, the script makes the environment with PYTHON, or with the newest Python that it finds.
-# At the end the script touches the file that its argument names; make compares the time of this file with those of the locks.
-# pip downloads and checks every package before it changes any, so an install that fails leaves the environment as it was.
+# Install packages at their locked versions into the virtual environment FOLDER.
+# Usage: install.sh FOLDER/can-run | FOLDER/installed | FOLDER/peers
+#   can-run    installs the service's packages, and Valkey
+#   installed  installs the service's and the development packages, and removes packages that are in no lock
+#   peers      installs the packages of `can-run`, and the packages of the benchmark's peers
+# The script reads PYTHON. If FOLDER is missing, the script makes the environment with PYTHON, or with the newest Python that it
+# finds.
+# At the end the script touches the file that its argument names, because make compares the time of this file with the times of
+# the locks.
+# pip downloads and checks all packages before it changes the environment. So a failed install leaves the environment unchanged.
 . "${0%/*}/lib/base.sh"
 
 find_python() { # print the Python that makes the environment
-  # Take the first Python that runs, is new enough and can make environments. The shim of a version manager may do none of these.
+  # Take the first Python that runs, is new enough and can make environments. The shim of a version manager may not even run.
   if [ "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3.14 python3.13 python3.12 python3.11 python3 python; fi
   for python; do
     if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Fail if a lock does not follow from its requirements.in: lock-check.sh
-# Reads VENV, as lock.sh does.
+# Fail if a lock (requirements.txt ...) does not follow from its requirements.in.
+# Usage: lock-check.sh
+# The script reads VENV, as lock.sh does.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 

@@ -1,16 +1,18 @@
 #!/bin/sh
-# Write each lock (requirements.txt ...) from its requirements.in again: lock.sh
-# Reads VENV, the environment that has pip-compile, and UPGRADE: with `--upgrade`, the locks get the newest versions.
+# Write each lock (requirements.txt ...) again, from its requirements.in.
+# Usage: lock.sh
+# The script reads VENV, the environment that has pip-compile, and UPGRADE. With UPGRADE=--upgrade, the locks get the newest
+# versions.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 
-# pip-compile resolves for the Python that runs it. Newer Pythons can install everything that 3.11 needs; a lock made on a newer
-# Python can lack packages that 3.11 needs.
+# pip-compile chooses packages for the Python that runs pip-compile. Newer Pythons can install everything that 3.11 needs; a lock
+# made on a newer Python can lack packages that 3.11 needs.
 "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 || fail "locks are made on Python 3.11; run: make PYTHON=python3.11 VENV=.venv-3.11 ..."
 
 for name in requirements requirements-dev bench/requirements; do
-  # Renovate reads this command in a lock's first lines, and runs it. So the command has only options that Renovate knows.
+  # Renovate reads this command in a lock's first lines, and runs it. So this command may only have options that Renovate knows.
   command="pip-compile --allow-unsafe --generate-hashes --no-emit-index-url --output-file=${name##*/}.txt"
   command="$command --strip-extras ${name##*/}.in"
   # shellcheck disable=SC2086 # an empty UPGRADE must give no argument

@@ -1,6 +1,8 @@
 #!/bin/sh
-# Render each variant of the manifests into one plain file, to read or to apply without Kustomize: manifests.sh FOLDER
-# Reads KUBECTL, and RELEASE: if it is set, the files are for a release, and name RELEASE (NAME@DIGEST) as the service's image.
+# Render each variant of the manifests into one plain file in FOLDER, to read or to apply without Kustomize.
+# Usage: manifests.sh FOLDER
+# The script reads KUBECTL and RELEASE. If RELEASE (NAME@DIGEST) is set, the files are for a release, and name RELEASE as the
+# service's image.
 . "${0%/*}/lib/base.sh"
 [ $# = 1 ] || usage
 folder=$1
@@ -24,12 +26,12 @@ remove_work_at_exit
 for variant in minikube production; do
   render "$variant" "$variant"
 done
-[ "${RELEASE:-}" ] || render dev dev # a release has no image for developers
+[ "${RELEASE:-}" ] || render dev dev # a release has no image for the variant `dev`
 for component in manifests/components/*/; do
   component=$(basename "$component")
   render "production-$component" production "$component"
 done
 rm "$work/kustomization.yaml"
 mkdir -p "$folder"
-rm -f "$folder"/*.yaml # some files may be of variants that no longer exist
+rm -f "$folder"/*.yaml # also remove the files of variants that no longer exist
 mv "$work"/*.yaml "$folder"

@@ -1,6 +1,8 @@
 #!/bin/sh
-# Publish the image in LAYOUT as its version in each of REPOSITORIES, attach the list of contents, and read both back: publish.sh
-# Reads LAYOUT, ORAS, and the variables of lib/release.sh.
+# Publish the image in LAYOUT in each of REPOSITORIES, with its version as the tag. Attach the list of contents to the image, and
+# read both back.
+# Usage: publish.sh
+# The script reads LAYOUT, ORAS, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"
@@ -8,7 +10,7 @@
 
 resolve() { # REPOSITORY: print the digest of this version there; print nothing if the repository does not have it
   "$ORAS" resolve "$1:$version" 2>"$work/log" || {
-    # Any other failure may hide a published version, which would then be overwritten.
+    # After any other failure, stop: the version may be published already, and must not be overwritten.
     grep -qF "$1:$version: not found" "$work/log" || {
       cat "$work/log" >&2
       fail "$1 does not say whether it has $version already (see above), so nothing is published;" \
@@ -17,7 +19,7 @@ resolve() { # REPOSITORY: print the digest of this version there; print nothing 
   }
 }
 
-attach() { # IMAGE FILE TYPE: attach FILE to IMAGE as a referrer, once, and read it back
+attach() { # IMAGE FILE TYPE: attach FILE to IMAGE as a referrer of the media type TYPE, and read FILE back
   # Fix the creation time, so that attaching the same file again gives a referrer with the same digest.
   (cd "$folder" && quietly "$ORAS" attach --no-tty --artifact-type "$3" \
     --annotation org.opencontainers.image.created=1970-01-01T00:00:00Z "$1" "$2:$3") || exit

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Fail unless the changelog has a section for the version, and TAG, if it is given, is the version's tag: release-check.sh
-# Reads TAG, and the variables of lib/release.sh.
+# Fail unless the changelog has a section for the version. If TAG is given, also fail unless TAG is the version's tag.
+# Usage: release-check.sh
+# The script reads TAG, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/release.sh"

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Fail unless the image in LAYOUT has the digest DIGEST: release-compare.sh
-# Reads DIGEST, LAYOUT and ORAS.
+# Fail unless the image in LAYOUT has the digest DIGEST.
+# Usage: release-compare.sh
+# The script reads DIGEST, LAYOUT and ORAS.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Print the digest of the image in LAYOUT, as digest=sha256:...: release-digest.sh
-# Reads LAYOUT and ORAS.
+# Print the digest of the image in LAYOUT, as digest=sha256:...
+# Usage: release-digest.sh
+# The script reads LAYOUT and ORAS.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Fail unless DIST/release/SHA256SUMS has the digest SUMS and matches the files: release-files-compare.sh
-# Reads SUMS, and the variables of lib/release.sh.
+# Fail if the digest of the file DIST/release/SHA256SUMS is not SUMS, or if a file has another checksum than in SHA256SUMS.
+# Usage: release-files-compare.sh
+# The script reads SUMS, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/release.sh"

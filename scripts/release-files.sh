@@ -1,6 +1,8 @@
 #!/bin/sh
-# Write DIST/release, the files that a release has besides the image, and DIST/changes.md, its description: release-files.sh
-# Reads LAYOUT, ORAS, TAG, KUBECTL, and the variables of lib/release.sh. Also reads DIST/sbom.spdx.json, the list of contents.
+# Write the release's files, except the image, into DIST/release, and the release's description into DIST/changes.md.
+# Usage: release-files.sh
+# The script reads LAYOUT, ORAS, TAG, KUBECTL, and the variables of lib/release.sh. It also reads the file DIST/sbom.spdx.json,
+# the list of contents.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"
@@ -10,7 +12,7 @@ sh "${0%/*}/release-check.sh"
 repositories=$(repositories)
 digest=$(image_digest)
 image=$(echo "$repositories" | head -n 1)@$digest
-rm -rf "$folder" # otherwise files of an earlier run would be hashed and uploaded, too
+rm -rf "$folder" # otherwise SHA256SUMS would list files of an earlier run, and the release would have them
 RELEASE=$image sh "${0%/*}/manifests.sh" "$folder"
 cp "$DIST/sbom.spdx.json" "$folder"
 changes >"$DIST/changes.md"

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Restart Redis with the snapshot FILE: restore.sh
-# The current data stays in Redis's volume, as before-restore, until the next restore.
-# Reads FILE, and the variables of lib/cluster.sh.
+# Restart Redis with the snapshot FILE. Redis's volume keeps the current data, as before-restore, until the next restore.
+# Usage: restore.sh
+# The script reads FILE, and the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"

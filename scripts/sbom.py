@@ -1,9 +1,11 @@
 """List the contents of an image: write an SPDX 2.3 document (ISO/IEC 5962) about an OCI layout, with the same bytes each time.
 
-`sbom.py LAYOUT LOCK WHEELS VERSION` writes the document to standard output. The document lists the packages that the image itself
-records: Debian's in /var/lib/dpkg, and Python's in their metadata. For each Python package the document also names the wheel in
-WHEELS from which it was unpacked and, from LOCK, the packages that require it. The service, which is in no package, belongs to
-the image's own entry.
+Usage: sbom.py LAYOUT LOCK WHEELS VERSION
+
+The script writes the document to standard output. The document lists the packages that the image itself records: Debian packages
+in /var/lib/dpkg, and Python packages in their metadata. For each Python package the document also names the wheel in WHEELS from
+which the package was unpacked and, from LOCK, the packages that require this package. No package contains the service,
+so the service belongs to the image's own entry.
 """
 
 import gzip
@@ -31,7 +33,8 @@ _PACKAGES = "usr/local/lib/python3.13/dist-packages/"
 _INTERESTING = re.compile(
     rf"{_STATUS}[^/]+|usr/share/doc/[^/]+(/copyright)?|(etc|usr/lib)/os-release|{_PACKAGES}[^/]+\.dist-info/(METADATA|WHEEL)"
 )
-# The names of licences in packages that do not use an SPDX expression yet, and the SPDX expression for each name.
+# Some packages do not declare an SPDX expression as their licence yet. This dictionary maps the names that they use to SPDX
+# expressions.
 _LICENCES = {name: name for name in ("Apache-2.0", "MIT", "PSF-2.0")} | {
     "Apache 2": "Apache-2.0",
     "Apache 2.0": "Apache-2.0",
@@ -70,7 +73,7 @@ class Image:
 
 
 def blob(blobs: Path, digest: str) -> bytes:
-    """Return the blob of that digest. Raises ValueError if the content has another digest."""
+    """Return the blob with the digest `digest`. Raises ValueError if the content has another digest."""
     content = (blobs / digest.replace(":", "/")).read_bytes()
     if f"sha256:{hashlib.sha256(content).hexdigest()}" != digest:
         raise ValueError(f"the content of {digest} in {blobs} has another digest")
@@ -83,7 +86,7 @@ def unpacked(layer: bytes) -> bytes:
 
 
 def debian_packages(image: Image, platform: str) -> Iterator[tuple[Element, Element | None]]:
-    """Yield the packages of the base, each with its licence if the image has the licence's text."""
+    """Yield the Debian packages of the image, each with its licence if the image has the licence's text, else with None."""
     release = dict(re.findall(r'^(\w+)="?([^"\n]*)', (image.read("usr/lib/os-release") or b"").decode(), re.MULTILINE))
     distribution = f"{release['ID']}-{release['VERSION_ID']}"
     for _, fields in image.match(rf"{_STATUS}(?!.*\.md5sums)[^/]+"):
@@ -141,14 +144,14 @@ def unpacked_from(wheels: Path, image: Image, folder: str) -> Path:
 
 
 def python_licence(fields: Message) -> str:
-    """Return the licence that a package declares, or NOASSERTION if that is ambiguous."""
+    """Return the licence that a package declares, or NOASSERTION if the declaration is ambiguous or missing."""
     if expression := fields["License-Expression"]:
         return str(expression)
     return _LICENCES.get(fields.get("License", ""), "NOASSERTION")
 
 
 def read_lock(text: str) -> dict[str, Any]:
-    """Return the version, the hashes and the requirers (`via`) of each package in a lock."""
+    """Return the version and the hashes of each package in a lock, and the packages that require it (`via`)."""
     found: dict[str, Any] = {}
     for name, version, rest in re.findall(r"^([\w.-]+)==(\S+)((?:.*\n(?=\s))*.*)", text, re.MULTILINE):
         requirers = [line.strip(" #") for line in rest.partition("# via")[2].splitlines() if line.strip(" #")]
@@ -162,7 +165,7 @@ def normal(name: str) -> str:
 
 
 def identifier(text: str) -> str:
-    """Return the text with a hyphen for each character that SPDX does not allow in an identifier."""
+    """Replace each character of `text` that SPDX does not allow in an identifier by a hyphen, and return the result."""
     return re.sub(r"[^a-zA-Z0-9.-]", "-", text)
 
 

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Write DIST/sbom.spdx.json, the list of the contents of the image in LAYOUT, with the same bytes each time: sbom.sh
-# Reads VENV, LAYOUT, WHEELS, and the variables of lib/release.sh.
+# Write DIST/sbom.spdx.json, the list of the contents of the image in LAYOUT. Each run writes the same bytes.
+# Usage: sbom.sh
+# The script reads VENV, LAYOUT, WHEELS, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/release.sh"

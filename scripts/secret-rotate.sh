@@ -1,14 +1,15 @@
 #!/bin/sh
-# Replace the passwords of Redis's users by new ones, without a failed request: secret-rotate.sh
-# After each step everything works, and each step may be repeated.
-# Reads the variables of lib/cluster.sh.
+# Replace the passwords of Redis's users by new passwords, without a failed request. After each step the service works, and each
+# step may be repeated. If the script is interrupted, run the script again.
+# Usage: secret-rotate.sh
+# The script reads the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"
 . "${0%/*}/lib/passwords.sh"
 
 load() { # make Redis load the passwords that the secret redis-users has now
-  # After a change of the pod, its kubelet updates the mounted secret at once; without a change, this takes a minute or two.
+  # Change the pod's annotation: the kubelet then updates the mounted secret at once, instead of after a minute or two.
   k annotate pod redis-0 --overwrite "passwords-changed=$(date +%s)" >/dev/null
   # shellcheck disable=SC2086 # each user's name is an argument
   (cd "$work/users" && cat $users) >"$work/wanted" || exit
@@ -37,7 +38,7 @@ write_secret redis-users "$work/users"
 load
 echo "Redis accepts the new passwords, and still the old ones"
 write_services
-# Replace all pods: when the new pods are ready, each has connected with the new password.
+# Replace the pods of each service. A new pod is ready only when it has connected to Redis with the new password.
 for name in $services; do
   deployed=$(k get deployment "$name" --ignore-not-found --output=name)
   [ "$deployed" ] || continue # a service that is deployed later starts with the new password

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Make the missing passwords of Redis's users in the cluster: secret.sh
-# Reads the variables of lib/cluster.sh.
+# Make the missing passwords of Redis's users in the cluster.
+# Usage: secret.sh
+# The script reads the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"
@@ -12,7 +13,7 @@ read_passwords
 missing=
 for name in $users; do
   [ ! -s "$work/users/$name" ] || continue
-  # If the user's service already has a password, for a Redis elsewhere, for example, write this password into redis-users.
+  # If the user's service already has a password (for a Redis outside the cluster, say), write this password into redis-users.
   read_secret "$name-redis" password >"$work/read"
   head -n 1 "$work/read" >"$work/users/$name"
   [ -s "$work/users/$name" ] || new_password >"$work/users/$name"

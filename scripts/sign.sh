@@ -1,6 +1,8 @@
 #!/bin/sh
-# Sign the image in LAYOUT in each of REPOSITORIES with cosign, as the person or workflow that runs the script: sign.sh
-# Reads LAYOUT, ORAS, and the variables of lib/release.sh.
+# Sign the image in each of REPOSITORIES with cosign, in the name of the person or workflow that runs the script. The digest of
+# the image comes from LAYOUT.
+# Usage: sign.sh
+# The script reads LAYOUT, ORAS, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"

@@ -1,12 +1,16 @@
 #!/bin/sh
-# Run the contract tests with the newest aiohttp and redis-py, and with what they need: test-newest.sh
-# If it fails, the next update of these libraries breaks the service. Reads VENV, an environment that only this script uses.
+# Run the contract tests with the newest versions of aiohttp, redis-py and the packages that both need. If a test fails, the next
+# update of these libraries breaks the service.
+# Usage: test-newest.sh
+# The script reads VENV, an environment that only this script uses.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 
-# No lock has versions that nobody has checked yet. This takes wheels only, so it runs no build script of a package.
+# Install without a lock, because no lock has the newest versions yet. Install wheels only, so that no build script of a package
+# runs.
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: --upgrade aiohttp hiredis redis
 "$VENV/bin/python" -m pip list --disable-pip-version-check | grep -E '^(aiohttp|hiredis|redis) '
-# These tests start no server. Without a borrowed name, the tests below may hang.
+# First check the names that the code borrows from these libraries, because the tests below may hang if a name is gone. This check
+# starts no server.
 "$VENV/bin/python" -m pytest --noconftest tests/*/test_borrowed.py
 "$VENV/bin/python" -m pytest tests/*/test_contract.py tests/nanoservice/test_redis.py

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Delete the namespace, including the service, Redis and the counts: undeploy.sh
-# Reads the variables of lib/cluster.sh.
+# Delete the namespace, with the service, Redis and the counts.
+# Usage: undeploy.sh
+# The script reads the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"

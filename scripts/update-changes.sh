@@ -1,5 +1,6 @@
 #!/bin/sh
-# Show which pins the working copy has changed: update-changes.sh
+# Show which pinned versions and digests differ between the working copy and the last commit.
+# Usage: update-changes.sh
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 

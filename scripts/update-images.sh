@@ -1,6 +1,7 @@
 #!/bin/sh
-# Give each NAME:TAG@DIGEST in the repository the digest that the tag has now, as Renovate would: update-images.sh
-# Reads ORAS. The script changes no tag.
+# Give each NAME:TAG@DIGEST in the repository the digest that the tag has now, as Renovate would. The script changes no tag.
+# Usage: update-images.sh
+# The script reads ORAS.
 # A registry does not record when an image was published, so this script cannot wait a week, as update-packages.sh does. Check
 # what is new before you commit.
 # The script does not update the development container, or its CLI in .ci/devcontainer/package.json.

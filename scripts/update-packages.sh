@@ -1,6 +1,7 @@
 #!/bin/sh
-# Write the locks with the newest versions that were published a week ago or earlier: update-packages.sh
-# Reads VENV.
+# Write the locks with the newest versions that were published a week ago or earlier.
+# Usage: update-packages.sh
+# The script reads VENV.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 

@@ -1,4 +1,4 @@
-"""Send one INCR for each request, with aiohttp and redis-py at their defaults."""
+"""Send one INCR to Redis for each request. aiohttp and redis-py have their default settings."""
 
 import os
 

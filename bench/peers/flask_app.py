@@ -1,4 +1,4 @@
-"""Run the starting code. It sends INCR, then GET, so two clients may get the same number."""
+"""Run the code from which hitcounter started. The code sends INCR, then GET, so two clients may get the same number."""
 
 import os
 

@@ -1,9 +1,10 @@
-# Functions that every script shares. Each script sources this file first. The current folder is the root of the repository.
+# This file has the functions that every script shares. Each script sources this file first.
+# The scripts run in the repository's root.
 #
 # The sh of macOS is bash 3.2, whose `set -e` ignores a failure of a subshell or a pipeline. So the scripts write `|| exit` after
 # a subshell or a pipeline.
 set -eu
-unset CDPATH # with CDPATH, `cd` may enter another folder of the same name
+unset CDPATH # if CDPATH is set, `cd` may enter another folder of the same name
 
 fail() { # MESSAGE...: print MESSAGE and exit with status 1
   echo "make: $*" >&2
@@ -28,10 +29,10 @@ quietly() { # COMMAND...: run COMMAND with its output in work/log, and print thi
   "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
 }
 
-locked() { # REGEX: print the lines of the development lock for the packages whose names match
+locked() { # REGEX: print those lines of requirements-dev.txt that lock the packages whose names match REGEX
   awk -v name="^($1)==" '/^[a-z]/ { wanted = ($0 ~ name) } wanted' requirements-dev.txt
 }
 
-layout_digest() { # FOLDER: print the digest of the manifest or index in an OCI layout
+layout_digest() { # FOLDER: print the digest of the manifest or index in FOLDER, an OCI layout
   sed -n 's/.*"digest": *"\(sha256:[0-9a-f]*\)".*/\1/p' "$1/index.json"
 }

@@ -1,12 +1,12 @@
-# Functions that reach the cluster, and find out what it is.
-# Reads KUBECTL and NAMESPACE. Also reads SKAFFOLD_KUBE_CONTEXT: Skaffold sets it to the cluster that it uses, if that is not the
-# current cluster of kubectl.
+# This file has functions that call kubectl, and functions that find out which cluster kubectl reaches.
+# The functions read KUBECTL, NAMESPACE, REGISTRY and SKAFFOLD_KUBE_CONTEXT. Skaffold sets SKAFFOLD_KUBE_CONTEXT if Skaffold uses
+# another cluster than kubectl's current cluster.
 
 kube() { # ARGUMENT...: run kubectl on the cluster
   "$KUBECTL" ${SKAFFOLD_KUBE_CONTEXT:+--context="$SKAFFOLD_KUBE_CONTEXT"} "$@"
 }
 
-k() { # ARGUMENT...: run kubectl in the namespace, with a time limit for each request
+k() { # ARGUMENT...: run kubectl in the namespace, with a time limit of 30 s for each request
   kube --namespace="$NAMESPACE" --request-timeout=30s "$@"
 }
 
@@ -21,7 +21,7 @@ check_version() { # fail unless a cluster answers and is new enough
   [ "$version" -ge 30 ] || fail "the cluster is Kubernetes 1.$version; 1.30 is the oldest that this is checked for"
 }
 
-namespace_exists() { # succeed if the namespace is there; exit if it does not belong to this service
+namespace_exists() { # succeed if the namespace exists; exit if the namespace does not belong to this service
   # The output has the word `there` if the namespace exists, and then the label's value if the namespace has the label.
   found=$(k get namespace "$NAMESPACE" --ignore-not-found \
     --output=jsonpath='there {.metadata.labels.app\.kubernetes\.io/part-of}') || exit

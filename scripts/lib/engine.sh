@@ -1,7 +1,7 @@
-# Functions that build images with any of three engines. Each build of the same sources gives the same image.
-# Reads ENGINE, SERVICE, WHEELS and BUILD_OPTIONS.
+# This file has functions that build images with docker, podman or buildah. Each build of the same sources gives the same image.
+# The functions read ENGINE, SERVICE, WHEELS and BUILD_OPTIONS.
 
-unset SOURCE_DATE_EPOCH # buildah would read this variable, and then refuse --timestamp
+unset SOURCE_DATE_EPOCH # if this variable is set, buildah refuses the option --timestamp
 
 engines() { # print the engines that can be used: first docker, which has BuildKit; then podman or buildah
   if [ "${ENGINE:-}" ]; then
@@ -10,7 +10,7 @@ engines() { # print the engines that can be used: first docker, which has BuildK
     return
   fi
   {
-    # The command `docker` may be Podman, which may have a command `buildx`, too.
+    # The command `docker` may be Podman, which may have a command `buildx`, too. Only Docker's buildx prints docker/buildx.
     if docker buildx version | grep -q docker/buildx && docker version; then echo docker >&3; fi
     if command -v podman; then echo podman >&3; elif command -v buildah; then echo buildah >&3; fi
   } 3>&1 >/dev/null 2>&1
@@ -38,12 +38,12 @@ describe_builder() { # print the builder's kind and version; a digest depends on
   fi
 }
 
-build() { # CONTEXT [OPTION...]: run the engine's build
+build() { # CONTEXT [OPTION...]: build the image from the folder CONTEXT, with more options of the engine
   context=$1
   shift
   { [ -e "$context/$SERVICE/__main__.py" ] && grep -qx "!$SERVICE" "$context/.dockerignore"; } \
   || fail "SERVICE=$SERVICE: there has to be a $SERVICE/__main__.py, and a line !$SERVICE in .dockerignore"
-  # Make no attestation, because it would contain the time of the build. Every other time is fixed.
+  # Make no attestation, because an attestation contains the time of the build. All other times in the image are fixed.
   if is_docker; then
     set -- buildx build --provenance=false --sbom=false --build-arg SOURCE_DATE_EPOCH=0 "$@"
   else
@@ -61,13 +61,13 @@ build() { # CONTEXT [OPTION...]: run the engine's build
 layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, with an index if there are several platforms
   context=$1 folder=$2 targets=$3
   shift 3
-  # The folder may have the parts of a layout that a failed build left. Only these may be removed, no other files.
+  # A failed build may have left parts of a layout in the folder. Remove only such parts, never a file of somebody else.
   others=$(find "$folder" -mindepth 1 -maxdepth 1 \
     ! -name blobs ! -name index.json ! -name ingest ! -name oci-layout 2>/dev/null) || true
   [ -z "$others" ] || fail "$folder is not an OCI layout: name another folder with LAYOUT=..."
   rm -rf "$folder"
   if is_docker; then
-    # Write an archive first: if BuildKit writes into a folder, two platforms may write a common layer at once, and one fails.
+    # Write an archive first. If BuildKit wrote into a folder, two platforms could write a layer at once, and one would fail.
     # shellcheck disable=SC2154 # the script sets `work`
     build "$context" --platform="$targets" --output="type=oci,dest=$work/archive" "$@" \
     && mkdir -p "$folder" && tar -C "$folder" -xf "$work/archive"

@@ -1,5 +1,5 @@
-# oras copies and reads images. Go builds oras once, from a module that is locked with its hashes.
-# Reads ORAS, the path of an oras to use instead.
+# The scripts copy and read images with oras. Go builds oras once, from a module that is locked with its hashes.
+# If ORAS is set, the scripts use the oras at this path instead.
 ORAS=${ORAS:-$(go -C "${0%/*}/tools/oras" tool -n oras)} \
 || fail "oras is needed: install Go, which builds it, or name one: ORAS=..."
 

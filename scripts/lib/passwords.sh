@@ -1,9 +1,9 @@
-# Functions that keep the passwords of Redis's users in the cluster. A script sources this file after lib/cluster.sh.
+# This file has functions that store the passwords of Redis's users in the cluster. A script sources it after lib/cluster.sh.
 #
 # Redis reads all passwords from the secret redis-users, which has a key for each user. Each line of a key is a valid password;
 # the newest password comes first.
 # A service reads only its own password, from the key `password` of the secret SERVICE-redis.
-# The scripts pass passwords in files that only this user can read; on a command line, `ps` would show them.
+# The scripts pass passwords in files that only this user can read, because `ps` shows the passwords on a command line.
 
 umask 077
 work=$(mktemp -d)
@@ -14,14 +14,15 @@ services=$(echo "$users" | grep -vx -e probe -e operator)
 new_password() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; echo; }
 
 read_secret() { # NAME KEY: print the passwords in KEY of the secret NAME, one on each line; print nothing if there are none
-  # Write a file first, to see whether kubectl fails: a secret that cannot be read must not count as missing.
+  # Write kubectl's output into a file, because a pipeline would lose kubectl's exit status. A secret that cannot be read must not
+  # count as missing.
   k get secret "$1" --ignore-not-found \
     --output=go-template="{{with .data}}{{with index . \"$2\"}}{{base64decode .}}{{end}}{{end}}" >"$work/secret" || return
   grep . "$work/secret" || [ $? = 1 ]
 }
 
 write_secret() { # NAME FOLDER: write the files of FOLDER into the secret NAME
-  # Apply server-side: a client-side apply would copy the passwords into an annotation.
+  # Apply the secret server-side, because a client-side apply would copy the passwords into an annotation.
   k create secret generic "$1" --from-file="$2" --dry-run=client --output=yaml \
   | k apply --server-side --force-conflicts --field-manager=hitcounter --filename=- >/dev/null
 }
@@ -33,7 +34,7 @@ read_passwords() { # write each user's passwords in redis-users into the file wo
   done
 }
 
-write_services() { # write the newest password of each service's user into the service's secret, unless it is there already
+write_services() { # write the newest password of each service's user into the service's secret, if the secret has another one
   for name in $services; do
     folder=$work/services/$name
     mkdir -p "$folder"

@@ -1,5 +1,5 @@
-# The version of a release, the repositories that it goes to, and the folder of its files.
-# Reads SERVICE, REPOSITORIES and DIST.
+# This file finds a release's version, the repositories to publish it in, and the folder of its files.
+# The file reads SERVICE, REPOSITORIES and DIST.
 
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$SERVICE/__init__.py")
 folder=$DIST/release

@@ -1,4 +1,4 @@
-# A function that replaces a pin in files.
+# This file has a function that replaces a pinned version or digest in files.
 
 replace() { # OLD NEW FILE...: replace OLD by NEW in each FILE
   old=$1 new=$2

@@ -1,4 +1,4 @@
-// The program sends one INCR for each request, with Go's net/http and go-redis at their defaults.
+// The program sends one INCR to Redis for each request. net/http and go-redis have their default settings.
 package main
 
 import (
