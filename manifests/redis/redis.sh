@@ -8,8 +8,9 @@
 set -eu
 umask 077
 
-users=/etc/redis/users.acl     # the name and the rights of each user
-passwords=/run/secrets/redis   # one file for each user; every line is a valid password, and the first line is the newest
+users=/etc/redis/users.acl     # this file has the name and the rights of each user
+# This folder has one file for each user. Each line of a file is a valid password, and the first line is the newest password.
+passwords=/run/secrets/redis
 
 check_snapshot() { # FILE: if FILE is not a complete snapshot, print the reason and fail
   report=$(valkey-check-rdb "$1" 2>&1) || { echo "$report" >&2; return 1; }
@@ -82,7 +83,7 @@ case "$command" in
     trap 'rm -f "$file"' EXIT
     as operator --rdb "$file" >&2
     check_snapshot "$file"
-    gzip -c "$file"   # a compressed copy cannot be incomplete unnoticed, because gunzip fails on an incomplete copy
+    gzip -c "$file"   # the copy is compressed, because gunzip finds out whether a copy is complete
     ;;
   restore)
     cd /data

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COLUMNS, CELL = 130, 120
-# A URL or a digest cannot be wrapped.
+# A URL or a digest cannot be wrapped, so the length of a line does not include them.
 UNBREAKABLE = re.compile(r"https?://\S+|sha256:[0-9a-f]{64}")
 # This pattern matches the end of a sentence if another sentence follows on the same line.
 TWO_SENTENCES = re.compile(r"""(?<!\.)(?<!\be\.g)(?<!\bi\.e)[.!?](?:["')*_]|\]\([^)]*\))*\s+["'(*_\[]*[A-Z`]""")

@@ -235,7 +235,8 @@ def test_secrets_are_made_once(running: Project) -> None:
 
 
 def test_secrets_are_in_no_log_configuration_image_or_process(running: Project) -> None:
-    # The next `up` makes new secrets and new containers, so the containers' logs have everything that was logged about the secrets.
+    # The next `up` makes new secrets and new containers, so the containers' logs have everything that was ever logged about these
+    # secrets.
     running.compose("down", "--volumes")
     with processes() as commands:
         running.compose("up", "--wait")
@@ -268,7 +269,10 @@ def test_secrets_are_in_no_log_configuration_image_or_process(running: Project) 
 
 
 def kill(project: Project, service: str) -> None:
-    """Kill process 1 of a container, as in a crash. `docker kill` is no crash: the engine would not restart the container."""
+    """Kill process 1 of a container, as in a crash.
+
+    Do not use `docker kill`, because the engine would not restart the container after that command.
+    """
     pid = str(project.inspect(service)["State"]["Pid"])
     docker("run", "--rm", "--network=none", "--pid=host", "--user=0", "--entrypoint=sh", VALKEY, "-c", 'kill -9 "$0"', pid)
 
@@ -388,7 +392,7 @@ def replaced(one: Project, old: str) -> str:
 
 
 def counted(one: Project) -> int:
-    """Return the number of hits that the answer shows, or 0 if there is no answer."""
+    """Return the number of hits that the service's answer shows, or 0 if there is no answer."""
     return int("".join(re.findall(r"seen (\d+) times", one.answer())) or 0)
 
 

@@ -142,8 +142,8 @@ class Cluster:
     `users` is the content of users.acl. `has` maps SECRET.KEY to the content of each key that the fake cluster already has.
     """
 
-    # The fake kubectl answers with the files in `has`. For each secret that a script writes, it fills a folder with the secret's
-    # name.
+    # The fake kubectl answers with the contents in `has`. It stores the keys of each secret that a script writes as files, in a
+    # folder with the secret's name.
     _KUBECTL = """case $* in
       *"get secret"*)
         key=$(expr "$*" : '.*index \\. "\\([a-z]*\\)"')

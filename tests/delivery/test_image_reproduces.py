@@ -89,9 +89,10 @@ def given(argument: str) -> str:
 
 
 def another(argument: str, line: str, folder: Path) -> str:
-    """Build an image from the image that is the build argument `argument`, with one more instruction, `line`.
+    """Build an image that adds the instruction `line` to one of the images that the Containerfile uses.
 
-    `folder` is the context of this build. Return the options that make a build of the service use the new image.
+    `argument` is the build argument for the Containerfile's image, such as BASE. `folder` is the context of this build. Return
+    the options that make a build of the service use the new image.
     """
     name = f"localhost/image-tests-{argument.lower()}"
     (folder / "Containerfile").write_text(f"FROM {given(argument)}\n{line}\n")
@@ -151,7 +152,7 @@ def test_files_that_are_not_an_input_change_nothing(context: Path, tmp_path: Pat
 
 
 def test_clock_changes_nothing(context: Path, tmp_path: Path) -> None:
-    """Two builds without a cache, at two times, give the same image, because it has only the base's times and one fixed time."""
+    """Two builds without a cache, at two times, give the same image: no file has another time than the base's or a fixed one."""
     again = layout(context, tmp_path / "layout", options="--no-cache", SOURCE_DATE_EPOCH="1700000000")
     assert again.digest == built()[0].digest
     assert again.config["created"] == "1970-01-01T00:00:00Z"
@@ -170,7 +171,7 @@ def test_wheels_from_the_index_give_the_same_image(context: Path, tmp_path: Path
         (index / name / wheel.name).symlink_to(wheel.resolve())
     asked: list[str] = []
 
-    class Index(http.server.SimpleHTTPRequestHandler):  # it lists a folder as a page of links, and pip accepts this
+    class Index(http.server.SimpleHTTPRequestHandler):  # a folder becomes a page of links, which pip can read
         def log_message(self, _: str, *facts: Any) -> None:
             asked.append(str(facts[0]))
 

@@ -24,7 +24,7 @@ RESTRICTED = [
 
 @contextlib.contextmanager
 def container(network: str, *options: str, name: str = "") -> Iterator[str]:
-    """Run a container on the network, and yield its id. The container runs the image `name`, or else the image that is tested."""
+    """Run a container on the network, and yield the container's id. Without `name`, the container runs the production image."""
     identity = run(
         "run", "--detach", "--network", network, "--publish=127.0.0.1::8080", "--env=REDIS_HOST=store", *options, name or image()
     )
@@ -144,7 +144,7 @@ def test_dev_image_restarts_at_a_change_and_keeps_its_counts(network: str) -> No
         changed = tree() / "changed" / "hitcounter" / "app.py"
         changed.parent.mkdir(parents=True)
         answer = ""
-        for word in ("Salut", "Salve"):  # both files have the same size, and perhaps the same time in seconds
+        for word in ("Salut", "Salve"):  # both changes have the same size, perhaps within one second
             changed.write_text(text.replace("Hello from Redis", f"{word} from Redis"))
             # Write the file as live sync does: run tar in the container, as the container's user.
             packed = subprocess.run(["tar", "cC", tree() / "changed", "hitcounter"], check=True, capture_output=True).stdout

@@ -47,7 +47,7 @@ def copy(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create a virtual environment without packages. Tests copy it, because a copy's Python installs packages into the copy."""
+    """Create a virtual environment without packages. Tests can copy it: a copy's Python installs packages into the copy."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     return folder
@@ -224,7 +224,7 @@ def test_environment_whose_python_is_gone_is_created_again(locked: Locked, tmp_p
 
 @contextmanager
 def run(copy: Path, **environ: str) -> Iterator[str]:
-    """Run `make run`, yield the answer to a GET, and stop the service with SIGINT, as Ctrl-C does."""
+    """Run `make run`, yield the service's answer to a GET, and stop the service with SIGINT, as Ctrl-C does."""
     (copy / ".venv").symlink_to(sys.prefix)
     environ = {"PATH": os.environ["PATH"], "BIND_PORT": str(free_port()), "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1", **environ}
     environ["PYTHONPATH"] = python_path()

@@ -1,4 +1,7 @@
-"""The manifests follow their rules. The tests check the rendered file of each variant, because clusters get these objects."""
+"""The manifests agree with the code and with each other, and pods have only the rights that they need.
+
+The tests check the rendered file of each variant, because clusters get the objects in these files.
+"""
 
 import re
 from dataclasses import dataclass
@@ -254,7 +257,7 @@ def test_container_has_requests_and_limits(workload: Workload) -> None:
 def test_storage_that_is_requested_holds_the_volumes_and_the_log(workload: Workload) -> None:
     volumes = [volume["emptyDir"] for volume in workload.mounts.values() if "emptyDir" in volume]
     on_disk = sum(number(volume["sizeLimit"]) for volume in volumes if volume.get("medium") != "Memory")
-    log = 5 * number("10Mi")  # the kubelet's defaults for containerLogMaxFiles and containerLogMaxSize
+    log = 5 * number("10Mi")  # 5 and 10Mi are the kubelet's defaults for containerLogMaxFiles and containerLogMaxSize
     assert number(workload.container["resources"]["requests"]["ephemeral-storage"]) >= on_disk + log
 
 

@@ -92,7 +92,7 @@ class Shipped(Valkey):
         wait_for(answers, 10 * SLACK, "Valkey answers")
 
     def ask(self, user: str, *command: Any, password: str = "") -> Any:
-        """Return the answer to a command of `user`."""
+        """Send a command to Valkey as `user`, and return Valkey's answer."""
         with self.client(username=user, password=password or f"{user}'s", **BARE) as client:
             return client.execute_command(*command)
 
@@ -183,7 +183,7 @@ def test_empty_line_is_not_a_valid_password(stopped: Shipped) -> None:
 
 
 def test_second_valkey_on_the_same_data_waits_until_the_first_has_exited(stopped: Shipped) -> None:
-    """After a pod was deleted by force, its Valkey may still run when the next pod starts another Valkey."""
+    """If a pod is deleted by force, the pod's Valkey may still run when the next pod starts another Valkey."""
     stopped.start()
     users = stopped.root / "run/valkey/users.acl"
     stopped.ask("all", "SET", "a", "1")

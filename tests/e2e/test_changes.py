@@ -27,7 +27,7 @@ def evict(namespace: Namespace, pod: str) -> None:
 
 
 def change_config(namespace: Namespace) -> None:
-    """Change a setting as a deployment does: make a ConfigMap with another name, and use it in the pods."""
+    """Change a setting as a deployment does: make a ConfigMap with another name, and make the pods use the new ConfigMap."""
     container = namespace.get("deployment", "hitcounter")["spec"]["template"]["spec"]["containers"][0]
     config = container["envFrom"][0]["configMapRef"]["name"]
     data = namespace.get("configmap", config)["data"] | {"LANES": "3"}
@@ -112,8 +112,8 @@ async def test_passwords_are_rotated_without_a_failed_request(cluster: Deployed)
     assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=old))
 
 
-# This script stands in for kubectl. It runs every command with kubectl until $STEP is in a command for the $AT-th time; then it
-# fails instead.
+# This script stands in for kubectl. It passes each command to the real kubectl, but fails if $STEP is in the command and was in
+# at least $AT - 1 earlier commands.
 _CUT = """#!/bin/sh
 case "$*" in
   *"$STEP"*) echo >>"$0.seen"; [ "$(wc -l <"$0.seen")" -lt "$AT" ] || { echo "cut short before: $STEP" >&2; exit 1; } ;;

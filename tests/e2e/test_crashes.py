@@ -132,7 +132,7 @@ async def test_killed_process_loses_no_answered_hit(cluster: Deployed, node: Nod
             began = time.monotonic()
             await step(node.kill, old["containerID"])
             times.append(await windows.recover(began, namespace, back))
-    # The kubelet waits 10 s before the second restart, and 20 s before the third.
+    # The kubelet waits 10 s before the second restart of a container, and 20 s before the third restart.
     alone = [f"{seconds - wait:.1f}" for seconds, wait in zip(times, (0, 10, 20), strict=True)]
     print(f"without the kubelet's back-off: {', '.join(alone)} s")
 

@@ -60,7 +60,7 @@ def test_cold_pod_is_ready_within_three_seconds(cluster: Deployed) -> None:
 
 def test_deploying_again_changes_nothing(cluster: Deployed) -> None:
     ours = cluster.namespace
-    ours.make("deploy", seconds=900)  # reverts the changes of other tests
+    ours.make("deploy", seconds=900)  # this reverts the changes of other tests
     before = [pod["metadata"]["uid"] for pod in ours.pods("app.kubernetes.io/part-of=hitcounter")]
     assert ours.make("deploy", seconds=900).splitlines()[-1] == cluster.url
     assert [pod["metadata"]["uid"] for pod in ours.pods("app.kubernetes.io/part-of=hitcounter")] == before

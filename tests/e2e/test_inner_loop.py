@@ -28,7 +28,7 @@ from tests.support.cluster import KUBECTL, Namespace, compose, deployed, namespa
 pytestmark = pytest.mark.cluster
 
 CONFIG = yaml.safe_load((ROOT / "skaffold.yaml").read_text())
-PLACE = "/app"  # the service's folder in the image
+PLACE = "/app"  # this folder of the image contains the service
 APP = (ROOT / "hitcounter" / "app.py").read_text()
 GREETING = "Hello from Redis"
 # Only one Service of a cluster can have the port 30080. With this patch, Kubernetes chooses another port.
@@ -216,7 +216,7 @@ def test_smoke_test_fails_without_redis(dev: Namespace) -> None:
 
 
 class Debugger:
-    """A client of the protocol by which editors use debuggers: https://microsoft.github.io/debug-adapter-protocol/"""
+    """A client of the Debug Adapter Protocol, which editors use: https://microsoft.github.io/debug-adapter-protocol/"""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), 10)

@@ -91,7 +91,7 @@ def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
         f"{address}:8080": True,
         f"{address}:9090": False,
     }
-    # `default-deny` applies to every pod of the namespace, also to one that no other policy selects.
+    # `default-deny` applies to every pod of the namespace, also to a pod that no other policy selects.
     assert reach(ours, "stranger", redis, f"{address}:8080") == {redis: False, f"{address}:8080": False}
     ours.kubectl("delete", "pod", "stranger")
 

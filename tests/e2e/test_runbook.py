@@ -382,7 +382,7 @@ _REFUSALS = "must support resize|previous terminated container .* not found|no l
 
 def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
     ours = cluster.namespace
-    ours.kubectl("rollout", "restart", "deployment/hitcounter")  # makes a second revision, so `undo` can go back
+    ours.kubectl("rollout", "restart", "deployment/hitcounter")  # this makes a second revision, so `undo` can go back
     ours.await_rollout("deployment/hitcounter")
     # While two pods exist, kubectl may choose the pod that is stopping when a command names `deployment/...`.
     wait_for(lambda: len(ours.get("pods", f"--selector={SERVICE}")) == 1, 60)
