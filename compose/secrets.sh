@@ -1,15 +1,15 @@
 #!/bin/sh
-# Make the secrets of compose.yaml that are missing in the volume /secrets:
+# Make each of these secrets of compose.yaml, unless the volume /secrets already has it:
 #   redis/NAME                         the password of the user NAME of Valkey, for Valkey
 #   redis-tls/tls.crt, tls.key, ca.crt a certificate for the name `redis`, for Valkey
-#   hitcounter/password, ca.crt        the password of the service's user and the CA to trust, for the service
+#   hitcounter/password, ca.crt        the password of the service's user and the certificate of Valkey's CA, for the service
 # This script runs as root without any capability. Root owns all files. Valkey and the service both mount the volume, and each
 # can read only the files of its own group.
 set -eu
 umask 077
 cd /secrets
 
-give() { # GROUP PATH...: let root and this group read the paths, and nobody else
+give() { # GROUP PATH...: let only root and GROUP read the paths
   group=$1
   shift
   chgrp "$group" "$@"
@@ -36,7 +36,7 @@ done </users.acl
 cp redis/hitcounter new/password
 put $service password hitcounter/password
 
-certificate() { # NAME FILE [OPTION...]: make new/FILE.crt and new/FILE.key
+certificate() { # NAME FILE [OPTION...]: make the certificate new/FILE.crt for NAME, and its private key new/FILE.key
   name=$1 file=$2
   shift 2
   openssl req -x509 -config new/openssl.cnf -extensions "$name" -subj "/CN=$name" -days 3650 -noenc \

@@ -1,16 +1,18 @@
-# The commands of Valkey's container: sh /etc/redis/redis.sh COMMAND
-#   start [OPTION...]  write the users' file, put a restored snapshot in place, and run Valkey instead of this shell
+# This script starts and operates Valkey in its container.
+# Usage: sh /etc/redis/redis.sh COMMAND
+#   start [OPTION...]  write the users' file, put a restored snapshot in place, and replace this shell with Valkey
 #   alive, ready       run the liveness or the readiness probe
 #   load-users         make Valkey load the passwords that are mounted now
-#   backup             take a snapshot now, compress it with gzip, and write it to standard output
-#   restore            read a snapshot from standard input; Valkey loads it if Valkey starts again within 15 minutes
+#   backup             take a snapshot now, compress the snapshot with gzip, and write it to standard output
+#   restore            read a snapshot from standard input; Valkey loads the snapshot if Valkey starts again within 15 minutes
 set -eu
 umask 077
 
-users=/etc/redis/users.acl     # the name and the rights of each user
-passwords=/run/secrets/redis   # one file for each user; every line is a valid password, and the first line is the newest
+users=/etc/redis/users.acl     # this file has the name and the rights of each user
+# This folder has one file for each user. Each line of a file is a valid password, and the first line is the newest password.
+passwords=/run/secrets/redis
 
-check_snapshot() { # FILE: fail and print the reason, unless FILE is a complete snapshot
+check_snapshot() { # FILE: if FILE is not a complete snapshot, print the reason and fail
   report=$(valkey-check-rdb "$1" 2>&1) || { echo "$report" >&2; return 1; }
 }
 
@@ -33,8 +35,9 @@ write_users() {
   mv /run/valkey/users.acl.new /run/valkey/users.acl
 }
 
-as() { # USER ARGUMENT...: run valkey-cli over the socket
-  # Use the oldest password, on the last line: Valkey accepts it even if newer passwords are mounted but not yet loaded.
+as() { # USER ARGUMENT...: run valkey-cli as USER, over the socket
+  # Use the oldest password, which is on the last line. Valkey accepts this password even if newer passwords are mounted that
+  # Valkey has not loaded yet.
   name=$1
   shift
   REDISCLI_AUTH=$(grep . "$passwords/$name" | tail -n 1) valkey-cli -s /run/valkey/socket --user "$name" "$@"
@@ -45,8 +48,8 @@ shift
 case "$command" in
   start)
     cd /data
-    # A Valkey holds the lock of its volume until it exits. Wait for the lock: after a pod was deleted by force, its Valkey may
-    # still run, and would acknowledge writes that the new Valkey never reads.
+    # Each Valkey holds the lock of its volume until it exits. Wait for this lock: after a pod was deleted by force, the pod's
+    # Valkey may still run. Without the wait, this old Valkey would acknowledge writes that the new Valkey never reads.
     exec 9>lock
     for _ in $(seq 60); do
       ! flock -n 9 || break
@@ -68,7 +71,7 @@ case "$command" in
     fi
     exec valkey-server /etc/redis/valkey.conf "$@"
     ;;
-  alive) as probe PING >/dev/null ;;               # any answer is enough, even the error that Valkey is loading
+  alive) as probe PING >/dev/null ;;               # any answer is enough, even the error that Valkey is loading its data
   ready) [ "$(as probe PING)" = PONG ] ;;
   load-users)
     write_users
@@ -80,14 +83,14 @@ case "$command" in
     trap 'rm -f "$file"' EXIT
     as operator --rdb "$file" >&2
     check_snapshot "$file"
-    gzip -c "$file"   # gunzip fails on an incomplete copy
+    gzip -c "$file"   # the copy is compressed, because gunzip finds out whether a copy is complete
     ;;
   restore)
     cd /data
     rm -rf restored.new
     mkdir restored.new
     trap 'rm -rf restored.new' EXIT
-    # Use the file names that Valkey gives to a rewritten append-only file. The base of such a file is a snapshot.
+    # Make the snapshot the base of an append-only file. Valkey gives the files of a rewritten append-only file these names.
     cat >restored.new/appendonly.aof.1.base.rdb
     check_snapshot restored.new/appendonly.aof.1.base.rdb || fail "this is not a snapshot of Redis; nothing has changed"
     echo "file appendonly.aof.1.base.rdb seq 1 type b" >restored.new/appendonly.aof.manifest

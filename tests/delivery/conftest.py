@@ -1,4 +1,4 @@
-"""Fixtures: a network for containers, and the hitcounter in the test's process."""
+"""These fixtures start a network with a Valkey for containers, and the hitcounter in the test's process."""
 
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -13,7 +13,10 @@ from tests.support.images import VALKEY, engine, run
 
 @pytest.fixture(scope="session")
 def network() -> Iterator[str]:
-    """A network in which a Valkey has the name `store`. The test is skipped if the engine cannot run containers."""
+    """Create a network in which a Valkey has the name `store`, and yield the network's name.
+
+    Skip the test if the engine cannot run containers.
+    """
     if "buildah" in engine():
         pytest.skip("buildah runs no containers")
     name = f"image-tests-{os.getpid()}"
@@ -26,6 +29,6 @@ def network() -> Iterator[str]:
 
 @pytest.fixture
 async def served(valkey: Valkey) -> AsyncIterator[Served]:
-    """The hitcounter, which runs in this process and uses its own Valkey."""
+    """Run the hitcounter in the test's process, with a Valkey that only this hitcounter uses."""
     async with serving(SERVICE, valkey.environ()) as it:
         yield it

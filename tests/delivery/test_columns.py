@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COLUMNS, CELL = 130, 120
-# A URL or a digest cannot be wrapped.
+# A URL or a digest cannot be wrapped, so the length of a line does not include them.
 UNBREAKABLE = re.compile(r"https?://\S+|sha256:[0-9a-f]{64}")
-# Matches the end of a sentence that is followed by another one on the same line.
+# This pattern matches the end of a sentence if another sentence follows on the same line.
 TWO_SENTENCES = re.compile(r"""(?<!\.)(?<!\be\.g)(?<!\bi\.e)[.!?](?:["')*_]|\]\([^)]*\))*\s+["'(*_\[]*[A-Z`]""")
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only git knows which files belong to the repository")

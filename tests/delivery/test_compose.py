@@ -34,7 +34,10 @@ LABEL = "com.docker.compose.project"
 
 
 def docker(*arguments: str, check: bool = True, seconds: float = 120, **options: Any) -> str:
-    """Return the standard output of `docker`. Without `check`, return its exit status, a newline, and both its outputs."""
+    """Run `docker` and return its standard output.
+
+    If `check` is false, `docker` may fail. Then return one text: the exit status, a newline, standard output, standard error.
+    """
     ended = subprocess.run(["docker", *arguments], text=True, capture_output=True, timeout=seconds, **options)
     assert not check or ended.returncode == 0, f"docker {' '.join(arguments)}: {ended.returncode}\n{ended.stdout}{ended.stderr}"
     return ended.stdout.strip() if check else f"{ended.returncode}\n{ended.stdout}{ended.stderr}"
@@ -76,25 +79,28 @@ class Project:
         return json.loads(docker("inspect", self.container(service)))[0]
 
     def hits(self) -> int:
-        """Send a request that is counted, and return its number."""
+        """Send a request to the service, and return the number of hits that the answer shows."""
         with urllib.request.urlopen(self.url, timeout=5) as answer:
             return int(re.findall(r"seen (\d+) times", answer.read().decode())[0])
 
     def answer(self) -> str:
-        """Return the answer to a GET of `/`, or an empty text if there is no answer."""
+        """Return the body of the answer to a GET of `/`, or an empty string if the GET fails."""
         with suppress(OSError), urllib.request.urlopen(self.url, timeout=2) as answer:
             return str(answer.read().decode())
         return ""
 
     def in_volume(self, user: str, script: str, **options: Any) -> str:
-        """Run a shell script in the volume of the secrets, as `user` (UID or UID:GID), without other groups or capabilities."""
+        """Run a shell script in a container whose working directory is the volume of secrets, and return the script's output.
+
+        The script runs as `user` (UID or UID:GID), and has no other groups and no capabilities.
+        """
         return docker(
             "run", "--rm", "--network=none", "--cap-drop=ALL", f"--user={user}", f"--volume={self.name}_secrets:/secrets:ro",
             "--workdir=/secrets", "--entrypoint=sh", VALKEY, "-c", script, **options,
         )  # fmt: skip
 
     def secrets(self) -> dict[str, str]:
-        """Return the secrets: a map from the path in the volume to the content."""
+        """Return the content of each secret in the volume, by the secret's path in the volume."""
         script = "for file in redis/* redis-tls/tls.key hitcounter/password; do echo \"$file\"; tr -d '\\n' <$file; echo; done"
         lines = self.in_volume("0", script).splitlines()
         return dict(zip(lines[::2], lines[1::2], strict=True))
@@ -123,7 +129,7 @@ def project(folder: Path, suffix: str) -> Iterator[Project]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """A project that was started from nothing by the one command of the README."""
+    """Start a project from nothing with the only command that the README gives for Compose, and yield the project."""
     with project(tmp_path_factory.mktemp("copy"), "run") as one:
         began = time.monotonic()
         one.compose("up", "--build", "--wait", "--quiet-pull")
@@ -133,7 +139,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 
 @pytest.fixture
 def running(ran: Project) -> Project:
-    """The project `ran`, with all containers running, whatever the previous test did."""
+    """Return the project `ran`. First start its containers that do not run, because a previous test may have stopped some."""
     ran.compose("up", "--wait")
     return ran
 
@@ -199,7 +205,7 @@ def test_container_runs_without_privileges_and_cannot_write_to_its_root(running:
 def test_valkey_has_no_route_to_other_networks_but_the_service_has_one(running: Project) -> None:
     routes = [line.split()[1] for line in docker("exec", running.container("redis"), "cat", "/proc/net/route").splitlines()[1:]]
     assert routes
-    assert "00000000" not in routes  # the destination of a default route
+    assert "00000000" not in routes  # 00000000 is the destination of a default route
     assert "00000000" in docker("exec", running.container("hitcounter"), *LOOK["hitcounter"], "/proc/net/route")
 
 
@@ -229,7 +235,9 @@ def test_secrets_are_made_once(running: Project) -> None:
 
 
 def test_secrets_are_in_no_log_configuration_image_or_process(running: Project) -> None:
-    running.compose("down", "--volumes")  # the next `up` makes new secrets, so the logs have everything about them
+    # The next `up` makes new secrets and new containers, so the containers' logs have everything that was ever logged about these
+    # secrets.
+    running.compose("down", "--volumes")
     with processes() as commands:
         running.compose("up", "--wait")
         running.hits()
@@ -261,13 +269,16 @@ def test_secrets_are_in_no_log_configuration_image_or_process(running: Project) 
 
 
 def kill(project: Project, service: str) -> None:
-    """Kill process 1 of a container as a crash would. After `docker kill`, the engine would not restart the container."""
+    """Kill process 1 of a container, as in a crash.
+
+    Do not use `docker kill`, because the engine would not restart the container after that command.
+    """
     pid = str(project.inspect(service)["State"]["Pid"])
     docker("run", "--rm", "--network=none", "--pid=host", "--user=0", "--entrypoint=sh", VALKEY, "-c", 'kill -9 "$0"', pid)
 
 
 def again(project: Project, service: str, restarts: int, load: Traffic) -> None:
-    """Wait until the engine has restarted the container and a request that was sent after the restart is answered."""
+    """Wait up to 30 s until the engine has restarted the container, and up to 30 s more until a new request is answered."""
     wait_for(lambda: project.inspect(service)["RestartCount"] > restarts, 30, "a restart")
     since = time.monotonic()
     wait_for(lambda: load.last_answered > since, 30, "an answer")
@@ -357,7 +368,7 @@ def test_dev_profile_follows_the_files(tmp_path: Path) -> None:
         seconds_until(lambda: not exists(identity, "/app/hitcounter/new/extra.py"))
         assert one.container("hitcounter-dev") == identity
         assert one.inspect("hitcounter-dev")["RestartCount"] == 0
-        seconds_until(lambda: counted(one) > before)  # the last change restarted the service, which must have kept its counts
+        seconds_until(lambda: counted(one) > before)  # the counts must survive the restart by the last change
 
         for name in ("requirements.txt", "requirements-dev.txt", "Containerfile", "image/finish.py"):
             with (one.folder / name).open("a") as file:
@@ -371,7 +382,7 @@ def test_dev_profile_follows_the_files(tmp_path: Path) -> None:
 
 
 def replaced(one: Project, old: str) -> str:
-    """Return the id of the container that replaces the container `old`."""
+    """Wait up to 120 s until a new container has replaced the container `old`, and return the new container's id."""
 
     def new() -> str:  # during the replacement both containers exist
         found = one.container("hitcounter-dev").split()
@@ -381,7 +392,7 @@ def replaced(one: Project, old: str) -> str:
 
 
 def counted(one: Project) -> int:
-    """Return the number of hits that the answer shows, or 0 if there is no answer."""
+    """Return the number of hits that the service's answer shows, or 0 if there is no answer."""
     return int("".join(re.findall(r"seen (\d+) times", one.answer())) or 0)
 
 
@@ -395,8 +406,8 @@ def exists(identity: str, path: str) -> bool:
     return docker("exec", identity, "test", "-e", path, check=False).startswith("0\n")
 
 
-# Sends PING and prints Valkey's answer. The argument is `plain` (no TLS), `tls` (TLS with the project's CA) or `other` (TLS with
-# only the CA certificates of the image).
+# This script sends PING to Valkey and prints Valkey's answer. The argument is `plain` (no TLS), `tls` (TLS that trusts the
+# project's CA) or `other` (TLS that trusts only the CA certificates of the image).
 _PING = """
 import socket, ssl, sys
 raw = socket.create_connection(("redis", 6379), 3)
@@ -417,7 +428,7 @@ def test_tls_profile_leaves_no_port_without_tls_and_keeps_the_counts(running: Pr
         return docker("exec", running.container(service), "/usr/bin/python3.13", "-c", _PING, how)
 
     hits = running.hits()
-    assert "NOAUTH" in ping("hitcounter", "plain")  # the control: without TLS, Valkey answers
+    assert "NOAUTH" in ping("hitcounter", "plain")  # the control: a Valkey without TLS answers
     running.compose("down")
     try:
         running.compose("--profile=tls", "up", "--build", "--wait")

@@ -1,4 +1,4 @@
-"""The files that make the image are checked without an engine."""
+"""The files from which the image is built follow their rules. These tests need no container engine."""
 
 import importlib.util
 import struct
@@ -69,8 +69,8 @@ def test_stripping_changes_no_segment_that_is_loaded() -> None:
         for header in range(table, table + size * count, size):
             (kind,), (begin,) = struct.unpack_from("<I", whole, header), struct.unpack_from("<Q", whole, header + 8)
             (length,) = struct.unpack_from("<Q", whole, header + 32)
-            # Kind 1 is a segment that is loaded. Stripping removes the sections, so it changes their position, which is in the
-            # first 64 bytes of the file.
+            # Kind 1 is PT_LOAD, a segment that is loaded. Skip the first 64 bytes, the ELF header: stripping clears the offset,
+            # size and count of the section header table there.
             if kind == 1:
                 assert whole[max(begin, 64) : begin + length] == stripped[max(begin, 64) : begin + length], path
 

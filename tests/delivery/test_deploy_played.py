@@ -1,4 +1,7 @@
-"""The make targets for Kubernetes handle rare answers of kubectl and the engine. Shell scripts play kubectl and the engine."""
+"""The make targets for Kubernetes handle rare answers of kubectl and of the container engine.
+
+In these tests, shell scripts stand in for kubectl and for the engine.
+"""
 
 import functools
 import os
@@ -16,7 +19,7 @@ from tests.support import ROOT
 
 
 def played(folder: Path, name: str, script: str) -> str:
-    """Write a program that appends its arguments to NAME.told and then runs `script`. Return the program's path."""
+    """Write a shell script that appends its arguments to the file NAME.told and then runs `script`. Return the file's path."""
     program = folder / name
     program.write_text(f'#!/bin/sh\necho "$*" >>"$0.told"\n{script}\n')
     program.chmod(0o755)
@@ -37,7 +40,7 @@ def ran(script: str | Path, *arguments: str, **environ: str) -> "subprocess.Comp
 
 
 def cluster(*, minor: int | None = 30, default: str = "true", nodes: str = "", label: str | None = None) -> str:
-    """Return a script that plays kubectl: it answers with these facts of a cluster. `label` is the label of the namespace."""
+    """Return a script for a fake kubectl on a cluster with these properties. `label` is the label of the cluster's namespace."""
     version = f"""printf '{{"serverVersion": {{\\n "major": "1",\\n "minor": "{minor}",\\n "gitVersion": "v1"}}}}\\n'"""
     return f"""case "$*" in
   *version*) {"exit 1" if minor is None else version} ;;
@@ -52,7 +55,7 @@ esac"""
 
 
 def check(folder: Path, registry: str = "r.example", **options: int | str | None) -> tuple[int, str]:
-    """Run the check of `make deploy` on a cluster with these `options`. Return its exit status and its error output."""
+    """Run the check of `make deploy` on a fake cluster with these `options`. Return the check's exit status and error output."""
     kubectl, engine = played(folder, "kubectl", cluster(**options)), played(folder, "docker", "")  # type: ignore[arg-type]
     done = ran("deploy-check.sh", KUBECTL=kubectl, ENGINE=engine, REGISTRY=registry)
     return done.returncode, done.stderr
@@ -107,7 +110,7 @@ def test_foreign_namespace_is_left_alone(tmp_path: Path, command: str, label: st
 
 
 def test_names_that_look_like_numbers_stay_texts(tmp_path: Path) -> None:
-    """The tag is the beginning of a digest. One such tag in some hundreds looks like a number: only digits, or `12345678e123`."""
+    """A tag is the beginning of a digest. One tag in some hundreds looks like a number: only digits, or `12345678e123`."""
     keeps = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
     kubectl = played(tmp_path, "kubectl", keeps)
     engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
@@ -126,16 +129,21 @@ def test_dry_run_of_deploy_calls_nothing(tmp_path: Path) -> None:
     command = ["make", "--dry-run", "deploy", f"KUBECTL={kubectl}", f"ENGINE={engine}", "REGISTRY=r.example"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=30).stdout
     assert "scripts/deploy.sh" in shown
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["docker", "kubectl"]  # neither was called
+    # Neither docker nor kubectl was called: each would have written a file .told.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["docker", "kubectl"]
 
 
 # --- make secret, make secret-rotate ---
 
 
 class Cluster:
-    """A copy of the scripts whose users.acl is `users`, and a fake kubectl. `has` maps each SECRET.KEY to its content."""
+    """A copy of the scripts with a users.acl of its own, and a fake kubectl.
 
-    # The fake kubectl answers with the files in `has`. It stores each secret that is written in a folder with the secret's name.
+    `users` is the content of users.acl. `has` maps SECRET.KEY to the content of each key that the fake cluster already has.
+    """
+
+    # The fake kubectl answers with the contents in `has`. It stores the keys of each secret that a script writes as files, in a
+    # folder with the secret's name.
     _KUBECTL = """case $* in
       *"get secret"*)
         key=$(expr "$*" : '.*index \\. "\\([a-z]*\\)"')
@@ -163,7 +171,7 @@ class Cluster:
         return ran(self.scripts / f"{command}.sh", KUBECTL=self.kubectl)
 
     def written(self) -> dict[str, dict[str, str]]:
-        """Return the keys and values of each secret that was written."""
+        """Return the keys and values of each secret that a script has written, by the secret's name."""
         return {secret.name: {key.name: key.read_text() for key in secret.iterdir()} for secret in self.got.iterdir()}
 
 
@@ -175,7 +183,7 @@ def test_passwords_are_made_only_if_the_cluster_has_none(tmp_path: Path, status:
 
 
 def test_existing_password_of_a_service_stays(tmp_path: Path) -> None:
-    """The password may belong to a Redis outside the cluster, or somebody deleted only the secret `redis-users`."""
+    """A password can exist without `redis-users`: for a Redis outside the cluster, or because somebody deleted `redis-users`."""
     users = "user default off\nuser hitcounter +get\nuser probe +ping\n"
     one = Cluster(tmp_path, users, {"hitcounter-redis.password": "theirs"})
     assert one.run("secret").returncode == 0
@@ -212,7 +220,7 @@ def test_temporary_passwords_are_deleted_when_the_terminal_closes(tmp_path: Path
     kubectl = played(tmp_path, "kubectl", 'case $* in *"get secret"*) echo >"$0.waits"; sleep 60 ;; esac')
     environ = {**os.environ, "NAMESPACE": "n", "KUBECTL": kubectl, "TMPDIR": str(temporary)}
     command = str(ROOT / "scripts" / "secret.sh")
-    # Restore the default action of SIGHUP: under nohup, child processes would ignore the signal.
+    # Restore the default action of SIGHUP: if these tests run under nohup, their child processes would ignore SIGHUP.
     heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, preexec_fn=heeded) as popen:
         wait_for((tmp_path / "kubectl.waits").exists, 10 * SLACK)
@@ -227,7 +235,7 @@ def test_temporary_passwords_are_deleted_when_the_terminal_closes(tmp_path: Path
 
 @pytest.mark.parametrize(("end", "whole"), [("", True), ("| head -c 40", False)], ids=["whole", "cut off"])
 def test_backup_that_is_interrupted_replaces_no_file(tmp_path: Path, end: str, whole: bool) -> None:
-    """kubectl succeeds even if the stream from the pod ends early."""
+    """kubectl succeeds even if the stream from the pod ends early, so the script itself must notice an incomplete backup."""
     file = tmp_path / "backup.rdb"
     file.write_text("yesterday's")
     kubectl = played(tmp_path, "kubectl", f"seq 2000 | gzip -c {end}")

@@ -16,7 +16,8 @@ from tests.support.images import built, engine, run, tree
 
 pytestmark = pytest.mark.image
 
-OWN = -4  # the last four layers are not the base's: packages, their metadata, byte code of the standard library, the service
+# The image adds four layers to the base: the packages, their metadata, byte code of the standard library, and the service.
+OWN = -4
 PACKAGES = PurePosixPath("usr/local/lib/python3.13/dist-packages")
 LIBRARY = PurePosixPath("usr/lib/python3.13")
 SERVICE = PurePosixPath("app")
@@ -124,7 +125,10 @@ def test_libraries_have_no_debug_data() -> None:
 
 
 def test_every_engine_writes_the_files_in_the_same_order() -> None:
-    """Some engines sort whole paths (`a`, `a-1`, `a/b`), others sort folder by folder (`a`, `a/b`, `a-1`)."""
+    """Some engines sort whole paths (`a`, `a-1`, `a/b`), others sort folder by folder (`a`, `a/b`, `a-1`).
+
+    The files of each layer must have names that are in the same order either way.
+    """
     for layer in built()[0].layers(OWN):
         names = layer.getnames()
         assert sorted(names) == sorted(names, key=lambda name: name.split("/"))

@@ -13,18 +13,18 @@ pytestmark = pytest.mark.image
 
 @pytest.fixture
 def context(tmp_path: Path) -> Path:
-    """A copy of the sources."""
+    """Copy the sources, and return the copy's folder."""
     return sources(tmp_path / "context")
 
 
 @pytest.fixture
 def wheels(tmp_path: Path) -> Path:
-    """A copy of the wheels."""
+    """Copy the wheels, and return the copy's folder."""
     return Path(shutil.copytree(WHEELS, tmp_path / "wheels"))
 
 
 def refusal(context: Path, wheels: Path = WHEELS, platform: str = PLATFORM) -> str:
-    """Build an image, which must fail, and return the output of the build."""
+    """Check that the build of an image fails, and return the output of this build."""
     with pytest.raises(BuildError) as refused:
         layout(context, context / "layout", options="--target=packages", wheels=wheels, PLATFORMS=platform)
     return str(refused.value)

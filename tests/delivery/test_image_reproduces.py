@@ -26,7 +26,7 @@ pytestmark = pytest.mark.image
 
 @pytest.fixture
 def context(tmp_path: Path) -> Path:
-    """A copy of the sources."""
+    """Copy the sources, and return the copy's folder."""
     return sources(tmp_path / "context")
 
 
@@ -82,14 +82,18 @@ def test_changed_wheel_gives_another_image(context: Path, tmp_path: Path) -> Non
 
 
 def given(argument: str) -> str:
-    """Return the image that a build uses for the build argument `argument`."""
+    """Return the name of the image that a build uses as the build argument `argument`, such as BASE."""
     options = re.findall(rf"--build-arg[ =]{argument}=(\S+)", os.environ.get("BUILD_OPTIONS", ""))
     defaults = re.findall(rf"^ARG {argument}=(\S+)$", (ROOT / "Containerfile").read_text(), re.MULTILINE)
     return str([*defaults, *options][-1])
 
 
 def another(argument: str, line: str, folder: Path) -> str:
-    """Add `line` to the image for `argument`, with `folder` as context. Return the options with which a build uses the result."""
+    """Build an image that adds the instruction `line` to one of the images that the Containerfile uses.
+
+    `argument` is the build argument for the Containerfile's image, such as BASE. `folder` is the context of this build. Return
+    the options that make a build of the service use the new image.
+    """
     name = f"localhost/image-tests-{argument.lower()}"
     (folder / "Containerfile").write_text(f"FROM {given(argument)}\n{line}\n")
     if "docker" in engine():
@@ -148,7 +152,7 @@ def test_files_that_are_not_an_input_change_nothing(context: Path, tmp_path: Pat
 
 
 def test_clock_changes_nothing(context: Path, tmp_path: Path) -> None:
-    """Two builds without a cache, at two times, give the same image: its times are the base's and the fixed time only."""
+    """Two builds without a cache, at two times, give the same image: no file has another time than the base's or a fixed one."""
     again = layout(context, tmp_path / "layout", options="--no-cache", SOURCE_DATE_EPOCH="1700000000")
     assert again.digest == built()[0].digest
     assert again.config["created"] == "1970-01-01T00:00:00Z"
@@ -167,7 +171,7 @@ def test_wheels_from_the_index_give_the_same_image(context: Path, tmp_path: Path
         (index / name / wheel.name).symlink_to(wheel.resolve())
     asked: list[str] = []
 
-    class Index(http.server.SimpleHTTPRequestHandler):  # lists a folder as a page of links, which pip accepts as an index
+    class Index(http.server.SimpleHTTPRequestHandler):  # a folder becomes a page of links, which pip can read
         def log_message(self, _: str, *facts: Any) -> None:
             asked.append(str(facts[0]))
 

@@ -1,4 +1,4 @@
-"""The image runs in a restricted container, and `dev` and a second service run too."""
+"""The image runs in a restricted container. The image of the target `dev` and the image of a second service run too."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ RESTRICTED = [
 
 @contextlib.contextmanager
 def container(network: str, *options: str, name: str = "") -> Iterator[str]:
-    """Run the image, or the image `name`, on the network. Yield the container's id."""
+    """Run a container on the network, and yield the container's id. Without `name`, the container runs the production image."""
     identity = run(
         "run", "--detach", "--network", network, "--publish=127.0.0.1::8080", "--env=REDIS_HOST=store", *options, name or image()
     )
@@ -35,7 +35,7 @@ def container(network: str, *options: str, name: str = "") -> Iterator[str]:
 
 
 def get(identity: str, path: str = "/") -> str:
-    """Return the answer to a GET, or an empty text if there is no answer.
+    """Return the body of the answer to a GET, or an empty string if the GET fails.
 
     The time limit is long, because a request that the client abandons may still be counted.
     """
@@ -144,9 +144,9 @@ def test_dev_image_restarts_at_a_change_and_keeps_its_counts(network: str) -> No
         changed = tree() / "changed" / "hitcounter" / "app.py"
         changed.parent.mkdir(parents=True)
         answer = ""
-        for word in ("Salut", "Salve"):  # both files have the same size, and perhaps the same time in seconds
+        for word in ("Salut", "Salve"):  # both changes have the same size, perhaps within one second
             changed.write_text(text.replace("Hello from Redis", f"{word} from Redis"))
-            # Live sync does the same: it runs tar in the container, as the container's user.
+            # Write the file as live sync does: run tar in the container, as the container's user.
             packed = subprocess.run(["tar", "cC", tree() / "changed", "hitcounter"], check=True, capture_output=True).stdout
             run("exec", "--interactive", identity, "tar", "xmf", "-", "-C", "/app", "--no-same-owner", input=packed, text=False)
             began = time.monotonic()

@@ -1,4 +1,4 @@
-"""A newcomer gets a useful `make`: help, a Python environment, a service that runs, and errors in one line."""
+"""For a newcomer, `make` prints help, creates a Python environment, runs the service, and reports each error in one line."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ from nanoservice.testing.waiting import SLACK, wait_for
 from tests.support import ROOT
 from tests.support.loops import python_path
 
-# Use the environment of these tests instead of the one that the first `make run` creates.
+# With these arguments, `make run` uses the Python environment of these tests and does not create another environment.
 RUN = ["make", "-o", ".venv/can-run", "run"]
 
 
@@ -35,7 +35,7 @@ def make(*arguments: str, cwd: Path = ROOT, **environ: str) -> subprocess.Comple
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the files that make needs, without a virtual environment."""
+    """Copy the files that make needs, without a virtual environment. Return the copy's folder."""
     folder = tmp_path / "copy of it"
     folder.mkdir()
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "requirements.in", "requirements-dev.in"):
@@ -47,7 +47,7 @@ def copy(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment without packages. It can be copied: what a copy's Python installs goes into the copy."""
+    """Create a virtual environment without packages. Tests can copy it: a copy's Python installs packages into the copy."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     return folder
@@ -60,7 +60,7 @@ def copy_with_environment(copy: Path, environment: Path) -> Path:
 
 
 def tools(folder: Path, *names: str) -> Path:
-    """Fill `folder` with only these programs, and return it for use as PATH."""
+    """Create `folder` with links to these programs only, and return the folder for use as PATH."""
     folder.mkdir()
     for name in names:
         (folder / name).symlink_to(str(shutil.which(name)))
@@ -168,11 +168,11 @@ class Locked:
         return make(f".venv/{stamp}", cwd=self.copy, **{**index, **environ})
 
     def stale(self) -> set[str]:
-        """Return the stamps that make would bring up to date."""
+        """Return the names of the stamp files that make considers out of date."""
         return {stamp for stamp in ("can-run", "installed") if self.make(stamp, MAKEFLAGS="q").returncode}
 
     def packages(self) -> set[str]:
-        """Return the installed packages, without pip and whatever else a new environment contains."""
+        """Return the installed packages, except pip and the other packages that each new environment contains."""
         listed = subprocess.check_output([self.copy / ".venv" / "bin" / "python", "-m", "pip", "freeze"], text=True)
         return set(listed.split())
 
@@ -224,7 +224,7 @@ def test_environment_whose_python_is_gone_is_created_again(locked: Locked, tmp_p
 
 @contextmanager
 def run(copy: Path, **environ: str) -> Iterator[str]:
-    """Run `make run`, yield the answer to a GET, and stop the service with SIGINT, as Ctrl-C does."""
+    """Run `make run`, yield the service's answer to a GET, and stop the service with SIGINT, as Ctrl-C does."""
     (copy / ".venv").symlink_to(sys.prefix)
     environ = {"PATH": os.environ["PATH"], "BIND_PORT": str(free_port()), "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1", **environ}
     environ["PYTHONPATH"] = python_path()
@@ -292,7 +292,7 @@ def test_lock_on_another_python_is_refused(copy: Path, tmp_path: Path) -> None:
 
 
 def test_old_wheels_are_kept_until_new_ones_are_fetched(copy: Path) -> None:
-    """The folder's name ends with a slash here, as after completion by a shell."""
+    """The folder's name ends with a slash in this test, because a shell's completion adds a slash."""
     (copy / ".venv" / "bin").mkdir(parents=True)
     (copy / ".venv" / "can-run").touch()
     python = copy / ".venv" / "bin" / "python"

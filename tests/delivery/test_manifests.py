@@ -1,4 +1,7 @@
-"""The manifests follow their rules. The tests check the rendered file of each variant, because clusters get these objects."""
+"""The manifests agree with the code and with each other, and pods have only the rights that they need.
+
+The tests check the rendered file of each variant, because clusters get the objects in these files.
+"""
 
 import re
 from dataclasses import dataclass
@@ -43,7 +46,7 @@ USERS = {
 
 @dataclass(frozen=True)
 class Workload:
-    """A workload of one variant: an object that runs pods."""
+    """An object that runs pods, in the manifests of one variant."""
 
     variant: str
     object: Object
@@ -75,7 +78,7 @@ class Workload:
 
     @property
     def container(self) -> Object:
-        """The only container of the pod."""
+        """Return the only container of the pod."""
         (container,) = self.containers
         return container
 
@@ -85,7 +88,7 @@ class Workload:
 
     @property
     def mounts(self) -> dict[str, Object]:
-        """The volume at each path in the container, as {"name": ..., KIND: ...}."""
+        """Return the volumes, as {"name": ..., KIND: ...}, by the path where the container mounts each volume."""
         claims = self.object["spec"].get("volumeClaimTemplates", [])
         volumes = {claim["metadata"]["name"]: {"persistentVolumeClaim": claim["spec"]} for claim in claims}
         volumes |= {volume["name"]: volume for volume in self.pod["volumes"]}
@@ -190,7 +193,8 @@ def test_schema_of_each_kubernetes_accepts_every_object(version: str) -> None:
     checked: list[Object] = []
     for it in (it for variant in RENDERED for it in RENDERED[variant]):
         if it not in checked:  # most objects are the same in all variants
-            # Without a schema for `version`, validate() uses an older schema. It returns the version of the schema that it used.
+            # If validate() has no schema for `version`, it uses an older schema. It returns the version of the schema that it
+            # used, so this comparison finds a missing schema.
             assert kubernetes_validate.validate(it, version, strict=True) == version
             checked.append(it)
     read_schema.cache_clear()  # the cached schemas take 40 MB
@@ -253,13 +257,14 @@ def test_container_has_requests_and_limits(workload: Workload) -> None:
 def test_storage_that_is_requested_holds_the_volumes_and_the_log(workload: Workload) -> None:
     volumes = [volume["emptyDir"] for volume in workload.mounts.values() if "emptyDir" in volume]
     on_disk = sum(number(volume["sizeLimit"]) for volume in volumes if volume.get("medium") != "Memory")
-    log = 5 * number("10Mi")  # the kubelet's defaults for containerLogMaxFiles and containerLogMaxSize
+    log = 5 * number("10Mi")  # 5 and 10Mi are the kubelet's defaults for containerLogMaxFiles and containerLogMaxSize
     assert number(workload.container["resources"]["requests"]["ephemeral-storage"]) >= on_disk + log
 
 
 @of_each_workload
 def test_users_are_the_same_as_in_compose_and_redis_has_its_own(workload: Workload) -> None:
-    # In compose.yaml Redis and the services mount the same volume of secrets. A file's group decides which of them can read it.
+    # In compose.yaml Redis and the services mount the same volume of secrets. A file's group decides which container can read the
+    # file.
     context, composed = workload.pod["securityContext"], yaml.safe_load(COMPOSE.read_text())["services"]
     assert composed[workload.name]["user"] == f"{context['runAsUser']}:{context['runAsGroup']}"
     assert context["runAsUser"] == context["runAsGroup"] == context["fsGroup"]
@@ -271,7 +276,7 @@ def test_users_are_the_same_as_in_compose_and_redis_has_its_own(workload: Worklo
 def test_volumes_are_mounted_whole_and_secrets_and_configmaps_read_only(workload: Workload) -> None:
     for container in workload.containers:
         for mount in container["volumeMounts"]:
-            assert mount.keys() <= {"name", "mountPath", "readOnly"}  # no subPath, because the kubelet never updates its files
+            assert mount.keys() <= {"name", "mountPath", "readOnly"}  # the kubelet never updates files of a subPath
             given = workload.mounts[mount["mountPath"]].keys() & {"secret", "configMap"}
             assert mount.get("readOnly", False) is bool(given)
     for volume in workload.mounts.values():
@@ -285,7 +290,8 @@ def test_image_never_moves(workload: Workload) -> None:
     for container in workload.containers:
         assert container["imagePullPolicy"] == "IfNotPresent"
         by_digest = re.fullmatch(r"[a-z0-9./:-]+@sha256:[0-9a-f]{64}", container["image"])
-        # Only in the variants for a laptop, a service's image has no registry or tag. The deployment fills in the built image.
+        # A service's image may have a name without a registry and a tag only in the variants for a laptop. There the deployment
+        # fills in the name of the image that was built.
         assert by_digest or (workload.variant not in PRODUCTION and container["image"] == workload.name in SERVICES)
         assert ":latest" not in container["image"]
 
@@ -314,7 +320,7 @@ def settings(workload: Workload) -> dict[str, str]:
 
 
 def configured(workload: Workload, folder: Path) -> Any:
-    """Return the settings that the service reads from the workload's environment. Files in `folder` replace those of secrets."""
+    """Return the settings that the service reads from the workload's environment. Files in `folder` stand in for secrets."""
     service, environ = SERVICES[workload.name], settings(workload)
     for name, spec in variables(service.config):
         if name in environ and spec.metadata["parse"] in {config.file, config.certificates}:
@@ -444,7 +450,7 @@ def test_number_of_pods_is_set_by_the_autoscaler_only(workload: Workload) -> Non
         assert 2 <= scaler["minReplicas"] < scaler["maxReplicas"]
         (metric,) = scaler["metrics"]
         aim = number(metric["resource"]["target"]["averageValue"])
-        assert number(workload.container["resources"]["requests"]["cpu"]) < aim < 1  # one thread uses one core
+        assert number(workload.container["resources"]["requests"]["cpu"]) < aim < 1  # the service's only thread uses one core
 
 
 @pytest.mark.parametrize("variant", PRODUCTION)
@@ -526,14 +532,15 @@ def test_redis_keeps_what_it_acknowledged_and_forgets_nothing() -> None:
 
 @pytest.mark.parametrize("variant", WITH_REDIS)
 def test_claim_is_the_same_whichever_kustomize_renders_it(variant: str) -> None:
-    # Some versions of Kustomize add a variant's labels to the claim template. Kubernetes refuses every later change.
+    # Some versions of Kustomize add a variant's labels to the claim template. Kubernetes refuses every later change of a claim
+    # template, so the rendered template must be the same as the template in the file.
     templates = redis(variant).object["spec"]["volumeClaimTemplates"]
     assert templates == yaml.safe_load(STATEFULSET.read_text())["spec"]["volumeClaimTemplates"]
     assert [claim["metadata"]["labels"] for claim in templates] == [{LABEL + "part-of": "hitcounter"}]
 
 
 def check_sizes(store: Workload, conf: str, compose: str) -> None:
-    """Fail unless the memory and storage of `store`, and of Redis in `compose`, follow from the maxmemory in `conf`."""
+    """Check that the sizes of `store`, and of Redis in the text `compose`, follow from the maxmemory in the text `conf`."""
     (most,) = (number(line.split()[1]) for line in conf.splitlines() if line.startswith("maxmemory "))
     resources, tmp = store.container["resources"], store.mounts["/tmp"]["emptyDir"]["sizeLimit"]
     assert number(resources["limits"]["memory"]) == 3 * most + number("32Mi")  # the fork of a rewrite may copy every page

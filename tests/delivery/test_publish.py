@@ -138,7 +138,7 @@ def test_list_of_contents_has_all_packages_of_each_platform() -> None:
 
 
 def platform_layers(platform: str) -> Iterator[list[str]]:
-    """Yield one list: the names of all files in the image for `platform`, from all its layers."""
+    """Yield the names of all files in all layers of the image for `platform`, as one list."""
     one = Layout(published().layout)
     child = Layout.__new__(Layout)
     child.__dict__.update(_blobs=published().layout / "blobs" / "sha256", digest=one.manifests()[platform])
@@ -221,7 +221,7 @@ def test_publishing_again_changes_nothing() -> None:
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Path:
-    """The OCI layout of an image whose source has one more comment."""
+    """Build an image whose source has one more comment, and return the folder of its OCI layout."""
     context = sources(tmp_path / "context")
     with open(context / "hitcounter" / "app.py", "a") as file:
         file.write("# another\n")

@@ -1,4 +1,4 @@
-"""Each script answers wrong arguments with its usage and is in the list; two scripts need a builder that describes itself."""
+"""Each script answers wrong arguments with its usage and is in scripts/README.md. Two scripts fail if the builder is unknown."""
 
 import os
 import re

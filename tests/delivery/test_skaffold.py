@@ -1,4 +1,4 @@
-"""The files that skaffold.yaml names exist, and each profile makes its changes."""
+"""The files that skaffold.yaml names exist, and each profile changes the configuration as intended."""
 
 import copy
 import functools
@@ -88,7 +88,7 @@ def test_command_deploys_its_target(command: str, target: str | None, folder: st
     config = configured(*profiles_of(command))
     assert artifact(config)["docker"].get("target") == target
     assert target is None or re.search(rf"^FROM .* AS {target}$", CONTAINERFILE, re.MULTILINE)
-    # Without a target, an engine builds the last stage.
+    # Without a target, an engine builds the last stage, which must be the production image.
     assert re.findall(r"^FROM .* AS (\w+)$", CONTAINERFILE, re.MULTILINE)[-1] == "runtime"
     assert config["manifests"]["kustomize"]["paths"] == [f"manifests/{folder}"]
     images = [

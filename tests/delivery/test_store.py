@@ -27,7 +27,7 @@ from tests.support import ROOT
 SOURCES = ROOT / "manifests" / "redis"
 USERS = (SOURCES / "users.acl").read_text()
 RIGHTS = next(line.split()[2:] for line in USERS.splitlines() if line.startswith("user hitcounter "))
-# With these options the driver sends no command of its own.
+# With these options the driver sends only the test's commands, so a user needs no rights for the driver's own commands.
 BARE: dict[str, Any] = {
     "protocol": 2,
     "driver_info": None,
@@ -74,12 +74,12 @@ class Shipped(Valkey):
         self.wait()
 
     def begin(self, *options: str) -> None:
-        """Start Valkey with redis.sh, and do not wait until Valkey serves."""
+        """Start Valkey with redis.sh, and return before Valkey accepts commands."""
         command = [*self.command, "start", "--port", str(self.port), "--bind", "127.0.0.1", *options]
         self.process = subprocess.Popen(command, env=self.path, stdout=subprocess.DEVNULL)
 
     def wait(self) -> None:
-        """Wait until Valkey has loaded its data and serves."""
+        """Wait until Valkey has loaded its data and answers commands."""
         process = self.process
         assert process
 
@@ -92,7 +92,7 @@ class Shipped(Valkey):
         wait_for(answers, 10 * SLACK, "Valkey answers")
 
     def ask(self, user: str, *command: Any, password: str = "") -> Any:
-        """Return the answer to a command of `user`."""
+        """Send a command to Valkey as `user`, and return Valkey's answer."""
         with self.client(username=user, password=password or f"{user}'s", **BARE) as client:
             return client.execute_command(*command)
 
@@ -110,14 +110,14 @@ def shipped() -> Iterator[Shipped]:
 
 @pytest.fixture
 def stopped() -> Iterator[Shipped]:
-    """A Valkey that is not started yet."""
+    """Yield a Valkey that has not been started."""
     with shipped() as store:
         yield store
 
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[Shipped]:
-    """A running Valkey for all the tests that do not restart it or change its files."""
+    """Start one Valkey for all the tests that neither restart Valkey nor change its files."""
     with shipped() as store:
         store.start()
         yield store
@@ -168,7 +168,7 @@ def test_each_line_of_passwords_is_valid(stopped: Shipped) -> None:
 
 
 def test_password_without_a_newline_is_valid(stopped: Shipped) -> None:
-    # Most tools write a secret without a newline.
+    # Most tools write a password into a secret without a newline.
     stopped.set_passwords("hitcounter", "only")
     stopped.start()
     assert stopped.ask("hitcounter", "PING", password="only") is True
@@ -183,7 +183,7 @@ def test_empty_line_is_not_a_valid_password(stopped: Shipped) -> None:
 
 
 def test_second_valkey_on_the_same_data_waits_until_the_first_has_exited(stopped: Shipped) -> None:
-    """After a pod was deleted by force, its Valkey may still run when the next pod starts another Valkey."""
+    """If a pod is deleted by force, the pod's Valkey may still run when the next pod starts another Valkey."""
     stopped.start()
     users = stopped.root / "run/valkey/users.acl"
     stopped.ask("all", "SET", "a", "1")
@@ -278,10 +278,10 @@ def test_input_that_is_not_a_snapshot_is_refused_and_nothing_changes(stopped: Sh
 async def refusal(store: Shipped, timeout: float) -> str:
     """Make the service send every command that it can send to Redis.
 
-    Return the detail of the first answer that is not 200, or an empty text if all answers are 200.
+    Return the `detail` of the first answer whose status is not 200, or an empty string if every status is 200.
     """
     store.ask("all", "FLUSHALL")
-    store.ask("all", "ZADD", ORDER, 1, "old")  # the service must forget this key, because it may keep only one
+    store.ask("all", "ZADD", ORDER, 1, "old")  # the service may keep only one key, so it must forget this key
     store.ask("all", "HSET", ANSWERS, "old", "x")
     password = store.root / "run/secrets/redis/hitcounter"
     environ = store.environ(REDIS_USERNAME="hitcounter", REDIS_PASSWORD_FILE=str(password), IDEMPOTENCY_KEYS="1")
@@ -307,7 +307,7 @@ async def test_rights_of_the_service_s_user_are_enough(store: Shipped) -> None:
 async def test_service_needs_each_right_of_its_user(store: Shipped, right: str, caplog: pytest.LogCaptureFixture) -> None:
     store.ask("all", "ACL", "SETUSER", "hitcounter", "resetkeys", *(other for other in RIGHTS if other != right))
     told = "Redis fails: its user may not do this (NOPERM)"
-    for timeout in (0.5, 5):  # on a busy machine, 0.5 s may be too short
+    for timeout in (0.5, 5):  # 0.5 s saves time, but may be too short on a busy machine
         assert await refusal(store, timeout)
         if told in caplog.messages:
             break

@@ -1,4 +1,4 @@
-"""Every target, file, class, message and metric that the texts name exists, and every link has a target."""
+"""Each make target, file, class, message and metric that the Markdown texts name exists, and each link has a target."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,8 @@ def test_make_targets_exist(text: Path) -> None:
 @of_each_text
 def test_files_exist(text: Path) -> None:
     content = text.read_text()
-    # A name in backquotes is relative to the repository, and a link is relative to the text. Tests may be named without a folder.
+    # A path in backquotes starts at the repository's root. A link starts at the folder of the text that contains the link. A text
+    # may name a test file without its folder.
     named = re.findall(r"`((?:\.ci|bench|docs|hitcounter|image|manifests|nanoservice|tests)/[\w./-]+)`", content)
     linked = re.findall(r"\]\((?!https?://)([\w./-]+)\)", content)
     missing = [name for name in named if not (ROOT / name).exists()]
@@ -58,7 +59,7 @@ def test_targets_of_links_exist(text: Path) -> None:
 
 @of_each_text
 def test_classes_are_in_the_file_that_the_text_links(text: Path) -> None:
-    """Texts write "[counter.py](../hitcounter/counter.py), `Lane`" or "`Lane` in [counter.py](../hitcounter/counter.py)"."""
+    """A text writes "[counter.py](../hitcounter/counter.py), `Lane`" or "`Lane` in [counter.py](../hitcounter/counter.py)"."""
     content = text.read_text()
     named = re.findall(r"\]\(([\w./]+\.py)\), `([A-Z]\w+)`", content)
     named += [(file, name) for name, file in re.findall(r"`([A-Z]\w+)` in \[[^]]*\]\(([\w./]+\.py)\)", content)]
@@ -84,7 +85,7 @@ def test_details_of_the_runbook_are_those_of_the_code() -> None:
         assert words in code, detail
 
 
-# Messages of kubectl, Kubernetes and Valkey begin with these words.
+# Messages that begin with these words come from kubectl, Kubernetes or Valkey, so this repository's code does not contain them.
 _FOREIGN = (
     "deployment", "statefulset.apps", "persistentvolumeclaim/", 'secret "', "Failed to pull", "must support resize",
     "Bad ", "Can't recover", "Digest:", "Ready to accept", "Unrecoverable ", "Valkey version=",
@@ -92,7 +93,7 @@ _FOREIGN = (
 
 
 def test_messages_of_the_runbook_are_those_of_the_code() -> None:
-    """The messages are the quoted texts in paragraphs that say what you see, or what a log or a command prints."""
+    """A message is a text in backquotes, in a paragraph that describes what you see, or what a log or a command prints."""
     text = re.sub(r"^ *(```.*?^ *```|\|.*?$)", "", (ROOT / "docs" / "operations.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     paragraphs = [it for it in re.split(r"\n\s*\n", text) if re.search(r"\b([Yy]ou see|logs?|says|prints?)\b", it)]
     messages = {message for it in paragraphs for message in re.findall(r"`([^`\n]+)`", it) if " " in message}
@@ -109,7 +110,7 @@ def test_messages_of_the_runbook_are_those_of_the_code() -> None:
 async def test_metrics_of_the_runbook_are_measured(served: Served) -> None:
     content = (ROOT / "docs" / "operations.md").read_text()
     named = re.findall(r"^\| `([a-z]+_[a-z_]+)` \|", content, re.MULTILINE)
-    named += re.findall(r"\b((?:http|counter|process|redis)_[a-z_]+)[{[]", content)  # the metrics in queries
+    named += re.findall(r"\b((?:http|counter|process|redis)_[a-z_]+)[{[]", content)  # in a query, { or [ follows the metric
     async with served.client.get("/") as answer:
         assert answer.status == 200
     async with served.client.get(f"http://127.0.0.1:{served.admin_port}/metrics") as answer:

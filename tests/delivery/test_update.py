@@ -16,9 +16,9 @@ RENOVATE = json.loads((ROOT / ".github" / "renovate.json").read_text())
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A repository whose workflow uses an old version of an action.
+    """Create a repository whose workflow uses an old version of an action, and return the repository's folder.
 
-    The action's own repository is beside it, and the tag of the action's newest version is an annotated tag.
+    The action has its own repository in the folder `actions`. The tag of the action's newest version is an annotated tag.
     """
     action, copy = tmp_path / "actions" / "some", tmp_path / "copy"
     for folder in (action, copy):
@@ -33,7 +33,7 @@ def copy(tmp_path: Path) -> Path:
     return copy
 
 
-# git must ignore the developer's own configuration.
+# With these variables, git ignores the configuration of the developer who runs the tests.
 ENVIRON = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
 
 
@@ -83,7 +83,7 @@ def changes(copy: Path) -> list[str]:
 
 
 def test_checkout_on_windows_has_the_same_bytes(tmp_path: Path) -> None:
-    """The files go into containers and into the image, whose digest depends on every byte."""
+    """git must not change line ends: these files go into containers and into the image, whose digest depends on every byte."""
     git(tmp_path, "init", "--quiet")
     for name in (".gitattributes", "Makefile", "manifests/redis/redis.sh", "hitcounter/app.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -118,4 +118,4 @@ def test_renovate_s_custom_managers_find_each_image(name: str) -> None:
     found = [hit.group("depName", "currentValue", "currentDigest") for regex in regexes for hit in re.finditer(regex, text)]
     assert found == re.findall(r"([a-z][a-z.]*/[\w./-]+):([\w.-]+)@(sha256:[0-9a-f]{64})", text)
     assert len(found) == len(re.findall(r"@sha256:[0-9a-f]{64}", text)) > 0
-    assert RENOVATE["ignorePaths"] == []  # Renovate's preset would ignore each folder named `tests`
+    assert RENOVATE["ignorePaths"] == []  # by default, Renovate's preset ignores each folder named `tests`

@@ -1,4 +1,7 @@
-"""The workflows follow the rules that no linter knows. `make lint` checks all other rules: zizmor, actionlint and the schema."""
+"""The workflows follow the rules that no linter checks.
+
+`make lint` checks all other rules, with zizmor, actionlint and the schema of workflows.
+"""
 
 import re
 from typing import Any
@@ -13,7 +16,7 @@ JOBS = [pytest.param(job, id=f"{name}-{key}") for name, workflow in WORKFLOWS.it
 RUNS = [run for workflow in WORKFLOWS.values() for run in runs(workflow)]
 # HERE is the text of .ci/run and .ci/steps. Titles of steps and comments are removed, because they run nothing.
 HERE = re.sub(r'step "[^"]*"|(?<!\S)#.*', "step", "".join((ROOT / ".ci" / name).read_text() for name in ("run", "steps")))
-# The test of publishing reads these commands from the workflow and executes them unchanged.
+# test_publish.py reads these commands from the workflow of releases and executes them unchanged.
 EXECUTED = {run.line for run in runs(RELEASE) if run.here}
 
 
@@ -43,7 +46,7 @@ def test_actions_are_named_by_commit_and_version() -> None:
         assert re.fullmatch(r"[0-9a-f]{40}", commit), name
         assert re.fullmatch(r"v\d+\.\d+\.\d+", version), name
     assert len(uses()) > 10
-    assert len({name for name, _, _ in uses()}) == len(set(uses()))  # each action has only one version
+    assert len({name for name, _, _ in uses()}) == len(set(uses()))  # no action is used in two versions
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -57,7 +60,7 @@ def test_job_has_its_limits(job: Any) -> None:
 
 
 def test_python_that_is_set_up_is_the_one_that_make_uses() -> None:
-    """Runners have Python 3.12, and make prefers a newer Python if the runner has one."""
+    """Runners have Python 3.12, and make prefers a newer Python of the runner. So a job that needs another Python sets PYTHON."""
     set_up = {
         job: step["with"]["python-version"]
         for job, one in CI["jobs"].items()

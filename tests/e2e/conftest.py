@@ -1,4 +1,4 @@
-"""Fixtures: the deployment of `make deploy` on the cluster, and a second namespace."""
+"""These fixtures give tests the deployment of `make deploy` on the cluster, and a second namespace."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from tests.support.cluster import Deployed, Namespace, deployed, namespace
 
 @pytest.fixture
 def cluster() -> Deployed:
-    """The deployment of `make deploy`, with one ready pod, whatever the previous test did."""
+    """Return the deployment of `make deploy`. First scale it to one ready pod, because a previous test may have changed it."""
     namespace = deployed().namespace
     namespace.kubectl("scale", "deployment/hitcounter", "--replicas=1")
     for what in "statefulset/redis", "deployment/hitcounter":
@@ -21,6 +21,6 @@ def cluster() -> Deployed:
 
 @pytest.fixture
 def other() -> Iterator[Namespace]:
-    """A second, empty namespace."""
+    """Create a second, empty namespace for the test, and yield it."""
     with namespace("other") as one:
         yield one

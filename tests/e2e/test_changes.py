@@ -27,7 +27,7 @@ def evict(namespace: Namespace, pod: str) -> None:
 
 
 def change_config(namespace: Namespace) -> None:
-    """Change a setting as a deployment does: make a ConfigMap with another name, and use it in the pods."""
+    """Change a setting as a deployment does: make a ConfigMap with another name, and make the pods use the new ConfigMap."""
     container = namespace.get("deployment", "hitcounter")["spec"]["template"]["spec"]["containers"][0]
     config = container["envFrom"][0]["configMapRef"]["name"]
     data = namespace.get("configmap", config)["data"] | {"LANES": "3"}
@@ -51,7 +51,7 @@ def scale_up_and_down(namespace: Namespace) -> None:
 
 
 def await_budget(namespace: Namespace) -> None:
-    """Wait until the disruption budget counts two pods, which happens a moment after both are ready."""
+    """Wait up to 60 s until the disruption budget allows an eviction, which happens a moment after both pods are ready."""
 
     def allows_one() -> bool:
         status = namespace.get("poddisruptionbudget", "hitcounter")["status"]
@@ -106,13 +106,14 @@ async def test_passwords_are_rotated_without_a_failed_request(cluster: Deployed)
         assert password not in said + "".join(seen)
     assert namespace.valkey("PING", user="hitcounter", password=new) == "PONG"
     assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=old))
-    namespace.kubectl("delete", "pod", "redis-0")  # Redis also accepts only the new password after a restart
+    namespace.kubectl("delete", "pod", "redis-0")  # after a restart, too, Redis accepts only the new password
     namespace.await_rollout("statefulset/redis")
     assert namespace.valkey("PING", user="hitcounter", password=new) == "PONG"
     assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=old))
 
 
-# This kubectl fails instead of running the $AT-th command that contains $STEP.
+# This script stands in for kubectl. It passes each command to the real kubectl, but fails if $STEP is in the command and was in
+# at least $AT - 1 earlier commands.
 _CUT = """#!/bin/sh
 case "$*" in
   *"$STEP"*) echo >>"$0.seen"; [ "$(wc -l <"$0.seen")" -lt "$AT" ] || { echo "cut short before: $STEP" >&2; exit 1; } ;;

@@ -1,4 +1,7 @@
-"""Under load, processes are killed and pods deleted. Clients get 200 or 503, each number once, and no answered hit is lost."""
+"""If processes are killed or pods are deleted under load, no answered hit is lost.
+
+Clients get status 200 or 503, and no number of a hit appears in two answers.
+"""
 
 import asyncio
 import json
@@ -17,7 +20,8 @@ pytestmark = pytest.mark.cluster
 
 REDIS = "app.kubernetes.io/name=redis"
 
-# Kills process 1 of the container $1 with SIGKILL, from the node: inside the container, the kernel ignores SIGKILL to process 1.
+# This script runs on the node and kills process 1 of the container $1 with SIGKILL. It cannot run inside the container, because
+# there the kernel ignores SIGKILL to process 1.
 _KILL = """
 for folder in /proc/[0-9]*; do
   if grep -q "$1" $folder/cgroup 2>/dev/null && grep -q '^NSpid:.*[[:space:]]1$' $folder/status; then
@@ -29,7 +33,10 @@ echo "no process of the container $1"; exit 1
 
 
 class Node:
-    """A pod that sees all processes of the node. It runs Valkey's image, which the cluster has and which contains a shell."""
+    """A pod that can kill all processes of the node.
+
+    The pod runs Valkey's image, because the cluster already has this image, and because the image contains a shell.
+    """
 
     def __init__(self, namespace: Namespace, image: str) -> None:
         self._namespace = namespace
@@ -66,17 +73,18 @@ def status(namespace: Namespace, selector: str) -> Any:
 
 
 class Windows:
-    """The periods in which requests may fail. Each begins with a fault that a test causes, and ends with the recovery."""
+    """The periods in which requests may fail. Each period begins with a fault that a test causes and ends with the recovery."""
 
     def __init__(self, load: Traffic) -> None:
         self._load = load
         self.all: list[tuple[float, float]] = []
 
     async def recover(self, began: float, namespace: Namespace, ready: Callable[[], Any]) -> float:
-        """Wait until `ready` is true and a request that was sent after that is answered. Return the seconds since `began`.
+        """Wait until `ready()` is true, and then until a new request is answered. Return the seconds from `began` to that answer.
 
-        The recorded period ends later, when a request on a new connection is answered. If Redis was away for more than half a
-        minute, the service is not ready, and new connections are refused until the kubelet's next readiness check.
+        The period that is recorded ends later, when a request on a new connection is answered. The reason is that the service is
+        not ready if Redis was away for more than half a minute: then new connections are refused until the kubelet's next
+        readiness check.
         """
         await step(wait_for, ready, 120)
         since = time.monotonic()
@@ -124,7 +132,7 @@ async def test_killed_process_loses_no_answered_hit(cluster: Deployed, node: Nod
             began = time.monotonic()
             await step(node.kill, old["containerID"])
             times.append(await windows.recover(began, namespace, back))
-    # The kubelet waits 10 s before the second restart, and 20 s before the third.
+    # The kubelet waits 10 s before the second restart of a container, and 20 s before the third restart.
     alone = [f"{seconds - wait:.1f}" for seconds, wait in zip(times, (0, 10, 20), strict=True)]
     print(f"without the kubelet's back-off: {', '.join(alone)} s")
 

@@ -1,4 +1,4 @@
-"""After `make deploy`, the service counts and new pods are ready soon. There are no warnings, and no secret is revealed."""
+"""After `make deploy`, the service counts, new pods are soon ready, nothing warns, and no command reveals a secret."""
 
 import re
 import time
@@ -14,7 +14,7 @@ from tests.support.traffic import counts
 
 pytestmark = pytest.mark.cluster
 
-# A start may cause these events: the first probe may run before the service listens or before Redis answers.
+# A start may cause these events, because the first probe may run before the service listens or before Redis answers.
 EXPECTED = [
     r"Unhealthy Startup probe failed: Get ",
     r"Unhealthy Readiness probe failed: HTTP probe failed with statuscode: 503",
@@ -50,8 +50,8 @@ def seconds_until_ready(namespace: Namespace) -> float:
 
 def test_cold_pod_is_ready_within_three_seconds(cluster: Deployed) -> None:
     took: list[float] = []
-    # If the first readiness check runs before the network policies know the new pod, Redis is out of reach, and the next check
-    # runs 5 s later. This does not happen every time, so try three times.
+    # If the first readiness check runs before the network policies know the new pod, the pod cannot reach Redis. The next check
+    # runs 5 s later. This does not happen every time, so try up to three times.
     while not took or (min(took) >= 3 * SLACK and len(took) < 3):
         took.append(seconds_until_ready(cluster.namespace))
     print(f"\nready {min(took):.1f} s after the pod was requested")
@@ -60,7 +60,7 @@ def test_cold_pod_is_ready_within_three_seconds(cluster: Deployed) -> None:
 
 def test_deploying_again_changes_nothing(cluster: Deployed) -> None:
     ours = cluster.namespace
-    ours.make("deploy", seconds=900)  # reverts the changes of other tests
+    ours.make("deploy", seconds=900)  # this reverts the changes of other tests
     before = [pod["metadata"]["uid"] for pod in ours.pods("app.kubernetes.io/part-of=hitcounter")]
     assert ours.make("deploy", seconds=900).splitlines()[-1] == cluster.url
     assert [pod["metadata"]["uid"] for pod in ours.pods("app.kubernetes.io/part-of=hitcounter")] == before

@@ -1,4 +1,4 @@
-"""The steps of `skaffold dev`, `debug` and `verify` work on the cluster. The tests need no Skaffold: they do the same steps.
+"""The steps of `skaffold dev`, `debug` and `verify` work on the cluster. The tests do these steps without Skaffold.
 
 They build the targets that skaffold.yaml names, deploy the manifests of its profiles, and sync files with Skaffold's commands.
 """
@@ -28,10 +28,11 @@ from tests.support.cluster import KUBECTL, Namespace, compose, deployed, namespa
 pytestmark = pytest.mark.cluster
 
 CONFIG = yaml.safe_load((ROOT / "skaffold.yaml").read_text())
-PLACE = "/app"  # the service's folder in the image
+PLACE = "/app"  # this folder of the image contains the service
 APP = (ROOT / "hitcounter" / "app.py").read_text()
 GREETING = "Hello from Redis"
-ANY_NODE_PORT = [{"op": "remove", "path": "/spec/ports/0/nodePort"}]  # only one Service of a cluster can have the port 30080
+# Only one Service of a cluster can have the port 30080. With this patch, Kubernetes chooses another port.
+ANY_NODE_PORT = [{"op": "remove", "path": "/spec/ports/0/nodePort"}]
 
 
 def published(target: str) -> str:
@@ -44,7 +45,7 @@ def published(target: str) -> str:
 
 @pytest.fixture(scope="module")
 def dev() -> Iterator[Namespace]:
-    """A namespace with the deployment of `skaffold dev`. Kubernetes chooses its port of the node."""
+    """Yield a namespace with the deployment of `skaffold dev`. Kubernetes chooses the node's port for the service."""
     images = replace(deployed(), image=published("dev"))
     with namespace("dev") as one:
         one.make("secret")
@@ -77,7 +78,7 @@ def url(namespace: Namespace) -> str:
 
 
 def ask(url: str, seconds: float = 5) -> str:
-    """Return the answer to a GET, or an empty text if there is no answer."""
+    """Return the body of the answer to a GET, or an empty string if the GET fails."""
     with contextlib.suppress(OSError), urlopen(url, timeout=seconds) as answer:
         return str(answer.read().decode())
     return ""
@@ -89,12 +90,12 @@ def the_pod(namespace: Namespace) -> Any:
 
 
 def identity(pod: Any) -> tuple[str, int]:
-    """Return the pod's UID and the restarts of its container. Both stay the same unless the pod is replaced or restarts."""
+    """Return the pod's UID and the restarts of its container, which show whether the pod was replaced or has restarted."""
     return pod["metadata"]["uid"], pod["status"]["containerStatuses"][0]["restartCount"]
 
 
 def sync(pod: Any, files: dict[str, str], deleted: tuple[str, ...] = ()) -> None:
-    """Write `files` into the pod and remove those in `deleted`, with the commands of Skaffold's pkg/skaffold/sync."""
+    """Write `files` into the pod and remove the files in `deleted`, with the commands of Skaffold's pkg/skaffold/sync."""
     place = [KUBECTL, "exec", pod["metadata"]["name"], "--namespace", pod["metadata"]["namespace"], "-c", "hitcounter"]
     if deleted:
         run(*place, "--", "rm", "-rf", "--", *(f"{PLACE}/{name}" for name in deleted))
@@ -161,14 +162,17 @@ def test_log_format_is_text(dev: Namespace) -> None:
 
 
 def smoke_test(namespace: Namespace, image: str, name: str = "smoke-test", wait: int = 0) -> tuple[str, str]:
-    """Run the smoke test as Skaffold does, after `wait` seconds. Return the job's last condition and its log."""
+    """Run the smoke test as Skaffold does. Return the job's last condition and its log.
+
+    The job sleeps for `wait` seconds before it sends the first request.
+    """
     (case,) = CONFIG["verify"]
     job = yaml.safe_load((ROOT / case["executionMode"]["kubernetesCluster"]["jobManifestPath"]).read_text())
     (script,) = case["container"]["args"]
     job["metadata"] = {"name": name, "namespace": namespace.name}
     template = job["spec"]["template"]
     template["metadata"]["labels"] = {"app.kubernetes.io/name": name}
-    # With these options, a look-up fails within a second if no name server answers, not after half a minute.
+    # If no name server answers, a look-up fails within a second with these options. Without them it takes half a minute.
     template["spec"]["dnsConfig"] = {"options": [{"name": "timeout", "value": "1"}, {"name": "attempts", "value": "1"}]}
     template["spec"]["containers"][0] |= {
         "image": image,
@@ -191,7 +195,7 @@ def test_only_the_smoke_test_s_own_policy_lets_it_pass(dev: Namespace) -> None:
     image = deployed().image
     status, log = smoke_test(dev, image)
     assert (status, "it counts: {'hits'" in log) == ("Complete", True), log
-    status, log = smoke_test(dev, image, "another", wait=5)  # the policies apply a moment after a pod has its address
+    status, log = smoke_test(dev, image, "another", wait=5)  # the policies apply to a pod only a moment after it starts
     assert status == "Failed", log
     assert "URLError" in log
 
@@ -212,7 +216,7 @@ def test_smoke_test_fails_without_redis(dev: Namespace) -> None:
 
 
 class Debugger:
-    """A client of the Debug Adapter Protocol, as in editors: https://microsoft.github.io/debug-adapter-protocol/"""
+    """A client of the Debug Adapter Protocol, which editors use: https://microsoft.github.io/debug-adapter-protocol/"""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), 10)

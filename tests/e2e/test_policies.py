@@ -13,7 +13,7 @@ from tests.support.cluster import Deployed, Namespace, namespace
 
 pytestmark = pytest.mark.cluster
 
-# Prints, for each HOST:PORT, whether a TCP connection succeeds.
+# This script prints, for each argument HOST:PORT, whether a TCP connection to it succeeds.
 _REACH = """
 import json, socket, sys
 def reach(target):
@@ -34,7 +34,7 @@ def reach(namespace: Namespace, pod: str, *targets: str) -> dict[str, bool]:
 
 
 def start(namespace: Namespace, image: str, name: str = "client", labels: dict[str, str] | None = None) -> str:
-    """Start a pod that serves HTTP on port 8000, and return its address. Tests run Python in this pod to try connections."""
+    """Start a pod that serves HTTP on port 8000, and return its address. Tests also run Python in this pod to try connections."""
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -61,7 +61,7 @@ def start(namespace: Namespace, image: str, name: str = "client", labels: dict[s
 
 @pytest.fixture
 def monitoring() -> Iterator[Namespace]:
-    """The namespace `monitoring`. The fixture creates it, and deletes it again, if the cluster does not have it."""
+    """Yield the namespace `monitoring`. If the cluster does not have it, create it, and delete it after the test."""
     one = Namespace("monitoring")
     there = "monitoring" in one.kubectl("get", "namespaces", "--output=name")
     if not there:
@@ -91,7 +91,7 @@ def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
         f"{address}:8080": True,
         f"{address}:9090": False,
     }
-    # `default-deny` applies to every pod of the namespace, also to one that no other policy selects.
+    # `default-deny` applies to every pod of the namespace, also to a pod that no other policy selects.
     assert reach(ours, "stranger", redis, f"{address}:8080") == {redis: False, f"{address}:8080": False}
     ours.kubectl("delete", "pod", "stranger")
 
@@ -105,7 +105,7 @@ def test_service_reaches_redis_and_dns_and_nothing_else(cluster: Deployed, other
     ours = cluster.namespace
     server = f"{start(other, cluster.image)}:8000"
     api = "kubernetes.default.svc:443"
-    redis = f"redis.{ours.name}:6379"  # a name, so a connection to it shows that the service reaches DNS
+    redis = f"redis.{ours.name}:6379"  # a connection to this name also shows that the service reaches DNS
     assert reach(ours, ours.ready()[0], redis, server, api) == {redis: True, server: False, api: False}
     start(other, cluster.image, "control")
     assert reach(other, "control", server, api) == {server: True, api: True}
@@ -113,7 +113,8 @@ def test_service_reaches_redis_and_dns_and_nothing_else(cluster: Deployed, other
 
 def test_redis_reaches_nothing(cluster: Deployed, other: Namespace) -> None:
     server = start(other, cluster.image)
-    # The pod has no client except Valkey's. Python's HTTP server does not know Redis's protocol, but it accepts the connection.
+    # Redis's pod has only one client program, valkey-cli. Python's HTTP server, which this command tries to reach, does not know
+    # Redis's protocol, but would accept the connection.
     command = ["timeout", "3", "valkey-cli", "-h", server, "-p", "8000", "PING"]
     with pytest.raises(AssertionError, match=r"Could not connect|: (124|143)"):
         cluster.namespace.kubectl("exec", "redis-0", "--", *command)
@@ -133,7 +134,7 @@ def test_each_user_of_redis_may_run_only_the_commands_that_it_needs(cluster: Dep
     def ask(*command: str, user: str = "hitcounter") -> str:
         return ours.valkey(*command, user=user)
 
-    # NOPERM, not "unknown command", shows that the server has the command and would run it for a user with more rights.
+    # The error must be NOPERM, not "unknown command". NOPERM shows that Redis would run the command for a user with more rights.
     for command in DENIED:
         assert ask(*command).startswith("NOPERM"), command
     assert ask("GET", "{hitcounter}:hits").isdigit()

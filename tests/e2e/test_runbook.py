@@ -1,4 +1,4 @@
-"""docs/operations.md is right: the tests provoke its faults, look for its symptoms, apply its fixes and follow its recipes."""
+"""docs/operations.md is correct: these tests cause each fault, look for the symptoms, apply the fixes and follow the recipes."""
 
 import base64
 import json
@@ -27,7 +27,7 @@ REDIS = "app.kubernetes.io/name=redis"
 
 @pytest.fixture
 def installed(cluster: Deployed, other: Namespace) -> Namespace:
-    """A namespace with a service and a Redis, which a test may break."""
+    """Install a service and a Redis in the second namespace, where a test may break them. Return this namespace."""
     install(cluster, other)
     assert wait_for(other.answered, 30) == (1, 0)
     return other
@@ -49,7 +49,7 @@ def newcomer(namespace: Namespace, *known: str) -> str:
 
 
 def detail(namespace: Namespace) -> str:
-    """Send a request to the service's pod. Return the status and the detail of an error, or an empty text on success."""
+    """Send a request to the service's pod. Return an error's status and `detail`, or an empty string if the request succeeds."""
     script = (
         "import urllib.request as u, urllib.error as e, json\n"
         "try: u.urlopen('http://localhost:8080/', timeout=9).read(); print()\n"
@@ -68,7 +68,7 @@ def test_wrong_password_keeps_the_new_pod_out_and_the_old_one_serving(installed:
     assert installed.ready() == [old]
     assert wait_for(installed.answered, 30) == (2, 0)
     assert installed.make("secret").strip() == "wrote the secret hitcounter-redis"
-    installed.kubectl("rollout", "restart", "deployment/hitcounter")  # without a restart, the kubelet changes the file later
+    installed.kubectl("rollout", "restart", "deployment/hitcounter")  # without a restart, the pod would get the new file later
     installed.await_rollout("deployment/hitcounter")
     assert wait_for(installed.answered, 30) == (3, 0)
 
@@ -118,7 +118,7 @@ def test_redis_that_is_away_for_a_minute_restarts_no_service(installed: Namespac
     wait_for(lambda: detail(installed).startswith("503 Redis: it "), 30)
     wait_for(lambda: not installed.ready(), 90)
     print(f"\nnot ready after {time.monotonic() - began:.0f} s")
-    # In 45 s the kubelet runs four liveness probes. If three failed, it would restart the service.
+    # Wait 45 s: in this time the kubelet runs four liveness probes, and it would restart the service if three of them failed.
     time.sleep(max(0.0, began + 45 - time.monotonic()))
     installed.kubectl("scale", "statefulset/redis", "--replicas=1")
     installed.await_rollout("statefulset/redis")
@@ -137,7 +137,7 @@ def test_redis_with_full_memory_refuses_to_count_and_forgets_nothing(cluster: De
         installed.kubectl("rollout", "restart", "statefulset/redis")
         installed.await_rollout("statefulset/redis")
 
-    limit("500kb")  # less than an empty Redis uses
+    limit("500kb")  # even an empty Redis uses more than this
     wait_for(lambda: detail(installed) == "503 Redis: it is out of memory (OOM)", 30)
     assert "Redis fails: it is out of memory (OOM)" in installed.kubectl("logs", "deployment/hitcounter")
     assert installed.ready()  # Redis answers, so the service stays ready: more pods would not help
@@ -145,7 +145,7 @@ def test_redis_with_full_memory_refuses_to_count_and_forgets_nothing(cluster: De
     assert wait_for(installed.answered, 30) == (2, 0)
 
 
-# Writes 60 MB into Redis as the service's user. The append-only file then has more than 64 MB, so Redis rewrites the file.
+# This script writes 60 MB into Redis as the service's user. The append-only file then has more than 64 MB, so Redis rewrites it.
 _FILL = """
 export REDISCLI_AUTH="$(tail -n 1 /run/secrets/redis/hitcounter)"
 for i in $(seq 20); do
@@ -163,7 +163,7 @@ def test_full_redis_has_room_to_rewrite_its_file(installed: Namespace) -> None:
     assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
 
 
-# Replaces Redis's volume with a small one, and adds a container that can fill this volume.
+# This kustomization replaces Redis's volume with a small volume, and adds a container that can fill the small volume.
 _SMALL = """
 patches:
   - target: {kind: StatefulSet, name: redis}
@@ -215,7 +215,8 @@ def test_missing_secret_is_named_and_made(cluster: Deployed, other: Namespace) -
     print(f"\nready {time.monotonic() - began:.0f} s after the secrets were made")
 
 
-# Writes $1 x 1000 commands into the append-only file, as the service's user. Redis then loads for $1 s, at 1 ms a command.
+# This script writes $1 x 1000 commands into the append-only file, as the service's user. At the next start, Redis loads for $1 s
+# if it needs 1 ms for each command.
 _COMMANDS = """
 export REDISCLI_AUTH="$(tail -n 1 /run/secrets/redis/hitcounter)"
 seq "$(($1 * 1000))" | sed 's/.*/SET {hitcounter}:fill &/' | valkey-cli -s /run/valkey/socket --user hitcounter | sort -u
@@ -225,8 +226,8 @@ seq "$(($1 * 1000))" | sed 's/.*/SET {hitcounter}:fill &/' | valkey-cli -s /run/
 def test_redis_that_loads_is_not_ready_and_not_restarted(cluster: Deployed, installed: Namespace) -> None:
     assert installed.kubectl("exec", "redis-0", "--", "sh", "-c", _COMMANDS, "sh", "10").strip() == "OK"
     # Make Redis load slowly, and make the kubelet restart Redis after one failed liveness probe. While Redis loads, it answers
-    # only once in a thousand commands, and on a busy machine even later. The probe's timeout is long, because this test is about
-    # a Redis that answers "no", not about a Redis that answers late.
+    # clients only after each thousand commands that it has loaded, and on a busy machine even later. The probe's timeout is long,
+    # because this test is about a Redis that answers "no", not about a Redis that answers late.
     probe = {"initialDelaySeconds": 5, "periodSeconds": 1, "failureThreshold": 1, "timeoutSeconds": 60}
     container = {"name": "redis", "args": ["--key-load-delay", "1000"], "livenessProbe": probe}
     patch = {"spec": {"template": {"spec": {"containers": [container]}}}}
@@ -255,7 +256,7 @@ def test_redis_that_cannot_start_is_fixed_by_the_next_deploy(installed: Namespac
 
 
 def test_redis_that_cannot_start_is_rolled_back(cluster: Deployed, installed: Namespace) -> None:
-    # A change of valkey.conf makes a ConfigMap with another name.
+    # A change of valkey.conf makes a ConfigMap with another name, so Redis's pod is replaced.
     generator = "configMapGenerator: [{name: redis, behavior: merge, literals: [valkey.conf=no-such-setting 1]}]"
     installed.apply(compose(cluster, installed, "resources: [../hitcounter, ../redis]", generator))
     wait_for(lambda: "Bad directive" in log(installed, "redis-0"), 60)
@@ -374,16 +375,16 @@ def test_examples_in_the_texts_apply() -> None:
 
 # These commands would change the cluster, so the test runs them with --dry-run=server.
 _DRY = ("apply", "delete", "patch", "scale", "taint", "undo")
-# These errors are expected: the storage class cannot resize volumes, no container has restarted, there is no revision to go back
-# to, or the node has no such taint.
+# These errors of the runbook's commands are expected on this cluster: the storage class cannot resize volumes, no container has
+# restarted, there is no earlier revision for `undo`, or the node does not have the taint.
 _REFUSALS = "must support resize|previous terminated container .* not found|no last revision to roll back to|taint .* not found"
 
 
 def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
     ours = cluster.namespace
-    ours.kubectl("rollout", "restart", "deployment/hitcounter")  # makes a second revision, so `undo` can go back
+    ours.kubectl("rollout", "restart", "deployment/hitcounter")  # this makes a second revision, so `undo` can go back
     ours.await_rollout("deployment/hitcounter")
-    # While two pods exist, `deployment/...` may choose the pod that is stopping.
+    # While two pods exist, kubectl may choose the pod that is stopping when a command names `deployment/...`.
     wait_for(lambda: len(ours.get("pods", f"--selector={SERVICE}")) == 1, 60)
     values = {
         "NODE": ours.kubectl("get", "nodes", "--output=name").split()[0].removeprefix("node/"),
@@ -392,7 +393,7 @@ def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
     }
     production = compose(cluster, ours, "resources: [../production]")
     ran = set()
-    # A command is one line, which may continue on the next line inside quotation marks.
+    # A command of the runbook is one line, unless a newline is inside its quotation marks.
     lines = re.findall(r"^ *kubectl ((?:[^'\n]|'[^']*')*)", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
     for line in dict.fromkeys(lines):
         if "before-restore" in line:

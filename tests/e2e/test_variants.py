@@ -12,7 +12,7 @@ from tests.support.cluster import Deployed, Namespace, compose, install, namespa
 
 pytestmark = pytest.mark.cluster
 
-# Sends PING and prints Redis's answer. The argument is `plain` (no TLS) or `tls`.
+# This script sends PING to Redis and prints Redis's answer. The argument is `plain` (no TLS) or `tls`.
 _PING = """
 import socket, ssl, sys
 raw = socket.create_connection(("redis", 6379), 3)
@@ -49,7 +49,8 @@ def test_tls_component_leaves_no_port_without_tls(cluster: Deployed, other: Name
     (pod,) = other.ready()
     assert "NOAUTH" in other.python(pod, _PING, "tls")
     assert "NOAUTH" not in other.python(pod, _PING, "plain")
-    assert "NOAUTH" in cluster.namespace.python(cluster.namespace.ready()[0], _PING, "plain")  # the control: without TLS
+    # The control: a Redis without TLS answers the same client.
+    assert "NOAUTH" in cluster.namespace.python(cluster.namespace.ready()[0], _PING, "plain")
 
 
 def test_second_service_is_one_file(cluster: Deployed, other: Namespace) -> None:
