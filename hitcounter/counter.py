@@ -30,7 +30,7 @@ from uuid import uuid4
 from hiredis import pack_command
 from prometheus_client import CollectorRegistry, Gauge, Histogram
 from prometheus_client import Counter as Total
-from redis.exceptions import NoScriptError, ResponseError
+from redis import exceptions
 
 from nanoservice.errors import UnavailableError
 from nanoservice.health import REDIS_ERRORS
@@ -261,6 +261,7 @@ class Lane:
             return None
         loop = asyncio.get_running_loop()
         self._writer.begin()
+        was_idle = self._connection.is_connected
         backoffs = chain(_BACKOFF_SECONDS, repeat(_BACKOFF_SECONDS[-1]))
         while True:
             sent, seen, began = False, self._health.successes, loop.time()
@@ -271,10 +272,13 @@ class Lane:
                     reply: list[Any] = await self._call(hits, posts, digests)
             except REDIS_ERRORS as error:
                 self._writer.failed(error, sent=sent)
+                await self.close()
+                if was_idle and isinstance(error, exceptions.ConnectionError):
+                    was_idle = False  # It was lost while idle, perhaps, so a new connection shows how Redis is.
+                    continue
                 # A try that the batch's deadline cut short adds nothing if an outage is already known.
                 if not self._health.reason or loop.time() < batch.deadline:
                     self._health.failed("work", error, seen)
-                await self.close()
                 await asyncio.sleep(next(backoffs) * random.uniform(0.5, 1))
                 if next(batch.waiting(), None) is None:
                     return None
@@ -296,7 +300,7 @@ class Lane:
         await connection.send_packed_command(packed)
         try:
             return await connection.read_response()
-        except NoScriptError:  # The server is new, or its scripts were flushed.
+        except exceptions.NoScriptError:  # The server is new, or its scripts were flushed.
             await connection.send_command("SCRIPT", "LOAD", SCRIPT)
             await connection.read_response()
             await connection.send_packed_command(packed)
@@ -342,7 +346,7 @@ class WriterState:
     def failed(self, error: BaseException, *, sent: bool) -> None:
         """Record that `error` came instead of a reply. The same batch may be sent again."""
         # An error that Redis replies is an answer: the script counted nothing.
-        self.in_doubt = self.in_doubt or (sent and not isinstance(error, ResponseError))
+        self.in_doubt = self.in_doubt or (sent and not isinstance(error, exceptions.ResponseError))
 
     def replied(self, reply: list[Any]) -> Verdict:
         """Return what `reply` means."""

@@ -12,6 +12,8 @@ one that an upgrade takes away.
 - `AbstractConnection.connect`, `AbstractConnection.disconnect`, `AbstractConnection.send_command`,
   `AbstractConnection.send_packed_command`, `AbstractConnection.read_response`: an exchange over a connection that belongs to
   one lane or one probe. Without them each lane needs a client with a pool of one connection, which will replace them.
+- `AbstractConnection.is_connected`, `AbstractConnection.can_read`, `AbstractConnection._writer`: whether an idle connection can
+  still be used. Without them the first request after an idle connection died is answered with 503.
 """
 
 import ssl
@@ -61,7 +63,22 @@ class _Credentials(CredentialProvider):
 
 
 class _DiscreetConnection(AbstractConnection):
-    """A connection that drops the server's words when the handshake fails: a server quotes commands that it does not know."""
+    """A connection that drops the server's words when the handshake fails: a server quotes commands that it does not know.
+
+    A connection that died while idle is opened again before it is used.
+    """
+
+    async def connect(self) -> None:
+        # Bytes that nobody asked for would be taken for the next reply, so they are a reason too.
+        if self.is_connected and (self._writer.is_closing() or await self.can_read()):  # type: ignore[union-attr] # connected
+            await self.disconnect(nowait=True)
+        await super().connect()  # type: ignore[no-untyped-call] # typed in part
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        try:
+            await super().send_packed_command(command, check_health)
+        except RuntimeError as error:  # uvloop raises this if the connection was lost a moment ago; asyncio raises an OSError.
+            raise exceptions.ConnectionError("the connection was lost") from error
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
         try:

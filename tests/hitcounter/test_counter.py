@@ -503,6 +503,19 @@ async def test_batch_in_doubt_when_its_writer_is_forgotten_gets_503_and_counts_o
         assert await within(it.hit()) == Counts(2 + reached, 0)
 
 
+@pytest.mark.parametrize("fate", [Fate.LOSE_REPLY, Fate.LOSE_REQUEST])
+async def test_connection_that_is_lost_when_it_is_used_again_is_no_news(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture, fate: Fate
+) -> None:
+    async with Proxy(valkey.port) as proxy, counting(valkey, proxy.port, lanes=1) as it:
+        await it.hit()
+        fates = iter([fate])
+        proxy.fate = lambda request: next(fates, Fate.PASS)
+        assert await within(it.hit()) == Counts(2, 0)
+        assert totals(valkey) == [2, 0]
+        assert not caplog.messages
+
+
 @pytest.mark.parametrize("fate", [Fate.LOSE_REPLY, Fate.LOSE_REQUEST, Fate.SWALLOW_REPLY, Fate.STALL])
 async def test_batch_is_sent_again_until_it_is_answered_and_counts_once(valkey: Valkey, fate: Fate) -> None:
     async with Proxy(valkey.port) as proxy, counting(valkey, proxy.port, lanes=1, timeout=10.0, redis_timeout=0.2) as it:

@@ -16,6 +16,7 @@ from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.support.process import Process, Spawn, metric, resident
 from tests.support.refusals import Act, refusals
+from tests.support.relay import relaying
 from tests.support.wire import request
 
 
@@ -44,6 +45,17 @@ async def test_requests_get_503_in_time(served: Served, valkey: Valkey, hung: bo
         return (await get(served))[0] == 200
 
     await eventually(works, 2 * SLACK)
+
+
+async def test_connections_that_are_reset_while_idle_are_no_news(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    async with relaying(valkey.port) as (relay, port), serving(SERVICE, valkey.environ(REDIS_PORT=str(port))) as served:
+        for _ in range(3):
+            answers = await asyncio.gather(*(get(served) for _ in range(50)))
+            assert {status for status, *_ in answers} == {200}
+            relay.reset()
+            await asyncio.sleep(0.05)  # The resets arrive.
+        assert valkey.run("GET", "{hitcounter}:hits") == "150"
+    assert not caplog.messages
 
 
 async def test_short_restart_is_waited_out_without_a_503(
