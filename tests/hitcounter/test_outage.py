@@ -70,7 +70,7 @@ async def test_short_restart_is_waited_out_without_a_503(
     assert caplog.messages == ["Redis fails: it cannot be reached", "Redis works again"]
 
 
-@pytest.mark.parametrize(("breaks", "mends", "cause"), refusals(command="evalsha", key="{hitcounter}:posts"))
+@pytest.mark.parametrize(("breaks", "mends", "cause"), refusals(command="evalsha"))
 async def test_redis_that_refuses_is_named_once_and_recovered_from(
     valkey: Valkey, caplog: pytest.LogCaptureFixture, breaks: Act, mends: Act, cause: str
 ) -> None:

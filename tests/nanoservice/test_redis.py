@@ -1,6 +1,7 @@
 """The connection to Redis: users, passwords, files that change, TLS; and what is said when it fails."""
 
 import asyncio
+import re
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import trustme
 from prometheus_client import CollectorRegistry
 from redis import exceptions
+from redis.asyncio.connection import DefaultParser
 
 from nanoservice import health as module
 from nanoservice.config import Config
@@ -195,10 +197,42 @@ async def test_what_a_handler_expects_or_does_wrong_is_not_blamed_on_redis(
 
 
 async def test_arguments_of_an_unknown_command_are_not_logged(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(UnavailableError, match="an unexpected error: ResponseError"):
-        await store.client.execute_command("NOSUCH", "s3cret")
-    assert "unknown command 'NOSUCH'" in logged(caplog)
+    client: Any = store.client
+    with pytest.raises(UnavailableError, match="it does not know a command"):
+        await client.execute_command("NOSUCH", "s3cret")
+    with pytest.raises(UnavailableError, match="it does not know a command"):
+        await client.pipeline(transaction=False).execute_command("NOSUCH", "s3cret").execute()
+    assert re.search(r"ERR unknown command .NOSUCH.", logged(caplog))
     assert "s3cret" not in logged(caplog)
+
+
+async def test_key_of_another_type_is_the_handlers_error(store: Store, valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    client: Any = store.client
+    valkey.run("RPUSH", "n", "x")
+    for work in (client.incr("n"), client.pipeline().incr("n").execute()):
+        with pytest.raises(exceptions.ResponseError, match="WRONGTYPE"):
+            await work
+    assert not store.health.reason
+    assert not caplog.messages
+
+
+async def test_handlers_that_hold_all_connections_are_not_blamed_on_redis(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(Config.read(valkey.environ(REDIS_TIMEOUT="0.2")), CollectorRegistry())
+    pool = store.client.connection_pool
+    connections = [await pool.get_connection() for _ in range(16)]
+    try:
+        with pytest.raises(UnavailableError, match="no connection to Redis is free"):
+            await store.client.incr("n")
+        assert not store.health.reason
+        assert not caplog.messages
+        await pool.release(connections.pop())
+        assert await store.client.incr("n") == 1
+    finally:
+        for connection in connections:
+            await pool.release(connection)
+        await store.client.aclose()
 
 
 def test_same_words_are_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -308,24 +342,58 @@ async def test_tls_without_the_client_certificate_is_refused(tls: TlsFront) -> N
     assert not tls.clients
 
 
+def server(reply: str) -> Exception:
+    """Return the error that the driver makes of a server's reply."""
+    error: Exception = DefaultParser.parse_error(reply)  # type: ignore[no-untyped-call] # typed in part
+    return error
+
+
+def in_script(reply: str) -> Exception:
+    """Return the same for the reply to a command in a script, as Redis 6.2 words it."""
+    return server(f"ERR Error running script (call to f_0): @user_script:77: @user_script: 77: {reply}")
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (exceptions.ReadOnlyError("READONLY You can't write against a read only replica."), "read-only replica"),
-        (exceptions.OutOfMemoryError("OOM command not allowed when used memory > 'maxmemory'."), "out of memory"),
-        (exceptions.ResponseError("MISCONF Valkey is configured to save RDB snapshots"), "refuses writes"),
-        (exceptions.BusyLoadingError("LOADING"), "loading"),
-        (exceptions.NoPermissionError("NOPERM"), "may not"),
-        (exceptions.ResponseError("ACL failure in script: User svc has no permissions to run the 'set' command"), "may not"),
-        (exceptions.ResponseError("NOAUTH Authentication required."), "requires a password"),
+        (server("READONLY You can't write against a read only replica."), "it is a read-only replica"),
+        (in_script("-READONLY You can't write against a read only replica."), "it is a read-only replica"),
+        (server("OOM command not allowed when used memory > 'maxmemory'."), "out of memory"),
+        (in_script("-OOM command not allowed when used memory > 'maxmemory'."), "out of memory"),
+        (server("MISCONF Valkey is configured to save RDB snapshots"), "refuses writes"),
+        (in_script("-MISCONF Redis is configured to save RDB snapshots"), "refuses writes"),
+        (server("LOADING Redis is loading the dataset in memory"), "loading"),
+        (server("NOPERM this user has no permissions to run the 'evalsha' command"), "NOPERM"),
+        (
+            server(
+                "ERR ACL failure in script: User svc has no permissions to run the 'set' command script: 0, on @user_script:7."
+            ),
+            "NOPERM",
+        ),
+        (in_script("The user executing the script can't run this command or subcommand"), "NOPERM"),
+        (
+            server("ERR The user executing the script can't run this command or subcommand script: 0, on @user_script:7."),
+            "NOPERM",
+        ),
+        (server("NOAUTH Authentication required."), "requires a password"),
+        (server("WRONGPASS invalid username-password pair or user is disabled."), "wrong user or password"),
+        (server("NOREPLICAS Not enough good replicas to write."), "too few replicas"),
+        (in_script("-NOREPLICAS Not enough good replicas to write."), "too few replicas"),
+        (server("MOVED 866 10.1.2.3:6379"), "Redis Cluster"),
+        (server("ERR unknown command 'EVALSHA', with args beginning with: '10.1.2.3' 'OOM'"), "it is a Sentinel"),
+        (server("ERR max number of clients reached"), "too many clients"),
+        (exceptions.InvalidResponse("Protocol error, got 'H' as reply type byte: 10.1.2.3"), "does not talk the protocol"),
         (exceptions.TimeoutError("x"), "in time"),
         (TimeoutError(), "in time"),
         (exceptions.ConnectionError("Error 111 connecting to 10.1.2.3:6379."), "cannot be reached"),
-        (exceptions.ResponseError("NOREPLICAS Not enough replicas of 10.1.2.3"), "an unexpected error: NOREPLICAS"),
-        (exceptions.ResponseError("secret-thing of 10.1.2.3"), "an unexpected error: ResponseError"),
+        (server("WRONGTYPE Operation against 10.1.2.3"), "an unexpected error: WRONGTYPE"),
+        (in_script("WRONGTYPE Operation against a key holding the wrong kind of value"), "an unexpected error: WRONGTYPE"),
+        (server("ERR secret-thing of 10.1.2.3"), "an unexpected error"),
+        (exceptions.ResponseError("secret-thing of 10.1.2.3"), "an unexpected error"),
     ],
 )
 def test_cause_is_told_in_words_without_an_address(error: Exception, words: str) -> None:
     assert words in cause(error)
+    assert "Error" not in cause(error)  # the name of no class
     assert "10.1.2.3" not in cause(error)
     assert "secret" not in cause(error)
