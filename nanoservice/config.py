@@ -40,7 +40,21 @@ class Secret:
         return "***"
 
 
-def setting(default: Any, help: str, parse: Callable[[str], Any] = str) -> Any:
+def utf8(text: str) -> str:
+    """Return `text` if it is UTF-8. Python keeps other bytes of the environment as surrogates, which cannot be sent."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Its words quote the text.
+        raise ValueError("UTF-8") from None
+    return text
+
+
+def secret(text: str) -> Secret:
+    """Return `text` as a secret, if it is UTF-8."""
+    return Secret(utf8(text))
+
+
+def setting(default: Any, help: str, parse: Callable[[str], Any] = utf8) -> Any:
     """Return a dataclass field that is set by the variable of its name.
 
     `parse` returns the value of a text, or raises ValueError that says what the text should have been ("a whole number ...").
@@ -124,7 +138,7 @@ class Config:
     redis_host: str = setting("", "host of Redis; default, in development only: an embedded Valkey", host)
     redis_port: int = setting(6379, "port of Redis", integer(1, 65535))
     redis_username: str = setting("", "user in Redis")
-    redis_password: Secret | None = setting(None, "password of that user", Secret)
+    redis_password: Secret | None = setting(None, "password of that user", secret)
     redis_password_file: Path | None = setting(
         None, "file with the password, read at each connection: a rotated secret needs no restart", file
     )

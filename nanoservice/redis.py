@@ -14,6 +14,8 @@ one that an upgrade takes away.
   one lane or one probe. Without them each lane needs a client with a pool of one connection, which will replace them.
 - `AbstractConnection.is_connected`, `AbstractConnection.can_read`, `AbstractConnection._writer`: whether an idle connection can
   still be used. Without them the first request after an idle connection died is answered with 503.
+- `SSLConnection._connection_arguments`, `SSLConnection.ssl_context`: the arguments of a TLS connection, and the certificates
+  that the driver reads once. Without them rotated certificates need a restart, and a name with a final dot cannot be used.
 """
 
 import ssl
@@ -49,7 +51,9 @@ class _Credentials(CredentialProvider):
         config = self._config
         if config.redis_password_file:
             try:
-                password = config.redis_password_file.read_text("utf-8").rstrip("\r\n")
+                password = config.redis_password_file.read_text("utf-8-sig").rstrip(
+                    "\r\n"
+                )  # manifests/redis/redis.sh reads alike
             except OSError as error:
                 raise _PasswordFileError(f"REDIS_PASSWORD_FILE: {error.strerror}") from error
             except UnicodeDecodeError:
@@ -87,6 +91,15 @@ class _DiscreetConnection(AbstractConnection):
             if not isinstance(error, _PasswordFileError):
                 error.args = ()
             raise
+
+
+class _TlsConnection(SSLConnection):
+    """A connection that reads the certificates again, because they may have been rotated."""
+
+    def _connection_arguments(self) -> dict[str, Any]:
+        self.ssl_context.context = None
+        # A final dot is for the resolver: no certificate has it.
+        return {**super()._connection_arguments(), "server_hostname": self.host.rstrip(".")}
 
 
 class _WatchedClient(Redis):
@@ -160,7 +173,7 @@ def _options(config: Config, socket: str | None) -> tuple[type[AbstractConnectio
         options["credential_provider"] = _Credentials(config)
     if not config.redis_tls:
         return Connection, options
-    return SSLConnection, options | {
+    return _TlsConnection, options | {
         "ssl_ca_certs": config.redis_ca_file and str(config.redis_ca_file),
         "ssl_certfile": config.redis_cert_file and str(config.redis_cert_file),
         "ssl_keyfile": config.redis_key_file and str(config.redis_key_file),

@@ -16,16 +16,20 @@ check_snapshot() { # FILE: fail, and say why, unless FILE is a complete snapshot
 
 fail() { echo "redis.sh: $*" >&2; exit 1; }
 
+read_passwords() { # NAME: print the user's passwords, the newest first
+  # An editor may have left a byte-order mark or carriage returns; an empty line must not become a valid password.
+  LC_ALL=C sed "1s/^$(printf '\357\273\277')//; s/$(printf '\r')*\$//; /^\$/d" "$passwords/$1"
+}
+
 write_users() {
   while read -r kind name rights || [ "$kind" ]; do
     [ "$kind" = user ] || continue
     hashes=
     if [ "$name" != default ]; then
       [ -s "$passwords/$name" ] || fail "the secret redis-users has no password for $name; run: make secret"
-      while IFS= read -r password || [ "$password" ]; do   # the last line may lack its newline
-        [ "$password" ] || continue                        # an empty line must not become a valid password
-        hashes="$hashes #$(printf %s "$password" | sha256sum | cut -c -64)"
-      done <"$passwords/$name"
+      hashes=$(read_passwords "$name" | while IFS= read -r password || [ "$password" ]; do   # the last may lack its newline
+        printf " #%s" "$(printf %s "$password" | sha256sum | cut -c -64)"
+      done)
       rights="on$hashes $rights"
     fi
     echo "user $name $rights"
@@ -37,7 +41,7 @@ as() { # USER ARGUMENT...: run valkey-cli over the socket
   # The last line has the oldest password, which Valkey knows even while newer ones are mounted and not yet loaded.
   name=$1
   shift
-  REDISCLI_AUTH=$(grep . "$passwords/$name" | tail -n 1) valkey-cli -s /run/valkey/socket --user "$name" "$@"
+  REDISCLI_AUTH=$(read_passwords "$name" | tail -n 1) valkey-cli -s /run/valkey/socket --user "$name" "$@"
 }
 
 command=$1

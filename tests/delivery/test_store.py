@@ -169,6 +169,21 @@ def test_password_without_a_newline_is_valid(stopped: Shipped) -> None:
     assert stopped.ask("hitcounter", "PING", password="only") is True
 
 
+def test_byte_order_mark_and_carriage_returns_are_not_of_the_passwords(stopped: Shipped) -> None:
+    for name in ("hitcounter", "operator"):
+        stopped.set_passwords(name, "\ufeffnew\r\nold\r\n\r\n")
+    stopped.start()
+    for password in ("new", "old"):
+        assert stopped.ask("hitcounter", "PING", password=password) is True
+    with stopped.client(**BARE) as client, pytest.raises(AuthenticationError):
+        client.execute_command("AUTH", "hitcounter", "")
+    # The script itself logs in by the same rule; here with what it gives the client.
+    client_program = stopped.root / "bin/valkey-cli"
+    client_program.write_text('#!/bin/sh\nprintf "<%s>" "$REDISCLI_AUTH"\n')
+    client_program.chmod(0o755)
+    assert b"<old>" in stopped.script("load-users").stderr
+
+
 def test_empty_line_is_no_password(stopped: Shipped) -> None:
     stopped.set_passwords("hitcounter", "only\n\n")
     stopped.start()

@@ -60,6 +60,7 @@ async def owners() -> dict[str, Any]:
         "Redis": client,
         "Pipeline": client.pipeline(),
         "AbstractConnection": AbstractConnection,
+        "SSLConnection": redis.asyncio.SSLConnection(),
     }
 
 
@@ -93,6 +94,7 @@ def overrides() -> Iterator[tuple[type, type, str]]:
         (store._WatchedClient, redis.asyncio.Redis),
         (store._WatchedPipeline, Pipeline),
         (store._DiscreetConnection, AbstractConnection),
+        (store._TlsConnection, redis.asyncio.SSLConnection),
     ):
         for name, value in vars(own).items():
             if inspect.isfunction(value) and hasattr(base, name) and (name == "__call__" or not name.startswith("__")):

@@ -124,6 +124,13 @@ async def test_password_file_is_read_again_at_each_connection(secured: Valkey, t
         assert await status(served) == 200
 
 
+async def test_password_file_may_have_a_byte_order_mark_and_a_carriage_return(secured: Valkey, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(b"\xef\xbb\xbffirst\r\n")
+    async with serving(SERVICE, secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file))) as served:
+        assert await status(served) == 200
+
+
 async def test_password_file_that_went_away_is_503_until_it_is_back(secured: Valkey, tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("first")
@@ -265,21 +272,24 @@ class TlsFront:
 
     def __init__(self, valkey: Valkey, folder: Path) -> None:
         self.valkey = valkey
+        self.ca_file, self.cert_file, self.key_file = folder / "ca.pem", folder / "client.pem", folder / "client.key"
+        self.rotate()
+        self.port = self.clients = 0
+
+    def rotate(self) -> None:
+        """Write certificates of a new authority."""
         self.authority = trustme.CA()
-        self.ca_file = folder / "ca.pem"
         self.authority.cert_pem.write_to_path(str(self.ca_file))
         client = self.authority.issue_cert("client@example.org")
-        self.cert_file, self.key_file = folder / "client.pem", folder / "client.key"
         client.cert_chain_pems[0].write_to_path(str(self.cert_file))
         client.private_key_pem.write_to_path(str(self.key_file))
-        self.clients = 0
 
     async def start(self, name: str = "127.0.0.1") -> None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self.authority.issue_cert(name).configure_cert(context)
         self.authority.configure_trust(context)
         context.verify_mode = ssl.CERT_REQUIRED
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=context)
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=context)
         self.port = self.server.sockets[0].getsockname()[1]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -317,6 +327,26 @@ async def test_tls_with_a_client_certificate(tls: TlsFront) -> None:
     async with serving(SERVICE, tls.environ()) as served:
         assert await status(served) == 200
     assert tls.clients
+
+
+async def test_tls_certificates_that_were_rotated_need_no_restart(tls: TlsFront) -> None:
+    await tls.start()
+    async with serving(SERVICE, tls.environ()) as served:
+        assert await status(served) == 200
+        tls.server.close()
+        tls.rotate()
+        await tls.start()
+        tls.valkey.run("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        await eventually(lambda: _is(served, 200), 6)
+        async with served.client.get("/readyz") as answer:
+            assert answer.status == 200
+
+
+async def test_tls_to_a_host_with_a_final_dot_looks_it_up_with_the_dot_and_checks_the_name_without(valkey: Valkey) -> None:
+    store = Store(Config.read(valkey.environ(REDIS_HOST="redis.example.org.", REDIS_TLS="true")), CollectorRegistry())
+    connection: Any = store.connection()
+    arguments = connection._connection_arguments()
+    assert (arguments["host"], arguments["server_hostname"]) == ("redis.example.org.", "redis.example.org")
 
 
 async def test_tls_of_an_unknown_authority_is_refused(tls: TlsFront, tmp_path: Path) -> None:
