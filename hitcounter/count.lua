@@ -5,7 +5,7 @@
 --       2 posts    the number of posts so far
 --       3 writer   the last batch of this writer (one lane of one process): {sequence, reply}, or {sequence} if the batch failed
 --                  half-way, or 'retired'; forgotten after a day
---       4 answers  hash: digest of an Idempotency-Key -> {hits, posts} as answered to it
+--       4 answers  hash: digest of an Idempotency-Key -> {hits, posts, 1} as answered to it; 1 is the version of what is stored
 --       5 order    sorted set: digest -> time of its arrival (microseconds), so that the oldest are forgotten first
 -- ARGV  1 sequence number of this batch: 1, 2, 3 ... for each writer
 --       2 hits to count
@@ -13,8 +13,10 @@
 --       4 the number of Idempotency-Keys to remember at most
 --       5 ... the digests of the Idempotency-Keys of further posts
 --
--- Replies {'counted', hits, posts, then for each digest its hits and posts}. There, hits and posts are the totals after the hits
--- of this batch and its posts without a key. Otherwise replies {'late'}, {'unknown'} or {'failed'}, and has counted nothing.
+-- Replies {'counted', sequence, hits, posts, all posts, then for each digest its hits and posts}. There, hits and posts are the
+-- totals after the hits of this batch and its posts without a key, and all posts the total with those that have one. An answer
+-- of another version is -1, -1. Otherwise replies {'late', sequence}, {'unknown', sequence} or {'failed', sequence}, and has
+-- counted nothing.
 --
 -- Why a batch that is sent twice counts once. A writer sends batch n + 1 only after the reply to batch n, or after it has given
 -- batch n up for good.
@@ -32,17 +34,17 @@ local sequence = tonumber(ARGV[1])
 
 local last = redis.call('GET', KEYS[3])
 if last == 'retired' then
-  return {'unknown'}
+  return {'unknown', sequence}
 elseif last then
   last = cmsgpack.unpack(last)
   if sequence == last[1] then
-    return last[2] or {'failed'}
+    return last[2] or {'failed', sequence}
   elseif sequence < last[1] then
-    return {'late'}
+    return {'late', sequence}
   end
 elseif sequence ~= 1 then
   redis.call('SET', KEYS[3], 'retired', 'EX', DAY)
-  return {'unknown'}
+  return {'unknown', sequence}
 end
 
 -- Everything is read before anything is written, so a value that the script does not understand leaves all keys unchanged.
@@ -70,8 +72,10 @@ if keyed then
     local answer = redis.call('HGET', KEYS[4], ARGV[i])
     local came = answer and redis.call('ZSCORE', KEYS[5], ARGV[i])
     if came and tonumber(came) > eldest then
-      answer = cmsgpack.unpack(answer)
-      answers[ARGV[i]] = {answer[1], answer[2]}
+      local whole, content = pcall(cmsgpack.unpack, answer)
+      -- The answers of before there were versions have two parts.
+      local known = whole and type(content) == 'table' and type(content[2]) == 'number' and (content[3] or 1) == 1
+      answers[ARGV[i]] = known and {content[1], content[2]} or {-1, -1}
     end
   end
 end
@@ -81,7 +85,7 @@ redis.call('SET', KEYS[3], cmsgpack.pack({sequence}), 'EX', DAY)
 
 redis.call('INCRBY', KEYS[1], ARGV[2])
 redis.call('INCRBY', KEYS[2], ARGV[3])
-local reply = {'counted', hits, posts}
+local reply = {'counted', sequence, hits, posts, posts}
 
 if keyed then
   if #expired > 0 then
@@ -95,7 +99,7 @@ if keyed then
       new = new + 1
       answer = {hits, posts + new}
       answers[ARGV[i]] = answer
-      redis.call('HSET', KEYS[4], ARGV[i], cmsgpack.pack(answer))
+      redis.call('HSET', KEYS[4], ARGV[i], cmsgpack.pack({answer[1], answer[2], 1}))
       redis.call('ZADD', KEYS[5], text(now + i), ARGV[i])
     end
     reply[#reply + 1] = answer[1]
@@ -103,6 +107,7 @@ if keyed then
   end
   if new > 0 then
     redis.call('INCRBY', KEYS[2], new)
+    reply[5] = posts + new
   end
 
   local excess = redis.call('ZCARD', KEYS[5]) - tonumber(ARGV[4])

@@ -73,11 +73,14 @@ class Counter:
         self._idle: list[asyncio.Future[None]] = []  # one for each lane that waits for a batch
         self._tasks: list[asyncio.Task[None]] = []
         self._health = store.health
-        self._highest = Counts(0, 0)  # of all answers, posts with a key excepted
+        self._highest = Counts(0, 0)  # of all answers
+        # For each batch under way: the totals before and after those batches that were answered since it was sent.
+        self._meanwhile: dict[Batch, list[tuple[Counts, Counts]]] = {}
         self._rewinds = 0
         self._size = Histogram("counter_batch_size", "Requests counted by one call", buckets=_SIZE_BUCKETS, registry=registry)
         round_trip = Histogram("counter_round_trip_seconds", "Time from sending a batch to its reply", registry=registry)
-        self._lanes = [Lane(name, store, round_trip, redis_timeout=redis_timeout, keep=keep) for _ in range(lanes)]
+        lost = Total("counter_lost_batches", "Batches given up because they may have been counted", registry=registry)
+        self._lanes = [Lane(name, store, round_trip, lost, redis_timeout=redis_timeout, keep=keep) for _ in range(lanes)]
         self._rewound = Total("counter_rewinds", "Times that Redis had less than was answered before", registry=registry)
         Gauge("counter_pending", "Requests that wait for their number", registry=registry).set_function(lambda: self._pending)
 
@@ -161,6 +164,7 @@ class Counter:
                 await self._count(batch, lane)
             except Exception:  # A defect costs its batch, not the lane.
                 _logger.exception("a batch failed")
+                await lane.close()  # A reply may be left on the connection.
             finally:  # also when the lane is cancelled
                 batch.fail("this process cannot count it")
                 self._release(batch)
@@ -168,24 +172,40 @@ class Counter:
     async def _count(self, batch: Batch, lane: Lane) -> None:
         """Let `lane` count `batch`, and give each request its numbers."""
         floor, rewinds = self._highest, self._rewinds
-        reply = await lane.count(batch)
+        meanwhile: list[tuple[Counts, Counts]] = []
+        self._meanwhile[batch] = meanwhile
+        try:
+            reply = await lane.count(batch)
+        finally:
+            del self._meanwhile[batch]
         if reply is None:
             return
-        _, hits, posts, *answers = reply
-        before = batch.settle(hits, posts, answers)
+        _, _, hits, posts, all_posts, *answers = reply
+        before, after = batch.settle(hits, posts, answers), Counts(hits, all_posts)
         self._size.observe(len(batch.hits) + len(batch.posts) + len(batch.keyed))
         if rewinds != self._rewinds:
             return  # Another batch has reported the rewind already.
-        if before.hits < floor.hits or before.posts < floor.posts:
+        if before.hits < floor.hits or before.posts < floor.posts or _overlap((before, after), meanwhile):
             self._rewinds += 1
             self._rewound.inc()
             _logger.error(
                 "Redis has lost counts that were answered; counting continues from what it has",
-                extra={"answered": floor._asdict(), "found": before._asdict()},
+                extra={"answered": self._highest._asdict(), "found": before._asdict()},
             )
             self._highest = Counts(0, 0)
-        # Posts with a key are left out, because their answers may be older than a loss in the store.
-        self._highest = Counts(max(hits, self._highest.hits), max(posts, self._highest.posts))
+        self._highest = Counts(max(after.hits, self._highest.hits), max(after.posts, self._highest.posts))
+        for others in self._meanwhile.values():
+            first = others.pop()[0] if others and others[-1][1] == before else before
+            others.append((first, after))
+
+
+def _overlap(one: tuple[Counts, Counts], others: list[tuple[Counts, Counts]]) -> bool:
+    """Return whether a number was given by `one` of two batches and by one of the others, which would be a loss in Redis."""
+    before, after = one
+    return any(
+        max(before.hits, first.hits) < min(after.hits, last.hits) or max(before.posts, first.posts) < min(after.posts, last.posts)
+        for first, last in others
+    )
 
 
 class Batch:
@@ -229,7 +249,11 @@ class Batch:
             if not future.done():
                 future.set_result(Counts(hits, number))
         for (_, future), *counts in zip(self.keyed, answers[::2], answers[1::2], strict=True):
-            if not future.done():
+            if future.done():
+                continue
+            if counts[1] < 0:
+                future.set_exception(UnavailableError("another version of this service has answered this Idempotency-Key"))
+            else:
                 future.set_result(Counts(*counts))
         return before
 
@@ -242,11 +266,12 @@ class Batch:
 class Lane:
     """Sends batches to the script, one at a time, over a connection of its own."""
 
-    def __init__(self, name: str, store: Store, round_trip: Histogram, *, redis_timeout: float, keep: int) -> None:
+    def __init__(self, name: str, store: Store, round_trip: Histogram, lost: Total, *, redis_timeout: float, keep: int) -> None:
         self._name = name
         self._health = store.health
         self._connection = store.connection()
         self._round_trip = round_trip
+        self._lost = lost
         self._redis_timeout = redis_timeout
         self._keep = keep
         self._writer = WriterState()
@@ -270,6 +295,8 @@ class Lane:
                     await self._connection.connect()
                     sent = True
                     reply: list[Any] = await self._call(hits, posts, digests)
+                    if reply[1] != self._writer.sequence:  # Something between here and Redis has repeated a request.
+                        raise exceptions.InvalidResponse(f"the reply to batch {self._writer.sequence} is that to {reply[1]}")
             except REDIS_ERRORS as error:
                 self._writer.failed(error, sent=sent)
                 await self.close()
@@ -288,8 +315,14 @@ class Lane:
             if verdict is Verdict.COUNTED:
                 self._health.worked("work")  # Other replies show nothing: the script sends them before it writes any count.
                 return reply
+            await self.close()  # The numbers of batches begin again, so no reply to one of before may follow.
             if verdict is Verdict.LOST:
-                what = "failed half-way" if reply[0] == b"failed" else "has lost what it knew of this request"
+                self._lost.inc()
+                if reply[0] == b"failed":  # The error of the try before has been logged.
+                    what = "failed half-way"
+                else:
+                    what = "has lost what it knew of this request"
+                    _logger.error("Redis does not know whether it counted a batch, so the batch was given up")
                 batch.fail(f"Redis {what}: it may have been counted")
                 return None
 

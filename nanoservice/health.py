@@ -43,7 +43,7 @@ _SIGNS: tuple[tuple[str | type[BaseException] | tuple[type[BaseException], ...],
     ("certificate", "its TLS certificate is not trusted, or it refused the client certificate"),
     ("SSL", "no TLS connection can be made"),
     ((exceptions.AuthenticationError, exceptions.AuthenticationWrongNumberOfArgsError), _CODES["WRONGPASS"]),
-    (exceptions.InvalidResponse, "it does not talk the protocol of Redis"),
+    (exceptions.InvalidResponse, "its replies do not follow the protocol of Redis"),
     ((exceptions.TimeoutError, TimeoutError), "it does not answer in time"),
     ((exceptions.ConnectionError, OSError), "it cannot be reached"),
 )

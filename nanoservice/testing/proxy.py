@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,6 +18,7 @@ class Fate(Enum):
     SWALLOW_REPLY = auto()  # the store has done it, and the connection stays open and silent
     STALL = auto()  # it waits before the store, and the connection stays open and silent; `Proxy.release` lets it go on
     REPEAT = auto()  # it reaches the store a second time at once, over another connection
+    ANSWER_TWICE = auto()  # it reaches the store twice, and from then on the client is one reply behind
     REPEAT_LATE = auto()  # the same, but only when a later request has been done: see `Proxy`
 
 
@@ -127,6 +128,7 @@ class Proxy:
         store_writer: asyncio.StreamWriter,
     ) -> None:
         parser = RequestParser()
+        replies: deque[bytes] = deque()
         while data := await reader.read(1 << 16):
             for request in parser.feed(data):
                 fate = self.fate(request)
@@ -144,7 +146,11 @@ class Proxy:
                 if fate is Fate.SWALLOW_REPLY:
                     await reader.read()
                     return
-                writer.write(reply)
+                replies.append(reply)
+                if fate is Fate.ANSWER_TWICE:
+                    store_writer.write(request.data)
+                    replies.append(await read_reply(store_reader))
+                writer.write(replies.popleft())
                 if fate is Fate.REPEAT:
                     await self._repeat(request)
                 due = [kept for kept in self._kept if self._is_later(kept, request)]

@@ -435,6 +435,78 @@ async def test_batches_under_way_together_tell_of_one_loss_once(valkey: Valkey) 
         assert it.metric("counter_rewinds_total") == 1
 
 
+async def test_posts_with_a_key_that_are_lost_are_noticed(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    async with counting(valkey) as it:
+        assert await within(it.post("c")) == Counts(0, 1)
+        valkey.run("FLUSHALL")
+        assert await within(it.post("d")) == Counts(0, 1)
+        assert it.metric("counter_rewinds_total") == 1
+        assert len([line for line in caplog.messages if "lost counts" in line]) == 1
+
+
+@pytest.mark.parametrize("kind", ["hit", "post", "keyed post"])
+async def test_number_given_twice_while_a_batch_was_under_way_is_noticed(valkey: Valkey, kind: str) -> None:
+    key = "{hitcounter}:hits" if kind == "hit" else "{hitcounter}:posts"
+    valkey.run("SET", key, "107")
+    keys = itertools.count()
+
+    async with Proxy(valkey.port) as proxy, counting(valkey, proxy.port, lanes=2, timeout=20.0, redis_timeout=1.5) as it:
+
+        def count() -> asyncio.Future[Counts]:
+            return it.hit() if kind == "hit" else it.post(f"key{next(keys)}" if kind == "keyed post" else None)
+
+        def number(counts: Counts) -> int:
+            return counts.hits if kind == "hit" else counts.posts
+
+        assert number(await within(count())) == 108
+        proxy.fate = lambda request: Fate.STALL if is_batch(request) else Fate.PASS
+        first = count()
+        await eventually(lambda: proxy.fates[Fate.STALL], SLACK)
+        proxy.fate = lambda _: Fate.PASS
+        assert number(await within(count())) == 109
+        valkey.run("SET", key, "108")  # 109 is lost.
+        assert it.metric("counter_rewinds_total") == 0
+        assert number(await within(first)) == 109
+        assert it.metric("counter_rewinds_total") == 1
+        assert number(await within(count())) == 110
+        assert it.metric("counter_rewinds_total") == 1
+
+
+async def test_lanes_that_answer_out_of_order_are_no_rewind(valkey: Valkey) -> None:
+    async with Proxy(valkey.port) as proxy, counting(valkey, proxy.port, lanes=2, timeout=20.0, redis_timeout=0.5) as it:
+        await within(it.hit())
+        proxy.fate = lambda request: Fate.SWALLOW_REPLY if is_batch(request) else Fate.PASS
+        first = it.hit()  # is counted, and its reply comes after those of the others
+        await eventually(lambda: proxy.fates[Fate.SWALLOW_REPLY], SLACK)
+        proxy.fate = lambda _: Fate.PASS
+        assert [(await within(it.hit())).hits for _ in range(5)] == [3, 4, 5, 6, 7]
+        assert (await within(first)).hits == 2
+        assert it.metric("counter_rewinds_total") == 0
+
+
+async def test_reply_to_another_batch_is_noticed_at_once(valkey: Valkey) -> None:
+    fates = iter([Fate.PASS, Fate.ANSWER_TWICE])
+
+    def fate(request: Request) -> Fate:
+        return next(fates, Fate.PASS) if is_batch(request) else Fate.PASS
+
+    async with Proxy(valkey.port, fate) as proxy, counting(valkey, proxy.port, lanes=1) as it:
+        assert [(await within(it.hit())).hits for _ in range(10)] == list(range(1, 11))
+        assert proxy.fates[Fate.ANSWER_TWICE] == 1
+        assert totals(valkey) == [10, 0]
+
+
+async def test_answer_of_another_version_fails_its_own_request_alone(valkey: Valkey) -> None:
+    async with counting(valkey, lanes=1) as it:
+        await within(it.post("a"))
+        [digest] = binary(valkey, "HKEYS", "{hitcounter}:answers")
+        valkey.run("HSET", "{hitcounter}:answers", digest, "another format")
+        *others, mine = await outcomes([*(it.hit() for _ in range(10)), it.post("b"), it.post("a")])
+        assert hits(others) == [*range(1, 11), 10]
+        assert str(mine) == "another version of this service has answered this Idempotency-Key"
+        assert await within(it.post("b")) == Counts(10, 2)
+
+
 async def test_answers_that_outlived_the_counts_are_no_further_rewind(valkey: Valkey) -> None:
     async with counting(valkey, lanes=1) as it:
         await outcomes([it.post() for _ in range(20)])
@@ -480,7 +552,7 @@ async def test_batch_of_a_forgotten_writer_is_counted_under_a_new_name(valkey: V
 
 @pytest.mark.parametrize("reached", [True, False], ids=["counted", "not counted"])
 async def test_batch_in_doubt_when_its_writer_is_forgotten_gets_503_and_counts_once_at_most(
-    valkey: Valkey, reached: bool
+    valkey: Valkey, caplog: pytest.LogCaptureFixture, reached: bool
 ) -> None:
     sent = 0
 
@@ -499,6 +571,8 @@ async def test_batch_in_doubt_when_its_writer_is_forgotten_gets_503_and_counts_o
         with pytest.raises(UnavailableError, match="it may have been counted"):
             await within(it.hit())
         assert sent == 2
+        assert it.metric("counter_lost_batches_total") == 1
+        assert "Redis does not know whether it counted a batch, so the batch was given up" in caplog.messages
         assert totals(valkey) == [1 + reached, 0]
         assert await within(it.hit()) == Counts(2 + reached, 0)
 

@@ -187,8 +187,8 @@ class Protocol(RuleBasedStateMachine):
         after = self.totals = self.read_totals()
         if before != after:
             assert isinstance(reply, list)
-            status, hits, posts, *answers = reply
-            assert status == b"counted"
+            status, sequence, hits, posts, all_posts, *answers = reply
+            assert (status, sequence, all_posts) == (b"counted", message.sequence, after[1])
             batch.counted.append((hits, posts))
             new = set(batch.keys) - self.answers.keys()
             assert (hits, posts) == (before[0] + batch.hits, before[1] + batch.posts)
@@ -228,8 +228,8 @@ class Protocol(RuleBasedStateMachine):
     def each_answered_batch_is_counted_once_with_the_numbers_answered(self) -> None:
         for batch in self.batches:
             if batch.reply:
-                assert batch.counted == [tuple(batch.reply[1:3])]
-                answers = zip(batch.reply[3::2], batch.reply[4::2], strict=True)
+                assert batch.counted == [tuple(batch.reply[2:4])]
+                answers = zip(batch.reply[5::2], batch.reply[6::2], strict=True)
                 assert list(answers) == [self.answers[key] for key in batch.keys]
 
     @invariant()
@@ -238,8 +238,8 @@ class Protocol(RuleBasedStateMachine):
         posts = [number for _, number in self.answers.values()]
         for batch in self.batches:
             if batch.reply:
-                hits += range(batch.reply[1] - batch.hits + 1, batch.reply[1] + 1)
-                posts += range(batch.reply[2] - batch.posts + 1, batch.reply[2] + 1)
+                hits += range(batch.reply[2] - batch.hits + 1, batch.reply[2] + 1)
+                posts += range(batch.reply[3] - batch.posts + 1, batch.reply[3] + 1)
         assert len(set(hits)) == len(hits)
         assert len(set(posts)) == len(posts)
         total_hits, total_posts = self.totals
@@ -370,7 +370,7 @@ class Exhaustive:
         reply, hits, knows = self.script(state, message)
         counted = list(state.counted)
         if hits != state.hits:
-            assert hits == reply[1] == state.hits + self.sizes[message.batch]
+            assert hits == reply[2] == state.hits + self.sizes[message.batch]
             counted[message.batch] += 1
             assert counted[message.batch] == 1, "counted twice"
         sent = list(state.sent)

@@ -412,7 +412,7 @@ def in_script(reply: str) -> Exception:
         (server("MOVED 866 10.1.2.3:6379"), "Redis Cluster"),
         (server("ERR unknown command 'EVALSHA', with args beginning with: '10.1.2.3' 'OOM'"), "it is a Sentinel"),
         (server("ERR max number of clients reached"), "too many clients"),
-        (exceptions.InvalidResponse("Protocol error, got 'H' as reply type byte: 10.1.2.3"), "does not talk the protocol"),
+        (exceptions.InvalidResponse("Protocol error, got 'H' as reply type byte: 10.1.2.3"), "do not follow the protocol"),
         (exceptions.TimeoutError("x"), "in time"),
         (TimeoutError(), "in time"),
         (exceptions.ConnectionError("Error 111 connecting to 10.1.2.3:6379."), "cannot be reached"),
