@@ -6,7 +6,8 @@
 --       3 writer   the last batch of this writer (one lane of one process): {sequence, reply}, or {sequence} if the batch failed
 --                  half-way, or 'retired'; forgotten after a day
 --       4 answers  hash: digest of an Idempotency-Key -> {hits, posts, 1} as answered to it; 1 is the version of what is stored
---       5 order    sorted set: digest -> time of its arrival (microseconds), so that the oldest are forgotten first
+--       5 order    sorted set: digest -> time of its arrival (microseconds), so that the oldest are forgotten first; later than
+--                  all before it, even if the clock was set back
 -- ARGV  1 sequence number of this batch: 1, 2, 3 ... for each writer
 --       2 hits to count
 --       3 posts to count, without those that have an Idempotency-Key
@@ -60,12 +61,13 @@ end
 local hits, posts = totals[1], totals[2]
 
 local keyed = #ARGV > 4
-local now
+local newest
 local answers, expired = {}, {}
 if keyed then
   local time = redis.call('TIME')
-  now = time[1] * 1000000 + time[2]
+  local now = time[1] * 1000000 + time[2]
   local eldest = now - DAY * 1000000
+  newest = math.max(now, redis.call('ZRANGE', KEYS[5], -1, -1, 'WITHSCORES')[2] or 0)
   -- One call forgets at most 1,000 keys, so that no call takes long. An older key that is still there is not honoured.
   expired = redis.call('ZRANGE', KEYS[5], '-inf', text(eldest), 'BYSCORE', 'LIMIT', 0, 1000)
   for i = 5, #ARGV do
@@ -99,8 +101,9 @@ if keyed then
       new = new + 1
       answer = {hits, posts + new}
       answers[ARGV[i]] = answer
+      -- In this order, since what the hash alone holds would never be forgotten.
+      redis.call('ZADD', KEYS[5], text(newest + i), ARGV[i])
       redis.call('HSET', KEYS[4], ARGV[i], cmsgpack.pack({answer[1], answer[2], 1}))
-      redis.call('ZADD', KEYS[5], text(now + i), ARGV[i])
     end
     reply[#reply + 1] = answer[1]
     reply[#reply + 1] = answer[2]

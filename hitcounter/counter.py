@@ -385,6 +385,9 @@ class WriterState:
         """Return what `reply` means."""
         if reply[0] == b"counted":
             return Verdict.COUNTED
+        # The name is still good, and a new one would leave a key in Redis for each batch that fails.
+        if reply[0] == b"failed":
+            return Verdict.LOST
         # The script does not know this writer any more, and counted nothing. Only a batch that it cannot have counted before
         # may be sent under another name.
         lost = self.in_doubt or reply[0] != b"unknown"

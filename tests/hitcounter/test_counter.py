@@ -641,6 +641,19 @@ async def test_batch_that_redis_fails_half_way_counts_once_at_most(
         assert await within(it.hit()) == Counts(counted_hits + 1, counted_posts)
 
 
+async def test_batches_that_fail_half_way_leave_one_key_a_lane_and_the_next_counts_at_once(valkey: Valkey) -> None:
+    async with counting(valkey, lanes=2, timeout=0.5) as it:
+        await it.hit()
+        valkey.run("ACL", "SETUSER", "default", "-incrby")
+        for _ in range(20):
+            results = await outcomes([it.hit() for _ in range(10)])
+            assert {type(result) for result in results} == {UnavailableError}
+        assert len(writers(valkey)) <= 2
+        valkey.run("ACL", "SETUSER", "default", "+incrby")
+        assert await within(it.hit()) == Counts(2, 0)
+        assert len(writers(valkey)) <= 2
+
+
 async def test_defect_of_ours_costs_its_batch_and_not_the_lane(
     valkey: Valkey, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -165,27 +165,37 @@ class Protocol(RuleBasedStateMachine):
     # --- the store ---
 
     @precondition(lambda self: self.messages)
-    @rule(ago=recent, full=st.sampled_from([False, False, False, True]))
-    def deliver(self, ago: int, full: bool) -> None:
+    @rule(ago=recent, lack=st.sampled_from(["", "", "", "", "memory", "incrby", "expire"]))
+    def deliver(self, ago: int, lack: str) -> None:
         """A message reaches the store, not for the first time perhaps; the reply goes to who waits for it still.
 
-        `full`: while the store is out of memory.
+        `lack`: meanwhile the store lacks memory, or the lane's user the right to a command, so that the script fails half-way.
         """
         message = self.messages[-1 - ago % len(self.messages)]
         batch, before = message.batch, self.totals
         reply: list[Any] | ResponseError
-        if full:
+        if lack == "memory":
             self.store.config_set("maxmemory", 1)
+        elif lack:
+            self.store.execute_command("ACL", "SETUSER", "default", f"-{lack}")
         try:
             keys = _keys(self.name, message.writer)
             reply = call(self.store, keys, message.sequence, batch.hits, batch.posts, 1000, *batch.keys)
         except ResponseError as error:
-            assert full
+            assert lack
             reply = error
-        if full:
+        if lack == "memory":
             self.store.config_set("maxmemory", 0)
+        elif lack:
+            self.store.execute_command("ACL", "SETUSER", "default", f"+{lack}")
         after = self.totals = self.read_totals()
-        if before != after:
+        if before != after and isinstance(reply, ResponseError):  # It is counted, and nobody will be answered from it.
+            assert lack == "expire"
+            hits, posts = before[0] + batch.hits, before[1] + batch.posts
+            for number, key in enumerate((key for key in dict.fromkeys(batch.keys) if key not in self.answers), posts + 1):
+                self.answers[key] = hits, number
+            batch.counted.append((hits, posts))
+        elif before != after:
             assert isinstance(reply, list)
             status, sequence, hits, posts, all_posts, *answers = reply
             assert (status, sequence, all_posts) == (b"counted", message.sequence, after[1])

@@ -217,6 +217,17 @@ def test_oldest_keys_are_forgotten_first_and_at_most_keep_are_remembered(script:
     assert script(10, 0, 0, "key3", keep=5) == counted(0, 8, 0, 9)
 
 
+@pytest.mark.parametrize("back", [10, DAY, -10])
+def test_order_of_the_keys_does_not_depend_on_a_clock_that_is_set(script: Script, back: int) -> None:
+    for sequence in range(1, 6):
+        script(sequence, 0, 0, f"key{sequence}", keep=5)
+    script.age(-back)  # as if the clock had been set back by so much
+    for sequence in range(6, 9):
+        assert script(sequence, 0, 0, "new", keep=5)[-1] == 6
+    assert script(9, 0, 0, "newer", "newest", keep=5) == counted(0, 6, 0, 7, 0, 8)
+    assert script.client.zrange(ORDER, 0, -1) == [b"key4", b"key5", b"new", b"newer", b"newest"]
+
+
 def test_oldest_of_one_batch_are_forgotten_first(script: Script) -> None:
     script(1, 0, 0, *"abcdefg", keep=3)
     assert script.client.zrange(ORDER, 0, -1) == [b"e", b"f", b"g"]
@@ -379,6 +390,7 @@ def test_batch_that_fails_for_want_of_a_right_counts_at_most_once_however_often_
             assert send(limited)[0] != b"counted"
     before = script.totals()
     assert before in ((1, 2), (2, 3), (2, 4))
+    assert set(script.client.hkeys(ANSWERS)) <= set(script.client.zrange(ORDER, 0, -1))  # The others would never be forgotten.
     reply = send(script)
     assert script.totals() == ((2, 4) if reply[0] == b"counted" else before)
     script.client.close()
