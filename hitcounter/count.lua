@@ -61,13 +61,14 @@ end
 local hits, posts = totals[1], totals[2]
 
 local keyed = #ARGV > 4
-local newest
+local newest, life
 local answers, expired = {}, {}
 if keyed then
   local time = redis.call('TIME')
   local now = time[1] * 1000000 + time[2]
   local eldest = now - DAY * 1000000
   newest = math.max(now, redis.call('ZRANGE', KEYS[5], -1, -1, 'WITHSCORES')[2] or 0)
+  life = DAY + math.floor((newest - now) / 1000000)   -- While the clock is behind, the newest is not a day old after a day.
   -- One call forgets at most 1,000 keys, so that no call takes long. An older key that is still there is not honoured.
   expired = redis.call('ZRANGE', KEYS[5], '-inf', text(eldest), 'BYSCORE', 'LIMIT', 0, 1000)
   for i = 5, #ARGV do
@@ -119,8 +120,8 @@ if keyed then
     redis.call('HDEL', KEYS[4], unpack(oldest))
     redis.call('ZREM', KEYS[5], unpack(oldest))
   end
-  redis.call('EXPIRE', KEYS[4], DAY)
-  redis.call('EXPIRE', KEYS[5], DAY)
+  redis.call('EXPIRE', KEYS[4], life)
+  redis.call('EXPIRE', KEYS[5], life)
 end
 
 redis.call('SET', KEYS[3], cmsgpack.pack({sequence, reply}), 'EX', DAY)

@@ -49,11 +49,6 @@ def utf8(text: str) -> str:
     return text
 
 
-def secret(text: str) -> Secret:
-    """Return `text` as a secret, if it is UTF-8."""
-    return Secret(utf8(text))
-
-
 def setting(default: Any, help: str, parse: Callable[[str], Any] = utf8) -> Any:
     """Return a dataclass field that is set by the variable of its name.
 
@@ -138,7 +133,7 @@ class Config:
     redis_host: str = setting("", "host of Redis; default, in development only: an embedded Valkey", host)
     redis_port: int = setting(6379, "port of Redis", integer(1, 65535))
     redis_username: str = setting("", "user in Redis")
-    redis_password: Secret | None = setting(None, "password of that user", secret)
+    redis_password: Secret | None = setting(None, "password of that user", lambda text: Secret(utf8(text)))
     redis_password_file: Path | None = setting(
         None, "file with the password, read at each connection: a rotated secret needs no restart", file
     )

@@ -22,9 +22,7 @@ _LOG_INTERVAL = 60.0  # seconds between two log lines about the same cause
 # By the code of the server's error.
 _CODES = {
     **dict.fromkeys(("ASK", "CLUSTERDOWN", "CROSSSLOT", "MOVED"), "it is a node of a Redis Cluster, which is not supported"),
-    "BUSY": "it is busy with a script (BUSY)",
     "LOADING": "it is loading its data",
-    "MASTERDOWN": "it is a replica that has lost its primary (MASTERDOWN)",
     "MISCONF": "it refuses writes: it cannot persist them (MISCONF)",
     "NOAUTH": "it requires a password",
     "NOPERM": "its user may not do this (NOPERM)",

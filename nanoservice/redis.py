@@ -51,9 +51,8 @@ class _Credentials(CredentialProvider):
         config = self._config
         if config.redis_password_file:
             try:
-                password = config.redis_password_file.read_text("utf-8-sig").rstrip(
-                    "\r\n"
-                )  # manifests/redis/redis.sh reads alike
+                # manifests/redis/redis.sh strips the same: a byte-order mark and line ends.
+                password = config.redis_password_file.read_text("utf-8-sig").rstrip("\r\n")
             except OSError as error:
                 raise _PasswordFileError(f"REDIS_PASSWORD_FILE: {error.strerror}") from error
             except UnicodeDecodeError:

@@ -168,6 +168,14 @@ def test_answers_to_keys_are_remembered_for_a_day_from_the_last(script: Script) 
             script.client.expire(key, 100)
 
 
+def test_answers_to_keys_are_remembered_for_a_day_from_the_last_even_while_the_clock_is_behind(script: Script) -> None:
+    script(1, 0, 0, "a")
+    script.age(-DAY)  # as if the clock had been set back by a day
+    script(2, 0, 0, "b")
+    for key in (ANSWERS, ORDER):
+        assert 2 * DAY - 60 <= script.client.ttl(key) <= 2 * DAY
+
+
 def test_totals_never_expire(script: Script) -> None:
     script(1, 1, 1, "a")
     assert script.client.ttl(HITS) == script.client.ttl(POSTS) == -1
