@@ -5,17 +5,20 @@
 --       2 posts    the number of posts so far
 --       3 writer   the last batch of this writer, which is one lane of one process: {sequence, reply}; or {sequence} if that
 --                  batch failed half-way; or 'retired'. Redis deletes this key a day after the last write to it.
---       4 answers  a hash: digest of an Idempotency-Key -> {hits, posts}, the answer that this key got
---       5 order    a sorted set: digest -> time at which the key arrived, in microseconds; the oldest keys are forgotten first
+--       4 answers  a hash: digest of an Idempotency-Key -> {hits, posts, 1}, the answer that this key got; 1 is the version of
+--                  this format
+--       5 order    a sorted set: digest -> time at which the key arrived, in microseconds; the oldest keys are forgotten first.
+--                  A new key gets a later time than all keys before it, even if the clock was set back.
 -- ARGV  1 sequence number of this batch: 1, 2, 3 ... for each writer
 --       2 hits to count
 --       3 posts to count, without those that have an Idempotency-Key
 --       4 the number of Idempotency-Keys to remember at most
 --       5 ... the digest of the Idempotency-Key of each further post
 --
--- The reply is {'counted', hits, posts, then two numbers for each digest: its hits and posts}. The first hits and posts are the
--- totals after this batch's hits and its posts without a key. If this call counts nothing, the reply is {'late'}, {'unknown'} or
--- {'failed'}.
+-- The reply is {'counted', sequence, hits, posts, all posts, then two numbers for each digest: its hits and posts}. `sequence` is
+-- the number of the batch that is answered. The first hits and posts are the totals after this batch's hits and its posts without
+-- a key. `all posts` is the total after all posts of this batch. If the stored answer has an unknown version, the two numbers of
+-- its digest are -1. If this call counts nothing, the reply is {'late', sequence}, {'unknown', sequence} or {'failed', sequence}.
 --
 -- Why does a batch that is sent twice count only once? A writer sends batch n + 1 only after it has received the reply to batch n
 -- or has given up batch n for good. So there are four cases:
@@ -34,17 +37,17 @@ local sequence = tonumber(ARGV[1])
 
 local last = redis.call('GET', KEYS[3])
 if last == 'retired' then
-  return {'unknown'}
+  return {'unknown', sequence}
 elseif last then
   last = cmsgpack.unpack(last)
   if sequence == last[1] then
-    return last[2] or {'failed'}
+    return last[2] or {'failed', sequence}
   elseif sequence < last[1] then
-    return {'late'}
+    return {'late', sequence}
   end
 elseif sequence ~= 1 then
   redis.call('SET', KEYS[3], 'retired', 'EX', DAY)
-  return {'unknown'}
+  return {'unknown', sequence}
 end
 
 -- The script reads every value before it writes any. So if a key has a value of another kind, all keys stay unchanged.
@@ -60,20 +63,25 @@ end
 local hits, posts = totals[1], totals[2]
 
 local keyed = #ARGV > 4
-local now
+local newest, life
 local answers, expired = {}, {}
 if keyed then
   local time = redis.call('TIME')
-  now = time[1] * 1000000 + time[2]
+  local now = time[1] * 1000000 + time[2]
   local eldest = now - DAY * 1000000
+  newest = math.max(now, redis.call('ZRANGE', KEYS[5], -1, -1, 'WITHSCORES')[2] or 0)
+  -- If the clock was set back, the newest key has a later time than now. Redis must not delete it before it is a day old.
+  life = DAY + math.floor((newest - now) / 1000000)
   -- One call forgets at most 1,000 keys, so that no call takes long. An expired key that is still there is ignored.
   expired = redis.call('ZRANGE', KEYS[5], '-inf', text(eldest), 'BYSCORE', 'LIMIT', 0, 1000)
   for i = 5, #ARGV do
     local answer = redis.call('HGET', KEYS[4], ARGV[i])
     local came = answer and redis.call('ZSCORE', KEYS[5], ARGV[i])
     if came and tonumber(came) > eldest then
-      answer = cmsgpack.unpack(answer)
-      answers[ARGV[i]] = {answer[1], answer[2]}
+      local whole, content = pcall(cmsgpack.unpack, answer)
+      -- An answer without a version was stored before answers had versions. It has the format of version 1.
+      local known = whole and type(content) == 'table' and type(content[2]) == 'number' and (content[3] or 1) == 1
+      answers[ARGV[i]] = known and {content[1], content[2]} or {-1, -1}
     end
   end
 end
@@ -83,7 +91,7 @@ redis.call('SET', KEYS[3], cmsgpack.pack({sequence}), 'EX', DAY)
 
 redis.call('INCRBY', KEYS[1], ARGV[2])
 redis.call('INCRBY', KEYS[2], ARGV[3])
-local reply = {'counted', hits, posts}
+local reply = {'counted', sequence, hits, posts, posts}
 
 if keyed then
   if #expired > 0 then
@@ -97,14 +105,16 @@ if keyed then
       new = new + 1
       answer = {hits, posts + new}
       answers[ARGV[i]] = answer
-      redis.call('HSET', KEYS[4], ARGV[i], cmsgpack.pack(answer))
-      redis.call('ZADD', KEYS[5], text(now + i), ARGV[i])
+      -- The order is written first: if a write fails in between, the hash has no digest that is never forgotten.
+      redis.call('ZADD', KEYS[5], text(newest + i), ARGV[i])
+      redis.call('HSET', KEYS[4], ARGV[i], cmsgpack.pack({answer[1], answer[2], 1}))
     end
     reply[#reply + 1] = answer[1]
     reply[#reply + 1] = answer[2]
   end
   if new > 0 then
     redis.call('INCRBY', KEYS[2], new)
+    reply[5] = posts + new
   end
 
   local excess = redis.call('ZCARD', KEYS[5]) - tonumber(ARGV[4])
@@ -113,8 +123,8 @@ if keyed then
     redis.call('HDEL', KEYS[4], unpack(oldest))
     redis.call('ZREM', KEYS[5], unpack(oldest))
   end
-  redis.call('EXPIRE', KEYS[4], DAY)
-  redis.call('EXPIRE', KEYS[5], DAY)
+  redis.call('EXPIRE', KEYS[4], life)
+  redis.call('EXPIRE', KEYS[5], life)
 end
 
 redis.call('SET', KEYS[3], cmsgpack.pack({sequence, reply}), 'EX', DAY)

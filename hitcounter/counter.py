@@ -30,7 +30,7 @@ from uuid import uuid4
 from hiredis import pack_command
 from prometheus_client import CollectorRegistry, Gauge, Histogram
 from prometheus_client import Counter as Total
-from redis.exceptions import NoScriptError, ResponseError
+from redis import exceptions
 
 from nanoservice.errors import UnavailableError
 from nanoservice.health import REDIS_ERRORS
@@ -75,11 +75,15 @@ class Counter:
         self._idle: list[asyncio.Future[None]] = []  # one future for each lane that waits for a batch
         self._tasks: list[asyncio.Task[None]] = []
         self._health = store.health
-        self._highest = Counts(0, 0)  # the highest numbers of all answers, except those to posts with a key
+        self._highest = Counts(0, 0)  # the highest numbers of all answers
+        # For each batch under way, the numbers given meanwhile: the totals before and after the batches answered since it was
+        # sent. Batches whose numbers follow each other are one entry.
+        self._meanwhile: dict[Batch, list[tuple[Counts, Counts]]] = {}
         self._rewinds = 0
         self._size = Histogram("counter_batch_size", "Requests counted by one call", buckets=_SIZE_BUCKETS, registry=registry)
         round_trip = Histogram("counter_round_trip_seconds", "Time to a batch's reply", buckets=_TIME_BUCKETS, registry=registry)
-        self._lanes = [Lane(name, store, round_trip, redis_timeout=redis_timeout, keep=keep) for _ in range(lanes)]
+        lost = Total("counter_lost_batches", "Batches given up because they may have been counted", registry=registry)
+        self._lanes = [Lane(name, store, round_trip, lost, redis_timeout=redis_timeout, keep=keep) for _ in range(lanes)]
         self._rewinds_total = Total("counter_rewinds", "Times that Redis had less than was answered", registry=registry)
         Gauge("counter_pending", "Requests that wait for their number", registry=registry).set_function(lambda: self._pending)
 
@@ -163,30 +167,47 @@ class Counter:
                 await self._count(batch, lane)
             except Exception:  # A bug must fail only this batch, not stop the lane.
                 _logger.exception("a batch failed")
+                await lane.close()  # The connection may still deliver a reply to this batch.
             finally:  # This runs also when the lane is cancelled.
                 self._give_up(batch, "this process cannot count it")
 
     async def _count(self, batch: Batch, lane: Lane) -> None:
         """Let `lane` count `batch`, and give each request its numbers."""
         floor, rewinds = self._highest, self._rewinds
-        reply = await lane.count(batch)
+        meanwhile: list[tuple[Counts, Counts]] = []
+        self._meanwhile[batch] = meanwhile
+        try:
+            reply = await lane.count(batch)
+        finally:
+            del self._meanwhile[batch]
         if reply is None:
             return
-        _, hits, posts, *answers = reply
-        before = batch.settle(hits, posts, answers)
+        _, _, hits, posts, all_posts, *answers = reply
+        before, after = batch.settle(hits, posts, answers), Counts(hits, all_posts)
         self._size.observe(len(batch.hits) + len(batch.posts) + len(batch.keyed))
         if rewinds != self._rewinds:
             return  # Another batch has reported the rewind already.
-        if before.hits < floor.hits or before.posts < floor.posts:
+        if before.hits < floor.hits or before.posts < floor.posts or _overlap((before, after), meanwhile):
             self._rewinds += 1
             self._rewinds_total.inc()
             _logger.error(
                 "Redis has lost counts that were answered; counting continues from what it has",
-                extra={"answered": floor._asdict(), "found": before._asdict()},
+                extra={"answered": self._highest._asdict(), "found": before._asdict()},
             )
             self._highest = Counts(0, 0)
-        # `_highest` leaves out posts with a key, because their answers may be older than a loss of counts in Redis.
-        self._highest = Counts(max(hits, self._highest.hits), max(posts, self._highest.posts))
+        self._highest = Counts(max(after.hits, self._highest.hits), max(after.posts, self._highest.posts))
+        for others in self._meanwhile.values():
+            first = others.pop()[0] if others and others[-1][1] == before else before
+            others.append((first, after))
+
+
+def _overlap(one: tuple[Counts, Counts], others: list[tuple[Counts, Counts]]) -> bool:
+    """Return whether a number between the totals `one` is also between totals of `others`: Redis has lost counts."""
+    before, after = one
+    return any(
+        max(before.hits, first.hits) < min(after.hits, last.hits) or max(before.posts, first.posts) < min(after.posts, last.posts)
+        for first, last in others
+    )
 
 
 class Batch:
@@ -231,7 +252,11 @@ class Batch:
             if not future.done():
                 future.set_result(Counts(hits, number))
         for (_, future), *counts in zip(self.keyed, answers[::2], answers[1::2], strict=True):
-            if not future.done():
+            if future.done():
+                continue
+            if counts[1] < 0:
+                future.set_exception(UnavailableError("another version of this service has answered this Idempotency-Key"))
+            else:
                 future.set_result(Counts(*counts))
         return before
 
@@ -244,11 +269,12 @@ class Batch:
 class Lane:
     """Sends batches to the script, one at a time, over a connection of its own."""
 
-    def __init__(self, name: str, store: Store, round_trip: Histogram, *, redis_timeout: float, keep: int) -> None:
+    def __init__(self, name: str, store: Store, round_trip: Histogram, lost: Total, *, redis_timeout: float, keep: int) -> None:
         self._name = name
         self._health = store.health
         self._connection = store.connection()
         self._round_trip = round_trip
+        self._lost = lost
         self._redis_timeout = redis_timeout
         self._keep = keep
         self._writer = WriterState()
@@ -263,6 +289,7 @@ class Lane:
             return None
         loop = asyncio.get_running_loop()
         self._writer.begin()
+        was_idle = self._connection.is_connected
         backoffs = chain(_BACKOFF_SECONDS, repeat(_BACKOFF_SECONDS[-1]))
         while True:
             sent, seen, began = False, self._health.successes, loop.time()
@@ -271,12 +298,17 @@ class Lane:
                     await self._connection.connect()
                     sent = True
                     reply: list[Any] = await self._call(hits, posts, digests)
+                    if reply[1] != self._writer.sequence:  # A proxy may have repeated a request.
+                        raise exceptions.InvalidResponse(f"batch {self._writer.sequence} got the reply to batch {reply[1]}")
             except REDIS_ERRORS as error:
                 self._writer.failed(error, sent=sent)
+                await self.close()
+                if was_idle and isinstance(error, exceptions.ConnectionError):
+                    was_idle = False  # The connection may have died while it was idle. A new connection shows how Redis is.
+                    continue
                 # An attempt that the batch's deadline cut short shows nothing new if an outage is already known.
                 if not self._health.reason or loop.time() < batch.deadline:
                     self._health.failed("work", error, seen)
-                await self.close()
                 await asyncio.sleep(next(backoffs) * random.uniform(0.5, 1))
                 if next(batch.waiting(), None) is None:
                     return None
@@ -286,8 +318,15 @@ class Lane:
             if verdict is Verdict.COUNTED:
                 self._health.worked("work")  # The script sends other replies before it writes a count, so they show nothing.
                 return reply
+            # Sequence numbers begin at 1 again. A late reply to an older batch could match, so do not use this connection again.
+            await self.close()
             if verdict is Verdict.LOST:
-                what = "failed half-way" if reply[0] == b"failed" else "has lost what it knew of this request"
+                self._lost.inc()
+                if reply[0] == b"failed":  # The error of the earlier attempt is logged already.
+                    what = "failed half-way"
+                else:
+                    what = "has lost what it knew of this request"
+                    _logger.error("Redis does not know whether it counted a batch, so the batch was given up")
                 batch.fail(f"Redis {what}: it may have been counted")
                 return None
 
@@ -298,7 +337,7 @@ class Lane:
         await connection.send_packed_command(packed)
         try:
             return await connection.read_response()
-        except NoScriptError:  # This Redis has not loaded the script yet, or has flushed it.
+        except exceptions.NoScriptError:  # This Redis has not loaded the script yet, or has flushed it.
             await connection.send_command("SCRIPT", "LOAD", SCRIPT)
             await connection.read_response()
             await connection.send_packed_command(packed)
@@ -345,12 +384,15 @@ class WriterState:
     def failed(self, error: BaseException, *, sent: bool) -> None:
         """Record that `error` came instead of a reply. The same batch may be sent again."""
         # An error that Redis replies is an answer, too: the script counted nothing.
-        self.in_doubt = self.in_doubt or (sent and not isinstance(error, ResponseError))
+        self.in_doubt = self.in_doubt or (sent and not isinstance(error, exceptions.ResponseError))
 
     def replied(self, reply: list[Any]) -> Verdict:
         """Return what `reply` means."""
         if reply[0] == b"counted":
             return Verdict.COUNTED
+        # The script knows this writer, so the name stays valid. A new name would leave a key in Redis for each failed batch.
+        if reply[0] == b"failed":
+            return Verdict.LOST
         # This call of the script counted nothing, and the writer needs a new name. The batch may be sent under that name only if
         # no earlier call can have counted it.
         lost = self.in_doubt or reply[0] != b"unknown"

@@ -40,7 +40,16 @@ class Secret:
         return "***"
 
 
-def setting(default: Any, help: str, parse: Callable[[str], Any] = str) -> Any:
+def utf8(text: str) -> str:
+    """Return `text` if it was UTF-8 in the environment. Python keeps other bytes as surrogates, which cannot be sent to Redis."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # The message of this error quotes the text, which may be a password.
+        raise ValueError("UTF-8") from None
+    return text
+
+
+def setting(default: Any, help: str, parse: Callable[[str], Any] = utf8) -> Any:
     """Return a dataclass field whose value is set by the environment variable of the same name.
 
     `parse` turns the variable's text into the value. For an invalid text it raises a ValueError that says what the text must be
@@ -125,7 +134,7 @@ class Config:
     redis_host: str = setting("", "host of Redis; default, in development only: an embedded Valkey", host)
     redis_port: int = setting(6379, "port of Redis", integer(1, 65535))
     redis_username: str = setting("", "user in Redis")
-    redis_password: Secret | None = setting(None, "password of that user", Secret)
+    redis_password: Secret | None = setting(None, "password of that user", lambda text: Secret(utf8(text)))
     redis_password_file: Path | None = setting(
         None, "file with the password, read for each connection, so a new password needs no restart", file
     )

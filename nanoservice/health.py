@@ -1,6 +1,7 @@
 """The health of Redis: whether Redis works for this process, and what its errors mean."""
 
 import logging
+import re
 import time
 from collections.abc import Awaitable
 from typing import Any
@@ -18,33 +19,67 @@ _HANDLER_ERRORS = (exceptions.DataError, exceptions.NoScriptError, exceptions.Wa
 
 _LOG_INTERVAL = 60.0  # seconds between two log lines about the same cause
 
-# The first entry that matches names the cause. An entry matches a part of the server's message, or the type of the error.
+# The causes that the code of the server's error names.
+_CODES = {
+    **dict.fromkeys(("ASK", "CLUSTERDOWN", "CROSSSLOT", "MOVED"), "it is a node of a Redis Cluster, which is not supported"),
+    "LOADING": "it is loading its data",
+    "MISCONF": "it refuses writes: it cannot persist them (MISCONF)",
+    "NOAUTH": "it requires a password",
+    "NOPERM": "its user may not do this (NOPERM)",
+    "NOREPLICAS": "it has too few replicas (NOREPLICAS)",
+    "OOM": "it is out of memory (OOM)",
+    "READONLY": "it is a read-only replica (READONLY)",
+    "WRONGPASS": "wrong user or password",
+}
+
+# If the error has none of these codes, the first entry that matches names the cause. An entry matches a part of the server's
+# message, or the type of the error.
 _SIGNS: tuple[tuple[str | type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
-    ("ACL failure", "its user may not do this (NOPERM)"),  # The script reports a missing right in these words.
-    ("MISCONF", "it refuses writes: it cannot persist them (MISCONF)"),
+    # The message if the script lacks a right. Redis 7.0 and older use the second message.
+    ("ACL failure", _CODES["NOPERM"]),
+    ("The user executing the script can't run this command", _CODES["NOPERM"]),
+    ("unknown command", "it does not know a command: it is a Sentinel, or older than Redis 6.2"),
+    ("max number of clients", "it has too many clients (maxclients)"),
     ("certificate", "its TLS certificate is not trusted, or it refused the client certificate"),
     ("SSL", "no TLS connection can be made"),
-    (exceptions.ReadOnlyError, "it is a read-only replica (READONLY)"),
-    (exceptions.OutOfMemoryError, "it is out of memory (OOM)"),
-    (exceptions.BusyLoadingError, "it is loading its data"),
-    (exceptions.NoPermissionError, "its user may not do this (NOPERM)"),
-    ((exceptions.AuthenticationError, exceptions.AuthenticationWrongNumberOfArgsError), "wrong user or password"),
-    ("NOAUTH", "it requires a password"),
+    ((exceptions.AuthenticationError, exceptions.AuthenticationWrongNumberOfArgsError), _CODES["WRONGPASS"]),
+    (exceptions.InvalidResponse, "its replies do not follow the protocol of Redis"),
     ((exceptions.TimeoutError, TimeoutError), "it does not answer in time"),
     ((exceptions.ConnectionError, OSError), "it cannot be reached"),
 )
 
+# An error begins with its code. If a command in a script fails, Redis 6.2 puts "ERR Error running script (...)" before its error.
+_CODE = re.compile(r"(?:^|@user_script: ?\d+: -?)([A-Z]+)\b")
+
+_POOL_IS_EMPTY = "No connection available."  # the driver's message
+
 _logger = logging.getLogger(__name__)
+
+
+def _text(error: BaseException) -> str:
+    """Return the code and the message of `error`, without the arguments of commands, because these may be secret."""
+    # For a pipeline, the driver's message quotes the command, and then the server's message as a tuple.
+    text = str(error).rpartition(" of pipeline caused error: ")[2].lstrip("('\"").partition(", with args")[0]
+    code = error.status_code if isinstance(error, exceptions.RedisError) else None
+    return f"{code} {text}" if code else text
+
+
+def _code(error: BaseException) -> str:
+    """Return the code of an error that the server replied, or an empty string."""
+    from_server = isinstance(error, exceptions.ResponseError) or (isinstance(error, exceptions.RedisError) and error.status_code)
+    codes = _CODE.findall(_text(error)) if from_server else []
+    return str(codes[-1]) if codes else ""
 
 
 def cause(error: BaseException) -> str:
     """Return in a few words why Redis could not serve. Clients see these words, so they contain no address."""
-    text = str(error)
+    code, text = _code(error), _text(error)
+    if code in _CODES:
+        return _CODES[code]
     for sign, words in _SIGNS:
         if sign in text if isinstance(sign, str) else isinstance(error, sign):
             return words
-    code = text.partition(" ")[0]
-    return "an unexpected error: " + (code if code.isupper() else type(error).__name__)
+    return "an unexpected error" + (f": {code}" if code not in ("", "ERR") else "")
 
 
 class Health:
@@ -82,9 +117,8 @@ class Health:
         if words not in self._logged and now >= self._quiet_until.get(words, 0.0):
             self._logged.add(words)
             self._quiet_until[words] = now + _LOG_INTERVAL
-            # The server quotes the arguments of an unknown command, and these arguments may be secret.
-            text = str(error).partition(", with args")[0]
-            _logger.error("Redis fails: %s", words, extra={"redis": self._server, "error": text or type(error).__name__})
+            details = {"redis": self._server, "error": _text(error) or type(error).__name__}
+            _logger.error("Redis fails: %s", words, extra=details)
         return words
 
     def worked(self, activity: str) -> None:
@@ -101,13 +135,20 @@ class Health:
             _logger.warning("Redis works again", extra={"redis": self._server, "seconds": seconds})
 
     async def watch(self, work: Awaitable[Any]) -> Any:
-        """Await `work` and return its result. Raises UnavailableError if Redis fails."""
+        """Await `work` and return its result. Raises UnavailableError if Redis fails.
+
+        Errors that the handler expects or caused are raised unchanged.
+        """
         seen = self.successes
         try:
             result = await work
         except _HANDLER_ERRORS:
             raise
         except REDIS_ERRORS as error:
+            if _code(error) == "WRONGTYPE":  # The handler has used a command on a key of another type.
+                raise
+            if str(error) == _POOL_IS_EMPTY:  # Handlers use all connections, which says nothing about Redis.
+                raise UnavailableError("no connection to Redis is free") from error
             raise UnavailableError("Redis: " + self.failed("work", error, seen)) from error
         self.worked("work")
         return result

@@ -1,8 +1,10 @@
 """Probes: whether the process is alive (liveness), and whether it should receive requests (readiness)."""
 
 import asyncio
+import logging
 
 from aiohttp import web
+from redis import exceptions
 
 from nanoservice.answer import Answer
 from nanoservice.errors import UnavailableError
@@ -11,6 +13,8 @@ from nanoservice.redis import Store
 
 _CACHE_SECONDS = 1.0  # The result of one check of Redis is valid for this time.
 _CHECK_TIMEOUT = 1.0  # seconds
+
+_logger = logging.getLogger(__name__)
 
 _OK_LINES = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
 
@@ -48,17 +52,31 @@ class Readiness:
         try:
             if self._health.reason:
                 await self.close()  # A new connection shows whether Redis can be reached now, with the current password.
+            was_idle = self._connection.is_connected
             async with asyncio.timeout(_CHECK_TIMEOUT):
-                await self._connection.send_command("PING")
-                await self._connection.read_response()
+                try:
+                    await self._ping()
+                except exceptions.ConnectionError:
+                    if not was_idle:
+                        raise
+                    # The connection may have died while it was idle. A new connection shows how Redis is.
+                    await self._ping()
         except REDIS_ERRORS as error:
             self._reason = "Redis: " + self._health.failed("probe", error)
+        except Exception:  # Even after a defect, the result of the previous check must not stay.
+            _logger.exception("the check of Redis failed")
+            self._reason = "this process cannot check Redis"
         else:
             self._health.worked("probe")
             self._reason = ""
         finally:
             self._checked = asyncio.get_running_loop().time()
             self._check = None
+
+    async def _ping(self) -> None:
+        await self._connection.connect()
+        await self._connection.send_command("PING")
+        await self._connection.read_response()
 
     async def close(self) -> None:
         """Close the connection to Redis."""

@@ -13,6 +13,11 @@ reports each one that an upgrade removes.
   `AbstractConnection.send_packed_command`, `AbstractConnection.read_response`: they send a command and read its reply over a
   connection that belongs to one lane (hitcounter/counter.py) or one probe (probes.py). Without them each lane needs a client
   with a pool of one connection. Such a client will replace them.
+- `AbstractConnection.is_connected`, `AbstractConnection.can_read`, `AbstractConnection._writer`: they show whether an idle
+  connection can still be used. Without them the first request after an idle connection has died is answered with 503.
+- `SSLConnection._connection_arguments`, `SSLConnection.ssl_context`: they give the arguments of a TLS connection, and the
+  context with the certificates, which the driver reads only once. Without them rotated certificates need a restart, and no TLS
+  connection to a host name with a final dot can be made.
 """
 
 import ssl
@@ -48,7 +53,8 @@ class _Credentials(CredentialProvider):
         config = self._config
         if config.redis_password_file:
             try:
-                password = config.redis_password_file.read_text("utf-8").rstrip("\r\n")
+                # Strip a byte-order mark and line ends, as manifests/redis/redis.sh does.
+                password = config.redis_password_file.read_text("utf-8-sig").rstrip("\r\n")
             except OSError as error:
                 raise _PasswordFileError(f"REDIS_PASSWORD_FILE: {error.strerror}") from error
             except UnicodeDecodeError:
@@ -62,7 +68,22 @@ class _Credentials(CredentialProvider):
 
 
 class _DiscreetConnection(AbstractConnection):
-    """A connection that drops the server's message if the handshake fails, because a server quotes unknown commands."""
+    """A connection that drops the server's message if the handshake fails, because a server quotes unknown commands.
+
+    If the connection has died while it was idle, `connect` opens it again.
+    """
+
+    async def connect(self) -> None:
+        # Bytes that arrive while no reply is due would be taken for the next reply. Such a connection is opened again, too.
+        if self.is_connected and (self._writer.is_closing() or await self.can_read()):  # type: ignore[union-attr] # connected
+            await self.disconnect(nowait=True)
+        await super().connect()  # type: ignore[no-untyped-call] # typed in part
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        try:
+            await super().send_packed_command(command, check_health)
+        except RuntimeError as error:  # uvloop raises this if the transport has just closed; asyncio raises an OSError.
+            raise exceptions.ConnectionError("the connection was lost") from error
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
         try:
@@ -71,6 +92,15 @@ class _DiscreetConnection(AbstractConnection):
             if not isinstance(error, _PasswordFileError):
                 error.args = ()
             raise
+
+
+class _TlsConnection(SSLConnection):
+    """A TLS connection that reads the certificates each time it is opened, because they may have been rotated."""
+
+    def _connection_arguments(self) -> dict[str, Any]:
+        self.ssl_context.context = None
+        # A final dot in a host name is meant for the resolver. The name in a certificate has no final dot.
+        return {**super()._connection_arguments(), "server_hostname": self.host.rstrip(".")}
 
 
 class _WatchedClient(Redis):
@@ -144,7 +174,7 @@ def _options(config: Config, socket: str | None) -> tuple[type[AbstractConnectio
         options["credential_provider"] = _Credentials(config)
     if not config.redis_tls:
         return Connection, options
-    return SSLConnection, options | {
+    return _TlsConnection, options | {
         "ssl_ca_certs": config.redis_ca_file and str(config.redis_ca_file),
         "ssl_certfile": config.redis_cert_file and str(config.redis_cert_file),
         "ssl_keyfile": config.redis_key_file and str(config.redis_key_file),

@@ -18,16 +18,20 @@ check_snapshot() { # FILE: if FILE is not a complete snapshot, print the reason 
 
 fail() { echo "redis.sh: $*" >&2; exit 1; }
 
+read_passwords() { # NAME: print the user's passwords, the newest first
+  # Strip the byte-order mark and the carriage returns that some editors add. An empty line must not become a valid password.
+  LC_ALL=C sed "1s/^$(printf '\357\273\277')//; s/$(printf '\r')*\$//; /^\$/d" "$passwords/$1"
+}
+
 write_users() {
   while read -r kind name rights || [ "$kind" ]; do
     [ "$kind" = user ] || continue
     hashes=
     if [ "$name" != default ]; then
       [ -s "$passwords/$name" ] || fail "the secret redis-users has no password for $name; run: make secret"
-      while IFS= read -r password || [ "$password" ]; do   # the last line may have no newline
-        [ "$password" ] || continue                        # an empty line must not become a valid password
-        hashes="$hashes #$(printf %s "$password" | sha256sum | cut -c -64)"
-      done <"$passwords/$name"
+      hashes=$(read_passwords "$name" | while IFS= read -r password || [ "$password" ]; do   # the last line may have no newline
+        printf " #%s" "$(printf %s "$password" | sha256sum | cut -c -64)"
+      done)
       rights="on$hashes $rights"
     fi
     echo "user $name $rights"
@@ -40,7 +44,7 @@ as() { # USER ARGUMENT...: run valkey-cli as USER, over the socket
   # Valkey has not loaded yet.
   name=$1
   shift
-  REDISCLI_AUTH=$(grep . "$passwords/$name" | tail -n 1) valkey-cli -s /run/valkey/socket --user "$name" "$@"
+  REDISCLI_AUTH=$(read_passwords "$name" | tail -n 1) valkey-cli -s /run/valkey/socket --user "$name" "$@"
 }
 
 command=$1

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,6 +18,7 @@ class Fate(Enum):
     SWALLOW_REPLY = auto()  # have Redis execute the request, and leave the connection open and silent
     STALL = auto()  # keep the request until `Proxy.release`, and leave the connection open and silent
     REPEAT = auto()  # send the request a second time at once, over another connection
+    ANSWER_TWICE = auto()  # send the request twice over this connection; the client then gets each reply one request too late
     REPEAT_LATE = auto()  # send the request a second time after a later request: see `Proxy`
 
 
@@ -128,6 +129,7 @@ class Proxy:
         store_writer: asyncio.StreamWriter,
     ) -> None:
         parser = RequestParser()
+        replies: deque[bytes] = deque()
         while data := await reader.read(1 << 16):
             for request in parser.feed(data):
                 fate = self.fate(request)
@@ -145,7 +147,11 @@ class Proxy:
                 if fate is Fate.SWALLOW_REPLY:
                     await reader.read()
                     return
-                writer.write(reply)
+                replies.append(reply)
+                if fate is Fate.ANSWER_TWICE:
+                    store_writer.write(request.data)
+                    replies.append(await read_reply(store_reader))
+                writer.write(replies.popleft())
                 if fate is Fate.REPEAT:
                     await self._repeat(request)
                 due = [kept for kept in self._kept if self._is_later(kept, request)]

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -31,7 +32,8 @@ def free_port() -> int:
 class Valkey:
     """A real Valkey on a TCP port of loopback, with its data in the folder `data`.
 
-    Valkey writes each command to the kernel before it answers, so a kill loses nothing. Valkey does not wait for the disk.
+    Valkey writes each command to the kernel before it answers, so a kill loses nothing. Valkey does not wait for the disk. The
+    environment variable `REDIS_SERVER` names the program of another server, such as an older Redis.
     """
 
     def __init__(self, data: Path, *options: str) -> None:
@@ -42,7 +44,8 @@ class Valkey:
 
     def start(self, *options: str) -> None:
         """Start the server on its data, with further command-line `options`, and wait until it answers."""
-        command = [executable(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.data), "--save", ""]
+        program = os.environ.get("REDIS_SERVER") or executable()
+        command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.data), "--save", ""]
         command += ["--appendonly", "yes", "--appendfsync", "no", "--maxmemory-policy", "noeviction", "--loglevel", "warning"]
         self.process = subprocess.Popen([*command, *self.options, *options], stdout=subprocess.DEVNULL)
         wait_for(self.answers, 10 * SLACK, "Valkey answers")

@@ -174,6 +174,21 @@ def test_password_without_a_newline_is_valid(stopped: Shipped) -> None:
     assert stopped.ask("hitcounter", "PING", password="only") is True
 
 
+def test_byte_order_mark_and_carriage_returns_are_not_part_of_a_password(stopped: Shipped) -> None:
+    for name in ("hitcounter", "operator"):
+        stopped.set_passwords(name, "\ufeffnew\r\nold\r\n\r\n")
+    stopped.start()
+    for password in ("new", "old"):
+        assert stopped.ask("hitcounter", "PING", password=password) is True
+    with stopped.client(**BARE) as client, pytest.raises(AuthenticationError):
+        client.execute_command("AUTH", "hitcounter", "")
+    # The script strips them from its own password, too. This valkey-cli prints the password that the script passes.
+    client_program = stopped.root / "bin/valkey-cli"
+    client_program.write_text('#!/bin/sh\nprintf "<%s>" "$REDISCLI_AUTH"\n')
+    client_program.chmod(0o755)
+    assert b"<old>" in stopped.script("load-users").stderr
+
+
 def test_empty_line_is_not_a_valid_password(stopped: Shipped) -> None:
     stopped.set_passwords("hitcounter", "only\n\n")
     stopped.start()

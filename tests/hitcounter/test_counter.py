@@ -435,6 +435,85 @@ async def test_batches_in_flight_together_log_one_loss_once(valkey: Valkey) -> N
         assert it.metric("counter_rewinds_total") == 1
 
 
+async def test_loss_of_posts_with_a_key_is_noticed(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    async with counting(valkey) as it:
+        assert await within(it.post("c")) == Counts(0, 1)
+        valkey.run("FLUSHALL")
+        assert await within(it.post("d")) == Counts(0, 1)
+        assert it.metric("counter_rewinds_total") == 1
+        assert len([line for line in caplog.messages if "lost counts" in line]) == 1
+
+
+@pytest.mark.parametrize("kind", ["hit", "post", "keyed post"])
+async def test_number_given_twice_while_a_batch_was_under_way_is_noticed(valkey: Valkey, kind: str) -> None:
+    key = "{hitcounter}:hits" if kind == "hit" else "{hitcounter}:posts"
+    valkey.run("SET", key, "107")
+    keys = itertools.count()
+    writers: list[bytes] = []
+
+    def stall(request: Request) -> Fate:
+        """Stall the first batch and all later attempts of its lane."""
+        if is_batch(request) and not writers:
+            writers.append(request.words[5])
+        return Fate.STALL if is_batch(request) and request.words[5] in writers else Fate.PASS
+
+    async with Proxy(valkey.port) as proxy, counting(valkey, proxy.port, lanes=2, timeout=20.0, redis_timeout=1.5) as it:
+
+        def count() -> asyncio.Future[Counts]:
+            return it.hit() if kind == "hit" else it.post(f"key{next(keys)}" if kind == "keyed post" else None)
+
+        def number(counts: Counts) -> int:
+            return counts.hits if kind == "hit" else counts.posts
+
+        assert number(await within(count())) == 108
+        proxy.fate = stall
+        first = count()
+        await eventually(lambda: proxy.fates[Fate.STALL], SLACK)
+        assert number(await within(count())) == 109
+        valkey.run("SET", key, "108")  # Now Redis has lost the number 109.
+        assert it.metric("counter_rewinds_total") == 0
+        proxy.fate = lambda _: Fate.PASS
+        assert number(await within(first)) == 109
+        assert it.metric("counter_rewinds_total") == 1
+        assert number(await within(count())) == 110
+        assert it.metric("counter_rewinds_total") == 1
+
+
+async def test_lanes_that_answer_out_of_order_are_not_a_rewind(valkey: Valkey) -> None:
+    async with Proxy(valkey.port) as proxy, counting(valkey, proxy.port, lanes=2, timeout=20.0, redis_timeout=0.5) as it:
+        await within(it.hit())
+        proxy.fate = lambda request: Fate.SWALLOW_REPLY if is_batch(request) else Fate.PASS
+        first = it.hit()  # Redis counts this hit now; the reply arrives after the replies to the other hits.
+        await eventually(lambda: proxy.fates[Fate.SWALLOW_REPLY], SLACK)
+        proxy.fate = lambda _: Fate.PASS
+        assert [(await within(it.hit())).hits for _ in range(5)] == [3, 4, 5, 6, 7]
+        assert (await within(first)).hits == 2
+        assert it.metric("counter_rewinds_total") == 0
+
+
+async def test_reply_to_another_batch_is_noticed_at_once(valkey: Valkey) -> None:
+    fates = iter([Fate.PASS, Fate.ANSWER_TWICE])
+
+    def fate(request: Request) -> Fate:
+        return next(fates, Fate.PASS) if is_batch(request) else Fate.PASS
+
+    async with Proxy(valkey.port, fate) as proxy, counting(valkey, proxy.port, lanes=1) as it:
+        assert [(await within(it.hit())).hits for _ in range(10)] == list(range(1, 11))
+        assert proxy.fates[Fate.ANSWER_TWICE] == 1
+        assert totals(valkey) == [10, 0]
+
+
+async def test_stored_answer_of_another_version_fails_only_its_own_request(valkey: Valkey) -> None:
+    async with counting(valkey, lanes=1) as it:
+        await within(it.post("a"))
+        [digest] = binary(valkey, "HKEYS", "{hitcounter}:answers")
+        valkey.run("HSET", "{hitcounter}:answers", digest, "another format")
+        *others, mine = await outcomes([*(it.hit() for _ in range(10)), it.post("b"), it.post("a")])
+        assert hits(others) == [*range(1, 11), 10]
+        assert str(mine) == "another version of this service has answered this Idempotency-Key"
+        assert await within(it.post("b")) == Counts(10, 2)
+
+
 async def test_remembered_answers_that_survive_the_counts_are_not_another_rewind(valkey: Valkey) -> None:
     async with counting(valkey, lanes=1) as it:
         await outcomes([it.post() for _ in range(20)])
@@ -480,7 +559,7 @@ async def test_batch_of_a_forgotten_writer_is_counted_under_a_new_name(valkey: V
 
 @pytest.mark.parametrize("reached", [True, False], ids=["counted", "not counted"])
 async def test_batch_in_doubt_when_its_writer_is_forgotten_gets_503_and_counts_once_at_most(
-    valkey: Valkey, reached: bool
+    valkey: Valkey, caplog: pytest.LogCaptureFixture, reached: bool
 ) -> None:
     sent = 0
 
@@ -499,8 +578,23 @@ async def test_batch_in_doubt_when_its_writer_is_forgotten_gets_503_and_counts_o
         with pytest.raises(UnavailableError, match="it may have been counted"):
             await within(it.hit())
         assert sent == 2
+        assert it.metric("counter_lost_batches_total") == 1
+        assert "Redis does not know whether it counted a batch, so the batch was given up" in caplog.messages
         assert totals(valkey) == [1 + reached, 0]
         assert await within(it.hit()) == Counts(2 + reached, 0)
+
+
+@pytest.mark.parametrize("fate", [Fate.LOSE_REPLY, Fate.LOSE_REQUEST])
+async def test_connection_that_is_lost_when_it_is_used_again_causes_no_503_and_no_log_line(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture, fate: Fate
+) -> None:
+    async with Proxy(valkey.port) as proxy, counting(valkey, proxy.port, lanes=1) as it:
+        await it.hit()
+        fates = iter([fate])
+        proxy.fate = lambda request: next(fates, Fate.PASS)
+        assert await within(it.hit()) == Counts(2, 0)
+        assert totals(valkey) == [2, 0]
+        assert not caplog.messages
 
 
 @pytest.mark.parametrize("fate", [Fate.LOSE_REPLY, Fate.LOSE_REQUEST, Fate.SWALLOW_REPLY, Fate.STALL])
@@ -552,6 +646,19 @@ async def test_batch_that_redis_fails_half_way_counts_once_at_most(
         assert counted_posts <= 2
         valkey.run(*mends)
         assert await within(it.hit()) == Counts(counted_hits + 1, counted_posts)
+
+
+async def test_batches_that_fail_half_way_leave_one_key_per_lane_and_the_next_batch_is_counted(valkey: Valkey) -> None:
+    async with counting(valkey, lanes=2, timeout=5.0) as it:
+        await it.hit()
+        valkey.run("ACL", "SETUSER", "default", "-incrby")
+        for _ in range(20):
+            results = await outcomes([it.hit() for _ in range(10)])
+            assert {type(result) for result in results} == {UnavailableError}
+        assert len(writers(valkey)) <= 2
+        valkey.run("ACL", "SETUSER", "default", "+incrby")
+        assert await within(it.hit()) == Counts(2, 0)
+        assert len(writers(valkey)) <= 2
 
 
 async def test_programming_error_fails_its_batch_and_not_the_lane(

@@ -17,6 +17,7 @@ from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.support.process import Process, Spawn, metric, resident
 from tests.support.refusals import Act, refusals
+from tests.support.relay import relaying
 from tests.support.wire import request
 
 
@@ -47,6 +48,19 @@ async def test_requests_get_503_in_time(served: Served, valkey: Valkey, hung: bo
     await eventually(works, 2 * SLACK)
 
 
+async def test_connections_that_are_reset_while_idle_cause_no_503_and_no_log_line(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with relaying(valkey.port) as (relay, port), serving(SERVICE, valkey.environ(REDIS_PORT=str(port))) as served:
+        for _ in range(3):
+            answers = await asyncio.gather(*(get(served) for _ in range(50)))
+            assert {status for status, *_ in answers} == {200}
+            relay.reset()
+            await asyncio.sleep(0.1)  # until the resets have arrived
+        assert valkey.run("GET", "{hitcounter}:hits") == "150"
+    assert not caplog.messages
+
+
 async def test_short_restart_is_waited_out_without_a_503(
     served: Served, valkey: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -59,7 +73,7 @@ async def test_short_restart_is_waited_out_without_a_503(
     assert caplog.messages == ["Redis fails: it cannot be reached", "Redis works again"]
 
 
-@pytest.mark.parametrize(("breaks", "mends", "cause"), refusals(command="evalsha", key="{hitcounter}:posts"))
+@pytest.mark.parametrize(("breaks", "mends", "cause"), refusals(command="evalsha"))
 async def test_redis_that_refuses_is_named_once_and_recovered_from(
     valkey: Valkey, caplog: pytest.LogCaptureFixture, breaks: Act, mends: Act, cause: str
 ) -> None:

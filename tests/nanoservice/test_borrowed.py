@@ -24,6 +24,7 @@ OWNERS: dict[str, Callable[[], Any]] = {
     "AbstractConnection": of("redis.asyncio.connection", "AbstractConnection"),
     "Pipeline": lambda: import_module("redis.asyncio").Redis().pipeline(),
     "Redis": lambda: import_module("redis.asyncio").Redis(),
+    "SSLConnection": lambda: import_module("redis.asyncio").SSLConnection(),
     "Server": lambda: import_module("aiohttp.web").Server(None),
     "AbstractAccessLogger": of("aiohttp.abc", "AbstractAccessLogger"),
     "AbstractStreamWriter": of("aiohttp.abc", "AbstractStreamWriter"),
@@ -87,6 +88,7 @@ def overrides() -> Iterator[tuple[type, type, str]]:
         ("redis", "_WatchedClient", type(OWNERS["Redis"]())),
         ("redis", "_WatchedPipeline", type(OWNERS["Pipeline"]())),
         ("redis", "_DiscreetConnection", OWNERS["AbstractConnection"]()),
+        ("redis", "_TlsConnection", type(OWNERS["SSLConnection"]())),
     ):
         overriding: type = of(f"nanoservice.{module}", own)()
         for name, value in vars(overriding).items():

