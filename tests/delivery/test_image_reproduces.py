@@ -171,7 +171,8 @@ def test_wheels_from_the_index_give_the_same_image(context: Path, tmp_path: Path
         (index / name / wheel.name).symlink_to(wheel.resolve())
     asked: list[str] = []
 
-    class Index(http.server.SimpleHTTPRequestHandler):  # a folder becomes a page of links, which pip can read
+    # http.server lists a folder as a page of links, which pip accepts as an index.
+    class Index(http.server.SimpleHTTPRequestHandler):
         def log_message(self, _: str, *facts: Any) -> None:
             asked.append(str(facts[0]))
 

@@ -326,7 +326,7 @@ def configured(workload: Workload, folder: Path) -> Any:
         if name in environ and spec.metadata["parse"] in {config.file, config.certificates}:
             secret, key = workload.secret_file(environ[name])
             environ[name] = str(folder / f"{secret}.{key}")
-            CA.cert_pem.write_to_path(environ[name])  # any text is a valid password, even a certificate
+            CA.cert_pem.write_to_path(environ[name])  # a certificate can stand in for a password too
     return service.config.read(environ)
 
 
@@ -546,7 +546,8 @@ def check_sizes(store: Workload, conf: str, compose: str) -> None:
     assert number(resources["limits"]["memory"]) == 3 * most + number("32Mi")  # the fork of a rewrite may copy every page
     assert number(tmp) == 2 * most  # for the snapshot of a backup
     assert number(resources["limits"]["ephemeral-storage"]) == number(tmp) + number("64Mi")
-    for name in ("memory", "ephemeral-storage"):  # a node first evicts the pods that use more than they request
+    # Requests must equal limits, because a node first evicts the pods that use more than they request.
+    for name in ("memory", "ephemeral-storage"):
         assert resources["requests"][name] == resources["limits"][name]
     assert number(store.mounts["/data"]["persistentVolumeClaim"]["resources"]["requests"]["storage"]) >= 8 * most
     composed = yaml.safe_load(compose)["services"]["redis"]

@@ -107,7 +107,7 @@ class Windows:
 
 @asynccontextmanager
 async def blows(cluster: Deployed, what: str) -> AsyncIterator[tuple[Traffic, Windows, list[float]]]:
-    """Run a load while the block causes faults, and then check every request."""
+    """Run a load while the caller's block causes faults. After the block, check every request of the load."""
     before = await counts(cluster.url)
     async with traffic(cluster.url, 100) as load:
         windows = Windows(load)
