@@ -28,8 +28,8 @@ class Relay:
     def reset(self) -> None:
         """Reset all connections, as a firewall does with connections that it has forgotten."""
         for writer in self._writers:
-            if sock := writer.get_extra_info("socket"):  # A closed connection has no socket.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if not writer.is_closing():
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
         self._writers.clear()
 
