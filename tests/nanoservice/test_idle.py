@@ -1,10 +1,15 @@
 """Test connections to Redis that die while they are idle: the service opens them again, without a 503 and without a log line."""
 
 import asyncio
+from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
+from redis import exceptions
 
+from nanoservice.config import Config
 from nanoservice.probes import Readiness
+from nanoservice.redis import Store
 from nanoservice.testing.proxy import Fate, Proxy
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
@@ -46,6 +51,20 @@ async def test_connections_that_redis_closes_while_idle_cause_no_503_and_no_log_
         assert await statuses(served) == [200, 200]
         assert await metric(served, "redis_up") == 1
     assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
+
+
+async def test_connection_that_is_lost_in_an_exchange_raises_the_same_on_each_event_loop(valkey: Valkey) -> None:
+    async with relaying(valkey.port) as (relay, port):
+        connection: Any = Store(Config.read(valkey.environ(REDIS_PORT=str(port))), CollectorRegistry()).connection()
+        await connection.connect()
+        await connection.send_command("PING")
+        await connection.read_response()
+        relay.reset()
+        await asyncio.sleep(0.1)  # The reset arrives.
+        with pytest.raises(exceptions.ConnectionError):
+            await connection.send_command("PING")
+            await connection.read_response()
+        await connection.disconnect(nowait=True)
 
 
 async def test_probe_whose_connection_is_lost_when_it_is_used_again_answers_200_and_logs_nothing(
