@@ -40,7 +40,6 @@ import asyncio
 import logging
 import math
 import resource
-from collections.abc import Coroutine
 from typing import Any
 
 from aiohttp import EMPTY_PAYLOAD, StreamReader, http_exceptions, web
@@ -58,8 +57,6 @@ _SPARE_DESCRIPTORS = 128
 
 _KEPT_HEADERS = "Allow", "Retry-After", "WWW-Authenticate"  # These headers of aiohttp's errors are kept.
 _HEAD_TOO_LARGE = "the request line or a header is longer than 8190 bytes, or there are more than 128 headers"
-
-_Finished = Coroutine[Any, Any, tuple[web.StreamResponse, bool]]
 
 _logger = logging.getLogger(__name__)
 
@@ -132,14 +129,21 @@ class Connection(web.RequestHandler):
         except TimeoutError:
             await super().shutdown(0.1)  # aiohttp spends its timeout twice: on the handler, then on cancelling it.
 
-    def finish_response(self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None) -> _Finished:
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
         """Write the answer. An error that aiohttp made (404, 405, 413, 417) is replaced by problem details."""
         if resp.status >= 400 and isinstance(resp, web.HTTPException):
             kept = {name: resp.headers[name] for name in _KEPT_HEADERS if name in resp.headers}
             # Keep text that a handler set. Drop aiohttp's default; for 417 it quotes the client.
             own = resp.status != 417 and resp.text != f"{resp.status}: {resp.reason}"
             resp = problem(resp.status, resp.text or "" if own else "", kept)
-        return super().finish_response(request, resp, start_time)
+        finished = await super().finish_response(request, resp, start_time)
+        if self._messages:
+            # From Python 3.12 on, aiohttp runs each handler at once. Without this, a client whose requests need no waiting
+            # would have all that were read answered in one iteration of the event loop, while all other clients wait.
+            await asyncio.sleep(0)
+        return finished
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None

@@ -217,6 +217,19 @@ async def test_slow_request_is_logged_without_any_of_its_text(served: Served, ca
     assert MARK.decode() not in str([vars(record) for record in caplog.records])
 
 
+# --- clients that pipeline ---
+
+
+@pytest.mark.parametrize("path", ["/x", "/livez", "/openapi.json"])
+async def test_client_that_pipelines_lets_others_in(served: Served, path: str) -> None:
+    number = 4_000
+    async with connected(served.port) as piped, connected(served.port) as other:
+        piped.writer.write(request("GET", path) * number)  # without waiting, so that both arrive together
+        other.writer.write(request("GET", "/livez"))
+        assert (await other.reply()).status == 200
+        assert served.running._factories[0].requests_count < number / 10
+
+
 # --- too many connections ---
 
 
