@@ -63,7 +63,7 @@ class Readiness:
                     await self._ping()
         except REDIS_ERRORS as error:
             self._reason = "Redis: " + self._health.failed("probe", error)
-        except Exception:  # Even after a defect, the result of the previous check must not stay.
+        except Exception:  # If the check itself has a bug, report "not ready" instead of the previous check's result.
             _logger.exception("the check of Redis failed")
             self._reason = "this process cannot check Redis"
         else:
