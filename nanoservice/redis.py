@@ -68,7 +68,9 @@ class _Credentials(CredentialProvider):
 
 
 class _DiscreetConnection(AbstractConnection):
-    """A connection that drops the server's message if the handshake fails, because a server quotes unknown commands.
+    """A connection that removes the server's text from the errors of a handshake.
+
+    A server that does not know a command quotes it with its arguments, and the arguments of AUTH contain the password.
 
     If the connection has died while it was idle, `connect` opens it again.
     """

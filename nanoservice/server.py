@@ -180,7 +180,7 @@ def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
 
 
 def _embedded_problems() -> list[str]:
-    """Return why no embedded Valkey can run, as problems of the settings; return an empty list if it can run."""
+    """Return the problems that keep the embedded Valkey from running, worded like those of settings. The list may be empty."""
     from nanoservice import embedded  # noqa: PLC0415 - only development needs it, so production does not load it
 
     try:

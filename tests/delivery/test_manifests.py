@@ -88,7 +88,7 @@ class Workload:
 
     @property
     def mounts(self) -> dict[str, Object]:
-        """Return the volumes, as {"name": ..., KIND: ...}, by the path where the container mounts each volume."""
+        """Return a dict from mount path to volume. A volume has its type as a key: `{"name": ..., "secret": {...}}`."""
         claims = self.object["spec"].get("volumeClaimTemplates", [])
         volumes = {claim["metadata"]["name"]: {"persistentVolumeClaim": claim["spec"]} for claim in claims}
         volumes |= {volume["name"]: volume for volume in self.pod["volumes"]}

@@ -31,7 +31,7 @@ def test_service_logs_that_a_restore_has_lost_counts(cluster: Deployed, tmp_path
     namespace.make("restore", f"FILE={file}")
     assert wait_for(namespace.answered, 30) == (before[0] + 1, before[1])
     assert "Redis has lost counts that were answered" in namespace.kubectl("logs", "deployment/hitcounter")
-    # Run the runbook's command that goes back to the data from before the restore.
+    # Undo the restore with the command from docs/operations.md.
     (line,) = re.findall(r"^kubectl (exec .*before-restore.*)", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
     namespace.kubectl(*shlex.split(line))
     namespace.kubectl("delete", "pod", "redis-0")

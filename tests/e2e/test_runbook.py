@@ -342,7 +342,10 @@ def test_redis_moves_to_a_new_volume_with_its_counts(cluster: Deployed, installe
 
 
 def forwarded(namespace: Namespace, port: str, path: str) -> str:
-    """Forward a port of this machine to `port` (as in `:8080`) of the service's pod, and return the answer to a GET of `path`."""
+    """Send a GET for `path` to the service's pod through `kubectl port-forward`, and return the body of the answer.
+
+    `port` is an argument of kubectl: `:8080` forwards a free local port to the pod's port 8080.
+    """
     command = [KUBECTL, f"--namespace={namespace.name}", "port-forward", "deployment/hitcounter", port]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

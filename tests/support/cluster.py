@@ -153,7 +153,7 @@ def compose(deployed: Deployed, namespace: Namespace, *lines: str) -> str:
     try:
         text = [f"namespace: {namespace.name}", *lines, "images:"]
         for name, image in images.items():
-            if "@" not in image:  # an image with a digest is the image that the manifests name
+            if "@" not in image:  # The manifests already name an image with a digest.
                 new, tag = image.rsplit(":", 1)
                 text.append(f'  - {{name: {name}, newName: {new}, newTag: "{tag}"}}')
         (folder / "kustomization.yaml").write_text("\n".join(text))
