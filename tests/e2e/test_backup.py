@@ -51,7 +51,7 @@ def test_backup_gives_the_counts_of_its_moment_in_another_namespace(cluster: Dep
     restored = wait_for(other.answered, 30)
     print(f"\nbacked up at {at_backup}, restored {restored[0] - 1} hits; lost: the {last[0] - at_backup[0]} that came after")
     assert restored == (at_backup[0] + 1, at_backup[1])
-    # This service had answered one hit before the restore. The restored count is higher, so the service must not report a loss.
+    # The service answered a count of 1 before the restore. The restored count is higher, so the service must not report a loss.
     log = other.kubectl("logs", "deployment/hitcounter")
     assert "Redis has lost counts" not in log
 

@@ -112,8 +112,8 @@ async def test_passwords_are_rotated_without_a_failed_request(cluster: Deployed)
     assert re.search("WRONGPASS|NOAUTH", namespace.valkey("PING", user="hitcounter", password=old))
 
 
-# This script stands in for kubectl. It passes each command to the real kubectl, but fails if $STEP is in the command and was in
-# at least $AT - 1 earlier commands.
+# This script stands in for kubectl. It counts the commands that contain $STEP, and fails from the $AT-th of them on. It passes
+# all other commands to the real kubectl.
 _CUT = """#!/bin/sh
 case "$*" in
   *"$STEP"*) echo >>"$0.seen"; [ "$(wc -l <"$0.seen")" -lt "$AT" ] || { echo "cut short before: $STEP" >&2; exit 1; } ;;

@@ -82,9 +82,9 @@ class Windows:
     async def recover(self, began: float, namespace: Namespace, ready: Callable[[], Any]) -> float:
         """Wait until `ready()` is true, and then until a new request is answered. Return the seconds from `began` to that answer.
 
-        The period that is recorded ends later, when a request on a new connection is answered. The reason is that the service is
-        not ready if Redis was away for more than half a minute: then new connections are refused until the kubelet's next
-        readiness check.
+        Then wait for an answer on a new connection, and record the period from `began` to this answer. If Redis was away for more
+        than half a minute, this answer comes later, because the service is not ready: new connections are refused until the
+        kubelet's next readiness check.
         """
         await step(wait_for, ready, 120)
         since = time.monotonic()
@@ -98,7 +98,7 @@ class Windows:
         return seconds
 
     def check(self) -> None:
-        """Fail if a request failed outside the recorded periods, or failed with anything but a 503 or a broken connection."""
+        """Fail if a request failed outside the recorded periods, or failed with a status other than 503."""
         for failure in self._load.failures:
             ended = failure.at + failure.seconds
             assert any(failure.at <= last and ended >= first for first, last in self.all), (failure, self.all)

@@ -50,8 +50,8 @@ def seconds_until_ready(namespace: Namespace) -> float:
 
 def test_cold_pod_is_ready_within_three_seconds(cluster: Deployed) -> None:
     took: list[float] = []
-    # If the first readiness check runs before the network policies know the new pod, the pod cannot reach Redis. The next check
-    # runs 5 s later. This does not happen every time, so try up to three times.
+    # The first readiness check fails if it runs before the network policies know the new pod, because then the pod cannot reach
+    # Redis. The next check runs 5 s later. This does not happen every time, so try up to three times.
     while not took or (min(took) >= 3 * SLACK and len(took) < 3):
         took.append(seconds_until_ready(cluster.namespace))
     print(f"\nready {min(took):.1f} s after the pod was requested")

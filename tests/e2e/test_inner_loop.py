@@ -1,6 +1,7 @@
-"""The steps of `skaffold dev`, `debug` and `verify` work on the cluster. The tests do these steps without Skaffold.
+"""The steps of `skaffold dev`, `debug` and `verify` work on the cluster. The tests run each step themselves, not Skaffold.
 
-They build the targets that skaffold.yaml names, deploy the manifests of its profiles, and sync files with Skaffold's commands.
+The tests build the targets that skaffold.yaml names, deploy the manifests of its profiles, and change files in the pod with the
+same commands as Skaffold.
 """
 
 import contextlib
@@ -95,7 +96,7 @@ def identity(pod: Any) -> tuple[str, int]:
 
 
 def sync(pod: Any, files: dict[str, str], deleted: tuple[str, ...] = ()) -> None:
-    """Write `files` into the pod and remove the files in `deleted`, with the commands of Skaffold's pkg/skaffold/sync."""
+    """Write `files` into the pod and remove the files in `deleted`. Skaffold's pkg/skaffold/sync runs the same commands."""
     place = [KUBECTL, "exec", pod["metadata"]["name"], "--namespace", pod["metadata"]["namespace"], "-c", "hitcounter"]
     if deleted:
         run(*place, "--", "rm", "-rf", "--", *(f"{PLACE}/{name}" for name in deleted))
@@ -119,7 +120,7 @@ def test_changed_new_and_deleted_files_are_answered_by_the_same_pod(dev: Namespa
         ("new", {"hitcounter/words.py": 'FROM = b"Salve from Redis"\n', "hitcounter/app.py": with_new}, (), "Salve from Redis!"),
         ("deleted", {"hitcounter/app.py": APP}, ("hitcounter/words.py",), f"{GREETING}!"),
     ]
-    # `skaffold dev` also keeps one port-forward through all changes. A port-forward stops if the pod refuses one connection.
+    # Keep one port-forward open through all changes, as `skaffold dev` does. A refused connection would end the port-forward.
     with forwarded(pod, 8080) as port:
         service = f"http://127.0.0.1:{port}/"
         last = int(wait_for(lambda: re.findall(r"seen (\d+) times", ask(service)), 30)[0])

@@ -113,8 +113,8 @@ def test_service_reaches_redis_and_dns_and_nothing_else(cluster: Deployed, other
 
 def test_redis_reaches_nothing(cluster: Deployed, other: Namespace) -> None:
     server = start(other, cluster.image)
-    # Redis's pod has only one client program, valkey-cli. Python's HTTP server, which this command tries to reach, does not know
-    # Redis's protocol, but would accept the connection.
+    # The only client program in Redis's pod is valkey-cli. Here it tries to connect to an HTTP server. That server would accept
+    # the connection, although it does not know Redis's protocol.
     command = ["timeout", "3", "valkey-cli", "-h", server, "-p", "8000", "PING"]
     with pytest.raises(AssertionError, match=r"Could not connect|: (124|143)"):
         cluster.namespace.kubectl("exec", "redis-0", "--", *command)

@@ -19,7 +19,7 @@ def test_manifests_of_a_release_run_the_image_that_was_published(tmp_path: Path)
     shutil.copy(published().dist / "release" / "production.yaml", tmp_path)
     with namespace("release") as one:
         lines = [f"namespace: {one.name}", "resources: [production.yaml]"]
-        if valkey := os.environ.get("VALKEY"):  # the cluster may reach only its own registry
+        if valkey := os.environ.get("VALKEY"):  # some clusters can pull only from their own registry
             name, tag = valkey.rsplit(":", 1)
             lines.append(f'images: [{{name: docker.io/valkey/valkey, newName: {name}, newTag: "{tag}", digest: ""}}]')
         (tmp_path / "kustomization.yaml").write_text("\n".join(lines))

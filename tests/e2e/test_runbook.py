@@ -226,8 +226,8 @@ seq "$(($1 * 1000))" | sed 's/.*/SET {hitcounter}:fill &/' | valkey-cli -s /run/
 def test_redis_that_loads_is_not_ready_and_not_restarted(cluster: Deployed, installed: Namespace) -> None:
     assert installed.kubectl("exec", "redis-0", "--", "sh", "-c", _COMMANDS, "sh", "10").strip() == "OK"
     # Make Redis load slowly, and make the kubelet restart Redis after one failed liveness probe. While Redis loads, it answers
-    # clients only after each thousand commands that it has loaded, and on a busy machine even later. The probe's timeout is long,
-    # because this test is about a Redis that answers "no", not about a Redis that answers late.
+    # clients only once for every thousand loaded commands, about once a second, and less often on a busy machine. The probe's
+    # timeout is long, because this test is about a Redis that answers LOADING, not about a Redis that answers late.
     probe = {"initialDelaySeconds": 5, "periodSeconds": 1, "failureThreshold": 1, "timeoutSeconds": 60}
     container = {"name": "redis", "args": ["--key-load-delay", "1000"], "livenessProbe": probe}
     patch = {"spec": {"template": {"spec": {"containers": [container]}}}}
@@ -370,7 +370,7 @@ def test_examples_in_the_texts_apply() -> None:
         kinds = set()
         for file, example in blocks():
             assert {"apiVersion", "kind"} <= example.keys(), file
-            if example["kind"] not in ("Certificate", "ExternalSecret", "Gateway", "HTTPRoute"):  # some clusters lack these
+            if example["kind"] not in ("Certificate", "ExternalSecret", "Gateway", "HTTPRoute"):  # a kind that every cluster has
                 one.kubectl("apply", "--dry-run=server", "--filename=-", input=json.dumps(example))
                 kinds.add(example["kind"])
     assert kinds == {"Secret", "Ingress"}
@@ -412,7 +412,7 @@ def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
             assert forwarded(ours, ":9090", "/metrics").startswith("# HELP")
             assert "ready" in forwarded(ours, ":8080", "/readyz")
         elif command[-1] == "--kustomize=manifests/production":
-            command[-1] = "--filename=-"  # `production` names a namespace and an image that exist
+            command[-1] = "--filename=-"  # the text `production` has a namespace and an image that exist
             with suppress(AssertionError) if verb == "diff" else nullcontext():  # `kubectl diff` fails if there is a difference
                 ours.kubectl(*command, *dry, input=production)
         else:
