@@ -1,4 +1,4 @@
-"""Tools that several tests share. The tools that the chassis's tests use import no service."""
+"""Tools that several tests share. A tool that a test of the chassis uses must not import a service."""
 
 from pathlib import Path
 

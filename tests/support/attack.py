@@ -157,7 +157,7 @@ def hostile(rng: random.Random, mark: bytes) -> list[bytes]:
 
 
 class Attack:
-    """Sends many hostile requests at a time, and records the statuses of the answers and the answers that reveal something."""
+    """Sends many hostile requests at a time. Records the status of each answer, and each answer that reveals something."""
 
     def __init__(self, port: int, seed: int) -> None:
         self.port = port
@@ -206,14 +206,14 @@ def descriptors(process: Process) -> int:
 
 
 def idle(process: Process) -> bool:
-    """Return whether no client is connected: no socket on the port is in state ESTABLISHED or CLOSE_WAIT."""
+    """Return whether no client is connected, so no socket on the port is in state ESTABLISHED or CLOSE_WAIT."""
     lines = Path(f"/proc/{process.popen.pid}/net/tcp").read_text().splitlines()
     sockets = [line.split()[1:4] for line in lines]
     return not any(here.endswith(f":{process.port:04X}") and state in ("01", "08") for here, _, state in sockets)
 
 
 def telling(module: str, errors: Path, before: str = "") -> tuple[str, ...]:
-    """Return a command that runs the shell command `before`, then `module` with standard error in the file `errors`."""
+    """Return a command that runs `module` with standard error in the file `errors`. The shell code `before` runs first."""
     return "sh", "-c", f'{before} exec "$@" 2>"$0"', str(errors), sys.executable, "-m", module
 
 
@@ -227,7 +227,7 @@ async def hit(port: int) -> int:
 async def survive(process: Process, errors: Path, number: int, *, connections: int) -> None:
     """Attack a service whose standard error goes to `errors`; fail if it leaks memory, descriptors or text, or loses a hit.
 
-    During the attack the service may open up to `connections` more connections to Redis, which the service did not need before.
+    `connections` is the number of additional connections to Redis that the service may keep after the attack.
     """
     await Attack(process.port, seed=0).run(1_000)  # fills caches, metrics, and connections to Redis
     await Attack(process.admin_port, seed=2).run(100)
@@ -239,7 +239,7 @@ async def survive(process: Process, errors: Path, number: int, *, connections: i
     assert attack.sent == number
     assert not attack.leaks, attack.leaks[0]
     assert attack.statuses.keys() <= {100, 200, 204, 400, 404, 405, 406, 413, 417, 431}
-    # The attack must provoke these statuses. Not all answers are seen: on a busy machine many clients give up too early.
+    # The attack must provoke these statuses. On a busy machine many clients give up before they get their answer.
     assert attack.statuses.keys() >= {200, 400, 404, 431}
     assert attack.statuses.total() > number / 100
     await eventually(lambda: idle(process), 20 * SLACK)
@@ -253,6 +253,6 @@ async def survive(process: Process, errors: Path, number: int, *, connections: i
     assert process.end() == 0
     assert errors.read_text() == ""
     assert MARK.decode() not in str(process.log)
-    # Only the start, the shutdown, and requests that a busy machine makes slow are logged.
+    # The log has only the start, the shutdown, and requests that are slow because the machine is busy.
     assert {line["message"].partition(";")[0] for line in process.log} <= {"listening", "draining", "stopped", "slow request"}
     assert len(process.log) < 100

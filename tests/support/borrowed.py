@@ -12,7 +12,8 @@ from typing import Any
 
 DOCUMENTED = {"_exit", "_asdict"}  # these names of the standard library look private
 
-_PYTHONS = {"builtins", "asyncio.protocols", "abc", "typing"}  # A library does not define the attributes of Python's own classes.
+# If a class of these modules defines an attribute, the attribute comes from Python and not from a library.
+_PYTHONS = {"builtins", "asyncio.protocols", "abc", "typing"}
 
 _ENTRY = re.compile(r"- ((?:`[^`]+`, )*`[^`]+`)[^:`]*: (.+)")
 

@@ -24,7 +24,7 @@ SERVICE = "app.kubernetes.io/name=hitcounter"
 
 
 def run(*command: str, input: str | None = None, env: dict[str, str] | None = None, seconds: float = 300) -> str:
-    """Return the standard output of `command`; fail with its whole output if it fails."""
+    """Return the standard output of `command`. If the command fails, raise an AssertionError with its whole output."""
     done = subprocess.run(
         command, input=input, capture_output=True, text=True, cwd=ROOT, env=os.environ | (env or {}), timeout=seconds
     )
@@ -105,7 +105,7 @@ class Namespace:
         return self.kubectl("exec", "redis-0", "--", "sh", "-c", script, "sh", user, password or "", *command).strip()
 
 
-RUN = f"hitcounter-e2e-{secrets.token_hex(3)}"  # the name of each namespace of this run begins like this
+RUN = f"hitcounter-e2e-{secrets.token_hex(3)}"  # the names of this run's namespaces begin with this
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Deployed:
 
     namespace: Namespace
     url: str
-    image: str  # the name that the Deployment has for the image
+    image: str  # the image's name in the Deployment
     valkey: str
     warnings: list[tuple[str, str]]  # reason and message of each warning event of the deployment
 
@@ -136,7 +136,7 @@ def deployed() -> Deployed:
 
 @contextmanager
 def namespace(name: str, level: str = "restricted") -> Iterator[Namespace]:
-    """Create a namespace of this run; delete it afterwards, without waiting until it is gone."""
+    """Create a namespace of this run. After the block, start to delete the namespace, and do not wait until it is gone."""
     one = Namespace(f"{RUN}-{name}-{secrets.token_hex(2)}")
     one.create(level)
     try:
@@ -153,7 +153,7 @@ def compose(deployed: Deployed, namespace: Namespace, *lines: str) -> str:
     try:
         text = [f"namespace: {namespace.name}", *lines, "images:"]
         for name, image in images.items():
-            if "@" not in image:  # The manifests already name an image with a digest.
+            if "@" not in image:  # not the image that the manifests name by digest
                 new, tag = image.rsplit(":", 1)
                 text.append(f'  - {{name: {name}, newName: {new}, newTag: "{tag}"}}')
         (folder / "kustomization.yaml").write_text("\n".join(text))
@@ -163,9 +163,10 @@ def compose(deployed: Deployed, namespace: Namespace, *lines: str) -> str:
 
 
 def install(deployed: Deployed, namespace: Namespace, *lines: str) -> None:
-    """Install the service and its Redis in `namespace`, without a port of the node, because only one service can have this port.
+    """Install the service and its Redis in `namespace`. The service gets no port on the node.
 
-    `lines` are more lines of the kustomization, such as `components: [../components/redis-tls]`.
+    Only one Service of a cluster can have the node's port, and the deployment of `make deploy` may already have it. `lines` are
+    more lines of the kustomization, such as `components: [../components/redis-tls]`.
     """
     namespace.make("secret")
     namespace.apply(compose(deployed, namespace, "resources: [../hitcounter, ../redis]", *lines))

@@ -54,7 +54,7 @@ class Layout:
         return str(self._manifest["config"]["digest"])
 
     def manifests(self) -> dict[str, str]:
-        """Return the digests of the images in an index, by platform."""
+        """Return a dict from platform to digest, for the images in an index."""
         return {
             f"{one['platform']['os']}/{one['platform']['architecture']}": one["digest"] for one in self._manifest["manifests"]
         }
@@ -66,7 +66,7 @@ class Layout:
         return self._blobs / digest.removeprefix("sha256:")
 
     def layers(self, first: int = 0) -> Iterator[tarfile.TarFile]:
-        """Yield the layers in order, the lowest first, from index `first` on; a negative index counts from the highest layer."""
+        """Yield the layers from index `first` up to the highest layer. A negative index counts from the highest layer."""
         for layer in self._manifest["layers"][first:]:
             with tarfile.open(self._blob(layer["digest"])) as tar:
                 yield tar

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Return the file of each module in `package`, by dotted name; the name of a package leads to its `__init__.py`."""
+    """Return a dict from the dotted name of each module in `package` to its file. A package's file is its `__init__.py`."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -29,7 +29,7 @@ def imported(name: str, path: Path) -> Iterator[str]:
 
 
 def violations(package: Path, layers: list[str], where: str) -> list[str]:
-    """Return a sentence for each violation of the order: a module of `package` may import only modules of lower layers.
+    """Return a sentence for each violation of this rule: a module of `package` may import only modules of lower layers.
 
     `layers` has the lowest layer first, and names the modules without the name of the package. `__init__.py` of the package is
     below all layers. The sentences name `where` as the file that has the layers.

@@ -57,12 +57,12 @@ class Tally:
             self.keys[kind].add((hits, posts))
 
     def check(self, hits: int, posts: int) -> None:
-        """Fail if a number was answered twice, or if Redis did not count an answered request, or counted more than was sent."""
+        """Fail unless each answered request was counted once, with a number of its own, and each failed request at most once."""
         assert len(set(self.hits)) == len(self.hits), "a hit's number was answered twice"
         counted = len(self.hits)
         assert self.highest_hits <= hits, "Redis has fewer hits than an answer"
         assert counted <= hits <= counted + self.failed_hits, "a hit was lost, or counted twice"
-        # The numbers that are missing below the highest number belong to failed requests.
+        # If a number below the highest is in no answer, it belongs to a failed request.
         assert max(self.hits, default=0) - counted <= self.failed_hits
 
         assert all(len(answers) <= 1 for answers in self.keys.values()), "a key got two different answers"

@@ -16,7 +16,7 @@ async def document(served: Served) -> dict[str, Any]:
 
 
 def operations(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return the documented operations, by path and method."""
+    """Return a dict from path and method to the documented operation."""
     return {(path, method): operation for path, methods in found["paths"].items() for method, operation in methods.items()}
 
 
@@ -64,7 +64,7 @@ async def check_417(served: Served, found: dict[str, Any]) -> None:
 
 
 async def check_503(served: Served, found: dict[str, Any]) -> None:
-    """While Redis is down, fail unless the operations that answer 503 are those that document a 503 with `Retry-After`."""
+    """Fail unless the same operations answer 503 and document 503, with `Retry-After`. Redis must be down during this check."""
     unavailable = set()
     for path, method in operations(found):
         async with served.client.request(method, path) as answer:

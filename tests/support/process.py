@@ -69,7 +69,10 @@ class Process:
         self.port, self.admin_port = line["port"], line["admin_port"]
 
     def end(self, how: int = signal.SIGTERM, seconds: float = 30) -> int:
-        """Send the signal `how` (0 sends none: the process was already asked to stop), and return the exit status."""
+        """Send the signal `how`, wait until the process exits, and return the exit status.
+
+        Signal 0 has no effect. Use it for a process that is already stopping.
+        """
         if self.popen.poll() is None:
             self.popen.send_signal(how)
         status = self.popen.wait(seconds)
@@ -115,7 +118,7 @@ def spawning(module: str) -> Iterator[Spawn]:
 
 
 def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait until a process that got a signal exits; return its exit status and its output."""
+    """Wait until the process exits after a signal. Return the exit status and the output."""
     try:
         output, errors = process.communicate(timeout=10 * SLACK)
     finally:
@@ -124,7 +127,7 @@ def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def interrupted_at(imported: str, module: str, how: int, settings: dict[str, str], cwd: Path) -> tuple[int, str]:
-    """Run `module`, and send it the signal `how` when `imported` has been imported; return the exit status and the output."""
+    """Run `module`, and send the signal `how` after the import of `imported`. Return the exit status and the output."""
     command = [sys.executable, "-X", "importtime", "-m", module]  # standard error names each import
     with subprocess.Popen(
         command, env=environment(settings), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

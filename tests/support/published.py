@@ -41,7 +41,7 @@ def published() -> Published:
     }
     said = {}
     for one in runs(RELEASE):
-        if not one.here or one.line == "make wheels":  # `make wheels` needs the internet, and must have run before
+        if not one.here or one.line == "make wheels":  # `make wheels` needs the internet: run it before the tests
             continue
         environ = {name: text.replace("ghcr.io/$", f"{run}/ghcr.io/$") for name, text in one.environ}
         said[one.line] = execute(

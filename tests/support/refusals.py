@@ -12,7 +12,10 @@ Act = Callable[[Valkey], object]
 
 
 def refusals(command: str) -> list[Any]:
-    """Return parameters for a test: what makes Redis refuse `command`, what ends that, and the cause."""
+    """Return parameters for a test.
+
+    Each has a function that makes Redis refuse `command`, a function that ends the refusal, and the cause.
+    """
     return [
         pytest.param(
             lambda valkey: valkey.run("REPLICAOF", "127.0.0.1", "1"),
@@ -43,7 +46,7 @@ def refusals(command: str) -> list[Any]:
 
 
 def _fail_to_save(valkey: Valkey) -> None:
-    """Make Valkey refuse writes because its last snapshot failed: the file of the snapshot is a folder."""
+    """Make a snapshot fail, by a folder in the place of its file. Valkey then refuses writes."""
     (valkey.data / "dump.rdb" / "x").mkdir(parents=True)
     valkey.run("CONFIG", "SET", "save", "1 1000000")
     valkey.run("CONFIG", "SET", "stop-writes-on-bgsave-error", "yes")

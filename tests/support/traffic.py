@@ -73,10 +73,10 @@ class Traffic:
             self.failures.append(Failure(began, seconds, what))
 
     async def run(self, ended: asyncio.Event, least: int) -> None:
-        """Send requests until `ended` is set, and at least `least` requests."""
+        """Send requests until `ended` is set and at least `least` requests have been sent."""
         connector = aiohttp.TCPConnector(
             limit=0, socket_factory=own_port
-        )  # with a limit, requests would wait here instead of at the service while Redis is away
+        )  # with a limit, requests would wait in this client, and not in the service, while Redis is away
         timeout = aiohttp.ClientTimeout(total=10, connect=5)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers={"Accept": "application/json"}) as session:
             session._retry_connection = False
@@ -94,7 +94,7 @@ class Traffic:
                 await asyncio.wait(under_way, timeout=15)
 
     def check(self, before: tuple[int, int], after: tuple[int, int]) -> None:
-        """Fail if a number was answered twice, or if Redis did not count an answered request, or counted more than was sent.
+        """Fail unless each answered request was counted once, with a number of its own, and each failed request at most once.
 
         `before` and `after` are the results of `counts`, and each of these two calls has counted a hit itself.
         """
@@ -117,7 +117,10 @@ class Traffic:
 
 @asynccontextmanager
 async def traffic(url: str, rate: float, *, least: int = 0) -> AsyncIterator[Traffic]:
-    """Send `rate` requests a second to `url` during the block, and at least `least` requests."""
+    """Send `rate` requests a second to `url` while the block runs.
+
+    If fewer than `least` requests were sent, continue after the block until they are.
+    """
     one = Traffic(url, rate)
     ended = asyncio.Event()
     task = asyncio.create_task(one.run(ended, least))

@@ -63,7 +63,7 @@ class Wire:
         return Reply(status, headers, self.received[begin : self._parsed])
 
     async def closed(self, seconds: float = LIMIT) -> None:
-        """Wait until the server closes the connection; fail if the server sends more, or nothing at all for `seconds`."""
+        """Wait until the server closes the connection. Fail if the server sends more bytes, or does nothing for `seconds`."""
         while await self.more(seconds):
             pass
         assert not self.received[self._parsed :]

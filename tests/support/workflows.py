@@ -14,7 +14,7 @@ from tests.support import ROOT
 
 CI, RELEASE = (yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text()) for name in ("ci", "release"))
 
-# This machine cannot run a command that begins like one of these keys; the value is the reason.
+# This machine cannot run the commands that begin with one of these keys. Each value is the reason.
 NOT_HERE = {
     "make builder": "BuildKit's image cannot be pulled; the engine's own builder makes the same image with another digest",
     "make tools": "the target fetches Skaffold from a site that cannot be reached",
@@ -45,13 +45,13 @@ class Run:
 
     @property
     def targets(self) -> list[str]:
-        """The targets of the command if it calls make, otherwise empty."""
+        """The targets of a `make` command. For any other command the list is empty."""
         words = self.line.partition(" >>")[0].split()
         return [word for word in words[1:] if "=" not in word] if words[0] == "make" else []
 
 
 def runs(workflow: Any) -> Iterator[Run]:
-    """Yield each `run:` of a workflow, and each `runCmd:` of its actions, in order."""
+    """Yield each `run:` of a workflow's steps and each `runCmd:` of the actions that the steps use, in order."""
     for name, job in workflow["jobs"].items():
         for step in job.get("steps", []):
             line = step.get("run", step.get("with", {}).get("runCmd"))
