@@ -100,13 +100,13 @@ class Project:
         )  # fmt: skip
 
     def secrets(self) -> dict[str, str]:
-        """Return the content of each secret in the volume, by the secret's path in the volume."""
+        """Return a dict from the path of each secret in the volume to the secret's content."""
         script = "for file in redis/* redis-tls/tls.key hitcounter/password; do echo \"$file\"; tr -d '\\n' <$file; echo; done"
         lines = self.in_volume("0", script).splitlines()
         return dict(zip(lines[::2], lines[1::2], strict=True))
 
     def left(self) -> dict[str, list[str]]:
-        """Return the ids of the project's containers, networks and volumes that the engine still has, by kind."""
+        """Return the containers, networks and volumes that the project still has, as a dict from kind to ids."""
         found = {
             "containers": docker("ps", "--all", "--quiet", f"--filter=label={LABEL}={self.name}"),
             "networks": docker("network", "ls", "--quiet", f"--filter=label={LABEL}={self.name}"),

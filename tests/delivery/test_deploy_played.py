@@ -110,7 +110,7 @@ def test_foreign_namespace_is_left_alone(tmp_path: Path, command: str, label: st
 
 
 def test_names_that_look_like_numbers_stay_texts(tmp_path: Path) -> None:
-    """A tag is the beginning of a digest. One tag in some hundreds looks like a number: only digits, or `12345678e123`."""
+    """A tag is the beginning of a digest. One tag in some hundreds looks like a number: `123456789012` or `12345678e123`."""
     keeps = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
     kubectl = played(tmp_path, "kubectl", keeps)
     engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
@@ -129,7 +129,7 @@ def test_dry_run_of_deploy_calls_nothing(tmp_path: Path) -> None:
     command = ["make", "--dry-run", "deploy", f"KUBECTL={kubectl}", f"ENGINE={engine}", "REGISTRY=r.example"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=30).stdout
     assert "scripts/deploy.sh" in shown
-    # Neither docker nor kubectl was called: each would have written a file .told.
+    # Neither docker nor kubectl was called: the fake programs write a file NAME.told when they are called.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["docker", "kubectl"]
 
 
@@ -142,8 +142,8 @@ class Cluster:
     `users` is the content of users.acl. `has` maps SECRET.KEY to the content of each key that the fake cluster already has.
     """
 
-    # The fake kubectl answers with the contents in `has`. It stores the keys of each secret that a script writes as files, in a
-    # folder with the secret's name.
+    # The fake kubectl answers with the contents in `has`. When a script writes a secret, the fake kubectl makes a folder with the
+    # secret's name, and a file in this folder for each key.
     _KUBECTL = """case $* in
       *"get secret"*)
         key=$(expr "$*" : '.*index \\. "\\([a-z]*\\)"')
@@ -171,7 +171,7 @@ class Cluster:
         return ran(self.scripts / f"{command}.sh", KUBECTL=self.kubectl)
 
     def written(self) -> dict[str, dict[str, str]]:
-        """Return the keys and values of each secret that a script has written, by the secret's name."""
+        """Return the secrets that a script has written, as a dict from the secret's name to its keys and values."""
         return {secret.name: {key.name: key.read_text() for key in secret.iterdir()} for secret in self.got.iterdir()}
 
 

@@ -127,7 +127,7 @@ def test_libraries_have_no_debug_data() -> None:
 def test_every_engine_writes_the_files_in_the_same_order() -> None:
     """Some engines sort whole paths (`a`, `a-1`, `a/b`), others sort folder by folder (`a`, `a/b`, `a-1`).
 
-    The files of each layer must have names that are in the same order either way.
+    For the names of the files in each layer, both ways must give the same order.
     """
     for layer in built()[0].layers(OWN):
         names = layer.getnames()

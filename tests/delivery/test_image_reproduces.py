@@ -58,7 +58,7 @@ def test_changed_source_gives_another_image_soon(context: Path, tmp_path: Path) 
 
 
 def shared(other: Layout) -> int:
-    """Return how many layers on top of the base are the same in `other` and in the image that these tests build."""
+    """Return how many layers on top of the base `other` has in common with the image that `built` returns."""
     mine, others = (one.config["rootfs"]["diff_ids"][-4:] for one in (built()[0], other))
     return len(set(mine) & set(others))
 
@@ -82,17 +82,16 @@ def test_changed_wheel_gives_another_image(context: Path, tmp_path: Path) -> Non
 
 
 def given(argument: str) -> str:
-    """Return the name of the image that a build uses as the build argument `argument`, such as BASE."""
+    """Return the image that the build argument `argument`, such as BASE, has in a build of the service."""
     options = re.findall(rf"--build-arg[ =]{argument}=(\S+)", os.environ.get("BUILD_OPTIONS", ""))
     defaults = re.findall(rf"^ARG {argument}=(\S+)$", (ROOT / "Containerfile").read_text(), re.MULTILINE)
     return str([*defaults, *options][-1])
 
 
 def another(argument: str, line: str, folder: Path) -> str:
-    """Build an image that adds the instruction `line` to one of the images that the Containerfile uses.
+    """Add the instruction `line` to the image of the build argument `argument`, such as BASE, and build the new image.
 
-    `argument` is the build argument for the Containerfile's image, such as BASE. `folder` is the context of this build. Return
-    the options that make a build of the service use the new image.
+    `folder` is the context of this build. Return the options that make a build of the service use the new image.
     """
     name = f"localhost/image-tests-{argument.lower()}"
     (folder / "Containerfile").write_text(f"FROM {given(argument)}\n{line}\n")
@@ -152,7 +151,7 @@ def test_files_that_are_not_an_input_change_nothing(context: Path, tmp_path: Pat
 
 
 def test_clock_changes_nothing(context: Path, tmp_path: Path) -> None:
-    """Two builds without a cache, at two times, give the same image: no file has another time than the base's or a fixed one."""
+    """Two builds without a cache, at different times, give the same image: all times in the image are the base's, or fixed."""
     again = layout(context, tmp_path / "layout", options="--no-cache", SOURCE_DATE_EPOCH="1700000000")
     assert again.digest == built()[0].digest
     assert again.config["created"] == "1970-01-01T00:00:00Z"

@@ -85,7 +85,7 @@ def test_help_is_the_default_and_lists_every_target() -> None:
 
 
 def test_update_without_an_environment_makes_one_first(copy: Path, tmp_path: Path) -> None:
-    """`make update` needs Python to compute the date before which a version must have been published."""
+    """`make update` takes only versions that were published before a date, and needs Python to compute this date."""
     ended = make("update", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")))
     assert ended.returncode != 0
     assert "Python 3.11 or newer is needed" in ended.stderr.splitlines()[0]
@@ -100,7 +100,7 @@ def test_missing_python_is_reported_in_one_line(copy: Path, tmp_path: Path) -> N
 
 def test_python_that_is_too_old_is_not_used(copy: Path, tmp_path: Path) -> None:
     path = tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")
-    # A version manager may put a `python3.12` on PATH that only fails.
+    # With some version managers, PATH has a `python3.12` that always fails.
     for name in ("python3", "python3.12"):
         (path / name).write_text("#!/bin/sh\nexit 1\n")
         (path / name).chmod(0o755)
@@ -292,7 +292,7 @@ def test_lock_on_another_python_is_refused(copy: Path, tmp_path: Path) -> None:
 
 
 def test_old_wheels_are_kept_until_new_ones_are_fetched(copy: Path) -> None:
-    """The folder's name ends with a slash in this test, because a shell's completion adds a slash."""
+    """The test passes the folder's name with a slash at the end, because a shell's completion adds this slash."""
     (copy / ".venv" / "bin").mkdir(parents=True)
     (copy / ".venv" / "can-run").touch()
     python = copy / ".venv" / "bin" / "python"

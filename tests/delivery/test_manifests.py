@@ -290,8 +290,8 @@ def test_image_never_moves(workload: Workload) -> None:
     for container in workload.containers:
         assert container["imagePullPolicy"] == "IfNotPresent"
         by_digest = re.fullmatch(r"[a-z0-9./:-]+@sha256:[0-9a-f]{64}", container["image"])
-        # A service's image may have a name without a registry and a tag only in the variants for a laptop. There the deployment
-        # fills in the name of the image that was built.
+        # In the variants for a laptop, a service's image may be only a name, without registry, tag and digest. The deployment
+        # replaces this name with the image that was built.
         assert by_digest or (workload.variant not in PRODUCTION and container["image"] == workload.name in SERVICES)
         assert ":latest" not in container["image"]
 

@@ -47,7 +47,7 @@ def oras(*arguments: str, check: bool = True) -> str:
 
 
 def referrers(image: str) -> dict[str, str]:
-    """Return the digest of each referrer of the image, by artifact type."""
+    """Return the referrers of the image, as a dict from artifact type to digest."""
     found = json.loads(oras("discover", "--format", "json", image)).get("referrers", [])
     assert len(found) == len({one["artifactType"] for one in found})
     return {one["artifactType"]: one["digest"] for one in found}

@@ -107,7 +107,7 @@ def test_every_file_of_the_service_is_synced_to_its_place_and_nothing_else() -> 
     there = {path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file()}
     assert synced == there
     for rule in rules:
-        assert rule.keys() == {"src", "dest"}  # without `strip`, a file keeps its path relative to the repository below `dest`
+        assert rule.keys() == {"src", "dest"}  # without `strip`, a file PATH is copied to `dest`/PATH
         package = rule["src"].partition("/")[0]
         service = "${SERVICE}" if package == CONFIG["build"]["artifacts"][0]["docker"]["buildArgs"]["SERVICE"] else package
         assert f"\nCOPY {service}/ {rule['dest']}/{service}/\n" in CONTAINERFILE
@@ -135,7 +135,7 @@ def test_smoke_test_s_job_fits_the_namespace_and_its_network_policy() -> None:
     assert case["container"]["command"][0] in CONTAINERFILE
     assert all(container["resources"][kind].keys() == {"cpu", "memory", "ephemeral-storage"} for kind in ("requests", "limits"))
     assert job["metadata"]["namespace"] == objects[0]["metadata"]["name"]
-    # tests/e2e/test_inner_loop.py shows on a cluster that Pod Security admits the pod and the network policy lets it connect.
+    # On a cluster, test_inner_loop.py shows that Pod Security admits this pod, and that this policy allows its connections.
     (policy,) = (it for it in objects if it["metadata"]["name"] == job["metadata"]["name"])
     assert policy["spec"]["podSelector"]["matchLabels"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
     names = {it["metadata"]["name"] for it in objects if it["kind"] == "Service"}

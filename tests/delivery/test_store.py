@@ -182,7 +182,7 @@ def test_byte_order_mark_and_carriage_returns_are_not_part_of_a_password(stopped
         assert stopped.ask("hitcounter", "PING", password=password) is True
     with stopped.client(**BARE) as client, pytest.raises(AuthenticationError):
         client.execute_command("AUTH", "hitcounter", "")
-    # The script strips them from its own password, too. This valkey-cli prints the password that the script passes.
+    # redis.sh also strips both from the password that it uses itself. This fake valkey-cli prints that password.
     client_program = stopped.root / "bin/valkey-cli"
     client_program.write_text('#!/bin/sh\nprintf "<%s>" "$REDISCLI_AUTH"\n')
     client_program.chmod(0o755)
@@ -202,7 +202,7 @@ def test_second_valkey_on_the_same_data_waits_until_the_first_has_exited(stopped
     stopped.start()
     users = stopped.root / "run/valkey/users.acl"
     stopped.ask("all", "SET", "a", "1")
-    users.unlink()  # redis.sh writes this file as soon as it has the lock of the data
+    users.unlink()  # redis.sh writes this file again only when it has the lock of the data
     first, stopped.port = stopped.process, free_port()
     assert first
     try:
@@ -245,7 +245,7 @@ def test_next_start_loads_the_restored_snapshot_and_keeps_the_old_data(stopped: 
     stopped.ask("all", "SET", HITS, "8")
     assert stopped.script("restore", input=snapshot).returncode == 0
     assert stopped.ask("all", "GET", HITS) == "8"
-    for count in ("7", "9"):  # the first start restores 7; the second start restores nothing, so it keeps the later 9
+    for count in ("7", "9"):  # the first start loads the restored 7; the second start loads the 9 that was set after it
         stopped.kill()
         stopped.start()
         assert stopped.ask("all", "GET", HITS) == count
@@ -296,7 +296,7 @@ async def refusal(store: Shipped, timeout: float) -> str:
     Return the `detail` of the first answer whose status is not 200, or an empty string if every status is 200.
     """
     store.ask("all", "FLUSHALL")
-    store.ask("all", "ZADD", ORDER, 1, "old")  # the service may keep only one key, so it must forget this key
+    store.ask("all", "ZADD", ORDER, 1, "old")  # IDEMPOTENCY_KEYS is 1, so the first new key replaces this key
     store.ask("all", "HSET", ANSWERS, "old", "x")
     password = store.root / "run/secrets/redis/hitcounter"
     environ = store.environ(REDIS_USERNAME="hitcounter", REDIS_PASSWORD_FILE=str(password), IDEMPOTENCY_KEYS="1")

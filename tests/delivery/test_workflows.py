@@ -60,7 +60,7 @@ def test_job_has_its_limits(job: Any) -> None:
 
 
 def test_python_that_is_set_up_is_the_one_that_make_uses() -> None:
-    """Runners have Python 3.12, and make prefers a newer Python of the runner. So a job that needs another Python sets PYTHON."""
+    """make would prefer a newer Python that is on the runner. So a job that sets up another Python also sets PYTHON."""
     set_up = {
         job: step["with"]["python-version"]
         for job, one in CI["jobs"].items()
