@@ -177,7 +177,7 @@ def load(process: Process, connections: int, how: Callable[[Load], Any]) -> Load
 
 
 def commands(store: "redis.Redis", server: Server) -> int:
-    """Return the number of commands that the server has sent to Redis, without this process's and the script's commands."""
+    """Return the number of commands that the server has sent to Redis. Leave out those of this process and of the script."""
     ours = {"info"} | (INSIDE_SCRIPT if server.counts_in_script else set())
     stats = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in store.info("commandstats").items()}
     return sum(calls for name, calls in stats.items() if name not in ours)

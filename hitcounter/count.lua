@@ -105,7 +105,7 @@ if keyed then
       new = new + 1
       answer = {hits, posts + new}
       answers[ARGV[i]] = answer
-      -- Write the order first. If the second write fails, no digest is in the hash alone: it would never be forgotten.
+      -- Write the order first, so that no failure leaves a digest only in the hash. Such a digest would never be forgotten.
       redis.call('ZADD', KEYS[5], text(newest + i), ARGV[i])
       redis.call('HSET', KEYS[4], ARGV[i], cmsgpack.pack({answer[1], answer[2], 1}))
     end

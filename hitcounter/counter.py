@@ -5,7 +5,7 @@ one call of `count.lua`, and then gives each request its number. Requests that a
 one. So under load, one command counts many requests, and Redis syncs to disk once per batch.
 
 If a reply is lost, the lane does not know whether its batch was counted. The lane then sends the same batch again, under the same
-name and sequence number. The script counts this batch only if it did not count it the first time: `count.lua` explains how.
+name and sequence number. The script counts this batch only if it has not counted it already: `count.lua` explains how.
 
 This module borrows a name from hiredis. tests/hitcounter/test_borrowed.py fails if an upgrade removes it.
 

@@ -71,8 +71,8 @@ class _Credentials(CredentialProvider):
 class _DiscreetConnection(AbstractConnection):
     """A connection that removes the server's text from the errors of a handshake.
 
-    This text may contain the password, and the log shows the text of errors: a server that does not know the command AUTH replies
-    with an error that quotes the arguments of AUTH.
+    The log shows the text of errors, and the text of these errors may contain the password: a server that does not know the
+    command AUTH quotes the command's arguments in its error.
 
     If the connection has died while it was idle, `connect` opens it again.
     """
