@@ -86,7 +86,7 @@ def unpacked(layer: bytes) -> bytes:
 
 
 def debian_packages(image: Image, platform: str) -> Iterator[tuple[Element, Element | None]]:
-    """Yield each Debian package of the image with its licence. The licence is None if the image does not have its text."""
+    """Yield each Debian package of the image with its licence. The licence is None if the image lacks the licence's text."""
     release = dict(re.findall(r'^(\w+)="?([^"\n]*)', (image.read("usr/lib/os-release") or b"").decode(), re.MULTILINE))
     distribution = f"{release['ID']}-{release['VERSION_ID']}"
     for _, fields in image.match(rf"{_STATUS}(?!.*\.md5sums)[^/]+"):
