@@ -56,7 +56,7 @@ help: ## list the targets
 run: $(VENV)/can-run ## run the service on port 8080, with a Valkey of its own in .data/ unless REDIS_HOST is set
 	@exec $(BIN)/python -m hitcounter
 
-# Run the tests in two processes, because most tests spend most of their time waiting.
+# Run the tests in two processes: while a test of one process waits, a test of the other process runs.
 test: $(VENV)/installed ## run all tests that need only this machine
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 

@@ -33,7 +33,7 @@ class Load:
         self._opening: set[asyncio.Task[None]] = set()
         self._ended = False
         self.clients: set[_Client] = set()
-        # The client that has been idle longest sends next, because a server may close a connection that is idle for long.
+        # The client that has been idle longest sends next, so that no connection is idle for so long that the server closes it.
         self.idle: deque[_Client] = deque()
         self.errors: Counter[str] = Counter()
         self.numbers: list[int] = []  # the numbers in the answers

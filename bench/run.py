@@ -52,7 +52,7 @@ class Plan:
     """The number of rounds, and the length of each part of a run in seconds."""
 
     rounds: int  # the highest number of rounds
-    limit: float  # no round begins that would probably end after this time
+    limit: float  # a round begins only if it will probably end before this time
     warm: float
     closed: float
     open: float
@@ -76,7 +76,7 @@ class Server:
 
 
 def servers(go: Path | None) -> Iterator[Server]:
-    """Yield the servers. Servers whose figures are compared are measured one after the other, so that conditions differ least."""
+    """Yield the servers. Servers to compare are neighbours in this order, so that the conditions between them differ least."""
     python = sys.executable
     gunicorn = [python, "-m", "gunicorn", "--worker-class", "gthread", "--threads", "16", "--bind", "127.0.0.1:PORT"]
     uvicorn = [python, "-m", "uvicorn", "--no-access-log", "--log-level", "warning", "--port", "PORT"]
@@ -177,7 +177,7 @@ def load(process: Process, connections: int, how: Callable[[Load], Any]) -> Load
 
 
 def commands(store: "redis.Redis", server: Server) -> int:
-    """Return the number of commands that the server has sent to Redis, without this process's and the script's commands."""
+    """Return the number of commands that the server has sent to Redis. Leave out those of this process and of the script."""
     ours = {"info"} | (INSIDE_SCRIPT if server.counts_in_script else set())
     stats = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in store.info("commandstats").items()}
     return sum(calls for name, calls in stats.items() if name not in ours)
@@ -274,10 +274,10 @@ def main() -> int:
     if len(cores) < 2:
         print("bench: the benchmark needs Linux and two cores", file=sys.stderr)
         return 1
-    # Raise the limit: this process and each server need a file descriptor for each of 1,000 connections.
+    # Raise the limit on open files: this process and each server need a file descriptor for each of 1,000 connections.
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 1 << 16) if limit > 0 else 1 << 16, limit))
-    data = ROOT / ".data"  # Use the checkout's disk: in a file system in memory, such as /tmp may be, a sync would cost nothing.
+    data = ROOT / ".data"  # Use the checkout's disk. /tmp may be in memory, where a sync costs nothing.
     data.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=data)))

@@ -86,7 +86,7 @@ if keyed then
   end
 end
 
--- If one of the next writes fails, because the user lacks a right, this value stays: the batch failed and may have been counted.
+-- If the user lacks a right and a write below fails, this value stays. It means that the batch failed half-way.
 redis.call('SET', KEYS[3], cmsgpack.pack({sequence}), 'EX', DAY)
 
 redis.call('INCRBY', KEYS[1], ARGV[2])
@@ -105,7 +105,7 @@ if keyed then
       new = new + 1
       answer = {hits, posts + new}
       answers[ARGV[i]] = answer
-      -- The order is written first: if a write fails in between, the hash has no digest that is never forgotten.
+      -- Write the order first, so that no failure leaves a digest only in the hash. Such a digest would never be forgotten.
       redis.call('ZADD', KEYS[5], text(newest + i), ARGV[i])
       redis.call('HSET', KEYS[4], ARGV[i], cmsgpack.pack({answer[1], answer[2], 1}))
     end

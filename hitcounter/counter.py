@@ -2,10 +2,10 @@
 
 A request joins a batch and waits on a future of its own. A few lanes send the batches. Each lane sends one batch at a time, as
 one call of `count.lua`, and then gives each request its number. Requests that arrive while a batch is under way share the next
-one. So under load the service sends a few hundredths of a command per request, and Redis syncs to disk once per batch.
+one. So under load, one command counts many requests, and Redis syncs to disk once per batch.
 
 If a reply is lost, the lane does not know whether its batch was counted. The lane then sends the same batch again, under the same
-name and sequence number, and the script counts the batch only if it has not counted it before. `count.lua` explains why.
+name and sequence number. The script counts this batch only if it has not counted it already: `count.lua` explains how.
 
 This module borrows a name from hiredis. tests/hitcounter/test_borrowed.py fails if an upgrade removes it.
 
@@ -42,8 +42,8 @@ _SHA = sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()  # Redis keeps t
 _MAX_BATCH = 1000  # requests; this bounds the time of one script call, and the time to answer its requests
 _SIZE_BUCKETS = 1, 2, 5, 10, 20, 50, 100, 200, 500, _MAX_BATCH
 _TIME_BUCKETS = 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1  # seconds
-_JOIN_SECONDS = 0.1  # A batch that cannot be sent accepts more requests for this time. They share its deadline.
-_LINGER_SECONDS = 0.001  # A batch waits for a busy lane for this time; then an idle lane takes the batch.
+_JOIN_SECONDS = 0.1  # A batch that waits for a lane accepts requests for this time; all have the batch's deadline.
+_LINGER_SECONDS = 0.001  # While some lanes are busy, a new batch grows for this time before an idle lane takes it.
 # The back-off before each retry of a batch. The last value repeats. Each wait is a random 50 to 100 % of its value.
 _BACKOFF_SECONDS = 0.05, 0.1, 0.2, 0.4
 
@@ -76,8 +76,8 @@ class Counter:
         self._tasks: list[asyncio.Task[None]] = []
         self._health = store.health
         self._highest = Counts(0, 0)  # the highest numbers of all answers
-        # For each batch under way, the numbers given meanwhile: the totals before and after the batches answered since it was
-        # sent. Batches whose numbers follow each other are one entry.
+        # For each batch under way, the ranges of numbers that other batches have got since this batch was sent. A range is the
+        # totals before and after; adjacent ranges are merged.
         self._meanwhile: dict[Batch, list[tuple[Counts, Counts]]] = {}
         self._rewinds = 0
         self._size = Histogram("counter_batch_size", "Requests counted by one call", buckets=_SIZE_BUCKETS, registry=registry)
@@ -92,17 +92,20 @@ class Counter:
         self._tasks = [asyncio.create_task(self._run(lane)) for lane in self._lanes]
 
     def hit(self) -> asyncio.Future[Counts]:
-        """Count a hit. The future raises UnavailableError; this call itself does if too many requests wait already."""
+        """Count a hit, and return a future of its numbers. The future raises UnavailableError if the hit is not counted in time.
+
+        If too many requests wait already, this call itself raises UnavailableError.
+        """
         future = asyncio.get_running_loop().create_future()
         self._join().hits.append(future)
         return future
 
     def post(self, key: str | None = None) -> asyncio.Future[Counts]:
-        """Count a post, or return the answer that `key` got before. UnavailableError is raised as in `hit`."""
+        """Count a post, or return the answer that `key` got before. Raises UnavailableError as `hit` does."""
         future = asyncio.get_running_loop().create_future()
         if key is None:
             self._join().posts.append(future)
-        else:  # The store keeps a digest of 16 bytes, however long the key is.
+        else:  # Redis keeps a digest of 16 bytes, however long the key is.
             self._join().keyed.append((blake2b(key.encode(), digest_size=16).digest(), future))
         return future
 
@@ -129,8 +132,8 @@ class Counter:
             batch = Batch(now, self._timeout)
             self._queue.append(batch)
             batch.timer = loop.call_at(batch.deadline, self._expire, batch)
-            # Requests of this iteration of the event loop join the batch before a lane runs. If a lane is busy, let the batch
-            # grow for a moment: a batch of many requests costs as much as a batch of one.
+            # If all lanes are idle, wake one at once; until it runs, the requests of this iteration of the event loop still join
+            # the batch. If a lane is busy, let the batch grow for a moment: a batch of many costs as much as a batch of one.
             if len(self._idle) == len(self._lanes):
                 self._wake()
             else:
@@ -202,7 +205,7 @@ class Counter:
 
 
 def _overlap(one: tuple[Counts, Counts], others: list[tuple[Counts, Counts]]) -> bool:
-    """Return whether a number between the totals `one` is also between totals of `others`: Redis has lost counts."""
+    """Return whether the range `one` shares a number with one of the ranges `others`. If so, Redis has lost counts."""
     before, after = one
     return any(
         max(before.hits, first.hits) < min(after.hits, last.hits) or max(before.posts, first.posts) < min(after.posts, last.posts)
@@ -304,7 +307,7 @@ class Lane:
                 self._writer.failed(error, sent=sent)
                 await self.close()
                 if was_idle and isinstance(error, exceptions.ConnectionError):
-                    was_idle = False  # The connection may have died while it was idle. A new connection shows how Redis is.
+                    was_idle = False  # The connection may have died while it was idle: try a new one before blaming Redis.
                     continue
                 # An attempt that the batch's deadline cut short shows nothing new if an outage is already known.
                 if not self._health.reason or loop.time() < batch.deadline:
@@ -316,9 +319,10 @@ class Lane:
             self._round_trip.observe(loop.time() - began)
             verdict = self._writer.replied(reply)
             if verdict is Verdict.COUNTED:
-                self._health.worked("work")  # The script sends other replies before it writes a count, so they show nothing.
+                self._health.worked("work")  # Only this reply shows that Redis can write: the script has written a count.
                 return reply
-            # Sequence numbers begin at 1 again. A late reply to an older batch could match, so do not use this connection again.
+            # Under a new name, sequence numbers begin at 1 again. So a late reply to an older batch could have the expected
+            # number. A new connection receives no late reply.
             await self.close()
             if verdict is Verdict.LOST:
                 self._lost.inc()
@@ -362,7 +366,7 @@ class Verdict(Enum):
 
 
 class WriterState:
-    """The lane's identity towards the script: its name, the sequence number of its last batch, and whether that is in doubt.
+    """The lane's identity towards the script: its name, the number of its last batch, and whether that batch is in doubt.
 
     Only this class decides whether a batch is sent, sent again, or given up. It does no I/O, so the model in the tests runs this
     class, too.
@@ -383,7 +387,7 @@ class WriterState:
 
     def failed(self, error: BaseException, *, sent: bool) -> None:
         """Record that `error` came instead of a reply. The same batch may be sent again."""
-        # An error that Redis replies is an answer, too: the script counted nothing.
+        # If Redis replies with an error, the outcome is known: nothing was counted, or a retry gets the reply "failed".
         self.in_doubt = self.in_doubt or (sent and not isinstance(error, exceptions.ResponseError))
 
     def replied(self, reply: list[Any]) -> Verdict:

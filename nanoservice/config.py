@@ -97,9 +97,13 @@ def flag(text: str) -> bool:
 
 
 def host(text: str) -> str:
-    """Return `text` if it is a host name or an address. A URL is refused, because it may contain a password."""
+    """Return `text` if it is a host name or an address.
+
+    A URL is refused, because it may contain a password, and the log shows the host.
+    """
     try:
-        text.encode("idna")  # The resolver does this, too. It refuses a label that is empty or longer than 63 characters.
+        # The resolver encodes a name in the same way. This fails for a label that is empty or longer than 63 characters.
+        text.encode("idna")
         return text if re.fullmatch(r"[A-Za-z0-9_.-]+", text) else str(ip_address(text))
     except ValueError:
         raise ValueError("a host name or address alone: no scheme, user or port") from None
@@ -171,7 +175,7 @@ class Config:
         return config
 
     def conflicts(self) -> Iterator[str]:
-        """Yield a line for each contradiction between settings of which each is valid by itself."""
+        """Yield a line for each contradiction between settings that are valid on their own."""
         if self.redis_password and self.redis_password_file:
             yield "REDIS_PASSWORD and REDIS_PASSWORD_FILE are both set: keep one"
         if self.redis_username and not (self.redis_password or self.redis_password_file):
@@ -206,7 +210,7 @@ def table(config: type[Config]) -> str:
 
 
 def _unknown(environ: Mapping[str, str], known: list[str]) -> Iterator[str]:
-    """Yield a line for each unknown variable that has the prefix of a setting or resembles one: it is probably misspelt."""
+    """Yield a line for each unknown variable that has the prefix of a setting or resembles a setting, and so may be misspelt."""
     prefixes = tuple({name.split("_")[0] + "_" for name in known if "_" in name})
     for name, value in environ.items():
         if name in known or _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and "://" in value):

@@ -1,8 +1,9 @@
 """The HTTP connections of clients, with the limits and error answers that aiohttp lacks.
 
 Every error is answered with problem details, also an error that occurs before a handler runs. An error answer neither quotes the
-request nor names a version. A connection whose request is not complete in time is closed, so there are no WebSockets. The number
-of connections stays below the number of file descriptors that the process may open.
+request nor names a version. A connection whose request is not complete in time is closed. WebSockets do not work, because their
+data would count as a request that is never complete. The number of connections stays below the number of file descriptors that
+the process may open.
 
 This module borrows names that aiohttp does not promise to keep. tests/nanoservice/test_borrowed.py reports each one that an
 upgrade removes. Each entry says what the chassis loses without the name. In aiohttp 4, one middleware will replace the methods
@@ -10,8 +11,8 @@ that answer, handle errors and log. The other entries stay until aiohttp has suc
 
 - `RequestHandler.data_received`: aiohttp calls it when bytes arrive. Without it a slow request keeps its connection for ever.
 - `RequestHandler.connection_made`: aiohttp calls it when a client connects. Without it the number of connections has no limit.
-- `RequestHandler.pause_writing`: aiohttp calls it when a client does not read its answers. Without it the time limit of a slow
-  reader does not start again, so a good one is cut off in its second large answer.
+- `RequestHandler.pause_writing`: aiohttp calls it when a client does not read its answers. Without it the time limit for
+  reading does not start again, so a client that reads normally may be cut off in its second large answer.
 - `RequestHandler._messages`: aiohttp queues parsed requests here, as pairs of a `RawRequestMessage` (or an error) and the body.
   Without it a complete request behind a slow one counts as overdue, and a handler waits for a broken body.
 - `RequestHandler.writing_paused`, `RequestHandler.transport`, `RequestHandler.force_close`: they show and change the state of the
@@ -32,7 +33,7 @@ that answer, handle errors and log. The other entries stay until aiohttp has suc
 - `StreamReader.set_exception`, `StreamReader.is_eof`, `EMPTY_PAYLOAD.is_eof`: they show and set the state of a request's body.
   Without them a handler waits for a broken body until the connection is closed.
 - `AbstractStreamWriter.output_size`: it shows whether an answer has begun. Without it an error could be sent inside an answer.
-- `RequestHandler.log_access`: it calls the object that is given as `access_log_class`, at once and once for each answer. Without
+- `RequestHandler.log_access`: it calls the object that is given as `access_log_class` after each answer, without a delay. Without
   it requests are neither measured nor logged. A middleware will replace it.
 """
 
@@ -140,8 +141,8 @@ class Connection(web.RequestHandler):
             resp = problem(resp.status, resp.text or "" if own else "", kept)
         finished = await super().finish_response(request, resp, start_time)
         if self._messages:
-            # From Python 3.12 on, aiohttp runs each handler at once. Without this, a client whose requests need no waiting
-            # would have all that were read answered in one iteration of the event loop, while all other clients wait.
+            # Let other clients in. From Python 3.12 on, aiohttp runs each handler at once. If no handler waits for anything,
+            # all pipelined requests of this client would be answered in one iteration of the event loop.
             await asyncio.sleep(0)
         return finished
 
@@ -154,7 +155,7 @@ class Connection(web.RequestHandler):
         if isinstance(exc, ProblemError):
             return problem(exc.status, exc.detail, exc.headers)
         if isinstance(exc, UnicodeEncodeError) and not request.headers.get("Expect", "").isascii():
-            return problem(417)  # aiohttp quotes an unknown `Expect`, and fails to encode one that is not ASCII.
+            return problem(417)  # aiohttp quotes an unknown `Expect`, and cannot encode a value that is not ASCII.
         # If the transport is closed, the client has disconnected. If not, the error may come from a server that a handler calls.
         gone = isinstance(exc, ConnectionError) and self.transport is None
         if isinstance(exc, (web.RequestPayloadError, http_exceptions.HttpProcessingError)) or gone or status == 400:
@@ -222,7 +223,7 @@ class ConnectionFactory(web.Server):
 
 
 def max_connections() -> int:
-    """Raise the limit on open files as far as allowed, and return the number of connections that fit into it."""
+    """Raise the limit on open files as far as allowed, and return the number of connections that the limit allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

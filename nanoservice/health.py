@@ -35,7 +35,8 @@ _CODES = {
 # If the error has none of these codes, the first entry that matches names the cause. An entry matches a part of the server's
 # message, or the type of the error.
 _SIGNS: tuple[tuple[str | type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
-    # The message if the script lacks a right. Redis 7.0 and older use the second message.
+    # If the user lacks a right that the script needs, Redis sends the first of the next two messages. Redis 7.0 and older send
+    # the second.
     ("ACL failure", _CODES["NOPERM"]),
     ("The user executing the script can't run this command", _CODES["NOPERM"]),
     ("unknown command", "it does not know a command: it is a Sentinel, or older than Redis 6.2"),

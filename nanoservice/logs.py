@@ -45,7 +45,7 @@ class TextFormatter(logging.Formatter):
 def configure(level: str, log_format: str, stream: TextIO | None = None) -> None:
     """Send all log records of `level` and above to `stream` (default: standard output).
 
-    `log_format` is `json` or `text`; if it is empty, a terminal gets text and anything else JSON.
+    `log_format` is `json` or `text`. If it is empty, the format is `text` for a terminal, and `json` for any other stream.
     """
     stream = stream or sys.stdout
     handler = logging.StreamHandler(stream)

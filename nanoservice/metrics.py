@@ -82,7 +82,7 @@ class RequestRecorder(AbstractAccessLogger, Collector):
         """Record one answered request; `time` is in seconds."""
         match = getattr(request, "_match_info", None)
         resource = match.route.resource if match is not None else None
-        # A client may send any method. Unknown methods share one name, so that the labels and log lines stay bounded.
+        # A client may send any method. All unknown methods get the same label, so that no client can create new ones.
         method = request.method if request.method in _METHODS else "other"
         key = method, resource.canonical if resource is not None else "unmatched", response.status
         seen = self._seen.get(key)

@@ -20,7 +20,10 @@ _OK_LINES = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store
 
 
 async def livez(request: web.Request) -> Answer:
-    """Answer 200 while the event loop runs. Redis is not checked, because restarting this process would not repair Redis."""
+    """Answer 200 while the event loop runs.
+
+    Redis is not checked. Kubernetes restarts a process that is not alive, and restarting this process would not repair Redis.
+    """
     return Answer(b"alive\n", _OK_LINES)
 
 
@@ -30,7 +33,9 @@ class Readiness:
     def __init__(self, store: Store) -> None:
         self.draining = False
         self._health = store.health
-        self._connection = store.connection()  # Probes need their own connection: a busy service is still ready.
+        # Probes have their own connection. If a probe had to wait for a connection that handlers use, a busy service would seem
+        # not ready.
+        self._connection = store.connection()
         self._checked = -_CACHE_SECONDS
         self._reason = ""
         self._check: asyncio.Task[None] | None = None
@@ -59,7 +64,7 @@ class Readiness:
                 except exceptions.ConnectionError:
                     if not was_idle:
                         raise
-                    # The connection may have died while it was idle. A new connection shows how Redis is.
+                    # The connection may have died while it was idle. Only a new connection shows whether Redis answers.
                     await self._ping()
         except REDIS_ERRORS as error:
             self._reason = "Redis: " + self._health.failed("probe", error)

@@ -8,7 +8,8 @@ reports each one that an upgrade removes.
   the driver's asyncio client has one.
 - `Pipeline.command_stack`: it is empty if the pipeline sends nothing. Such a pipeline must not count as successful work.
 - `Pipeline.__init__`, `Redis.pipeline`, `Redis.response_callbacks`: they make a pipeline that reports to `health`.
-- `AbstractConnection.on_connect_check_health`: it makes the handshake. Without it the log shows the server's message about AUTH.
+- `AbstractConnection.on_connect_check_health`: it makes the handshake. Without it the log shows the server's message about AUTH,
+  which may quote the password.
 - `AbstractConnection.connect`, `AbstractConnection.disconnect`, `AbstractConnection.send_command`,
   `AbstractConnection.send_packed_command`, `AbstractConnection.read_response`: they send a command and read its reply over a
   connection that belongs to one lane (hitcounter/counter.py) or one probe (probes.py). Without them each lane needs a client
@@ -70,7 +71,8 @@ class _Credentials(CredentialProvider):
 class _DiscreetConnection(AbstractConnection):
     """A connection that removes the server's text from the errors of a handshake.
 
-    A server that does not know a command quotes it with its arguments, and the arguments of AUTH contain the password.
+    The log shows the text of errors, and the text of these errors may contain the password: a server that does not know the
+    command AUTH quotes the command's arguments in its error.
 
     If the connection has died while it was idle, `connect` opens it again.
     """
@@ -141,7 +143,7 @@ class Store:
         self.health = Health(registry, f"{config.redis_host}:{config.redis_port}" if config.redis_host else "embedded")
         kind, self._options = _options(config, socket)
         self._kind: type[AbstractConnection] = type("Connection", (_DiscreetConnection, kind), {})
-        # If all connections are in use, a handler waits for one as long as it would wait for Redis's answer.
+        # If all connections are in use, a handler waits for a free one. It waits no longer than for an answer of Redis.
         pool = BlockingConnectionPool(
             max_connections=_MAX_POOL_CONNECTIONS, timeout=config.redis_timeout, connection_class=self._kind, **self._options
         )

@@ -52,8 +52,10 @@ def main(root: Path, arguments: list[str]) -> int:
 def _listen() -> socket.socket | None:
     """Open one listening socket for all runs, so that a request between two runs waits for the next run.
 
-    `kubectl port-forward` exits after one refused connection. A pod whose liveness probe was refused three times restarts,
-    without the synced files. Return None if listening fails: then the service itself listens, and reports what is wrong.
+    `kubectl port-forward` exits after one refused connection. After three failed liveness probes the kubelet restarts the
+    container, and the synced files are lost.
+
+    Return None if listening fails: then the service itself listens, and reports what is wrong.
     """
     with contextlib.suppress(StartError, ValueError, OverflowError):
         port = int(os.environ.get("BIND_PORT") or Config.bind_port)

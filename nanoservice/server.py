@@ -180,7 +180,7 @@ def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
 
 
 def _embedded_problems() -> list[str]:
-    """Return the problems that keep the embedded Valkey from running, worded like those of settings. The list may be empty."""
+    """Return the problems that prevent the embedded Valkey from running. If Valkey can run, the list is empty."""
     from nanoservice import embedded  # noqa: PLC0415 - only development needs it, so production does not load it
 
     try:

@@ -34,7 +34,7 @@ class Service(Generic[C]):
 
 
 def create_app(service: Service[C], config: C, socket: str | None = None) -> web.Application:
-    """Return the application of `service`, not yet started. `socket` is the Unix socket of an embedded Valkey, if it has one."""
+    """Return the application of `service`, not yet started. `socket` is the Unix socket of the embedded Valkey, if one runs."""
     app = web.Application()
     app[REGISTRY] = new_registry(service.name, service.version)
     app[STORE] = Store(config, app[REGISTRY], socket)
@@ -70,7 +70,7 @@ def json_handler(content: object) -> Callable[[web.Request], Any]:
 
 
 async def _close_store(app: web.Application) -> AsyncIterator[None]:
-    # aiohttp closes the first resource last. So Redis is still there while the service's own resources close, which may need it.
+    # aiohttp closes the first resource last. So the service's own resources can still use Redis while they close.
     yield
     await app[READINESS].close()
     await app[STORE].client.aclose()

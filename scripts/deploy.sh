@@ -1,7 +1,7 @@
 #!/bin/sh
 # Deploy the image IMAGE and its Redis on the cluster, wait until both are ready, and print the URL.
 # Usage: deploy.sh
-# The script reads VALKEY, an image that replaces the manifests' image of Valkey, and the variables of image-to-cluster.sh.
+# The script reads the variables of image-to-cluster.sh, and VALKEY: an image to use instead of the manifests' image of Valkey.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"

@@ -10,7 +10,7 @@
 
 resolve() { # REPOSITORY: print the digest of this version there; print nothing if the repository does not have it
   "$ORAS" resolve "$1:$version" 2>"$work/log" || {
-    # After any other failure, stop: the version may be published already, and must not be overwritten.
+    # If the registry fails in any other way, stop: it may have the version already, and a version is never overwritten.
     grep -qF "$1:$version: not found" "$work/log" || {
       cat "$work/log" >&2
       fail "$1 does not say whether it has $version already (see above), so nothing is published;" \

@@ -4,8 +4,8 @@ Usage: sbom.py LAYOUT LOCK WHEELS VERSION
 
 The script writes the document to standard output. The document lists the packages that the image itself records: Debian packages
 in /var/lib/dpkg, and Python packages in their metadata. For each Python package the document also names the wheel in WHEELS from
-which the package was unpacked and, from LOCK, the packages that require this package. No package contains the service,
-so the service belongs to the image's own entry.
+which the package was unpacked, and the packages that require this package (from LOCK). The service is not a package of its own:
+the image's own entry stands for the service.
 """
 
 import gzip
@@ -86,7 +86,7 @@ def unpacked(layer: bytes) -> bytes:
 
 
 def debian_packages(image: Image, platform: str) -> Iterator[tuple[Element, Element | None]]:
-    """Yield the Debian packages of the image, each with its licence if the image has the licence's text, else with None."""
+    """Yield each Debian package of the image with its licence. The licence is None if the image lacks the licence's text."""
     release = dict(re.findall(r'^(\w+)="?([^"\n]*)', (image.read("usr/lib/os-release") or b"").decode(), re.MULTILINE))
     distribution = f"{release['ID']}-{release['VERSION_ID']}"
     for _, fields in image.match(rf"{_STATUS}(?!.*\.md5sums)[^/]+"):

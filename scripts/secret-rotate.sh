@@ -1,6 +1,6 @@
 #!/bin/sh
-# Replace the passwords of Redis's users by new passwords, without a failed request. After each step the service works, and each
-# step may be repeated. If the script is interrupted, run the script again.
+# Replace the passwords of Redis's users by new passwords, without a failed request.
+# The service works after each step, and each step may be repeated. So if the script is interrupted, run the script again.
 # Usage: secret-rotate.sh
 # The script reads the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"

@@ -11,6 +11,6 @@
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: --upgrade aiohttp hiredis redis
 "$VENV/bin/python" -m pip list --disable-pip-version-check | grep -E '^(aiohttp|hiredis|redis) '
 # First check the names that the code borrows from these libraries, because the tests below may hang if a name is gone. This check
-# starts no server.
+# cannot hang, because it starts no server.
 "$VENV/bin/python" -m pytest --noconftest tests/*/test_borrowed.py
 "$VENV/bin/python" -m pytest tests/*/test_contract.py tests/nanoservice/test_redis.py

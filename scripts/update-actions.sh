@@ -1,5 +1,5 @@
 #!/bin/sh
-# Give each action in the workflows the commit of its newest version, as Renovate would.
+# For each action in the workflows, write the commit of its newest version, as Renovate does.
 # Usage: update-actions.sh
 # A tag does not record when it was published, so this script cannot wait a week, as update-packages.sh does. Check what is new
 # before you commit.

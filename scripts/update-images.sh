@@ -1,5 +1,5 @@
 #!/bin/sh
-# Give each NAME:TAG@DIGEST in the repository the digest that the tag has now, as Renovate would. The script changes no tag.
+# In each NAME:TAG@DIGEST in the repository, write the digest that the tag has now, as Renovate does. The script changes no tag.
 # Usage: update-images.sh
 # The script reads ORAS.
 # A registry does not record when an image was published, so this script cannot wait a week, as update-packages.sh does. Check

@@ -32,8 +32,9 @@ def free_port() -> int:
 class Valkey:
     """A real Valkey on a TCP port of loopback, with its data in the folder `data`.
 
-    Valkey writes each command to the kernel before it answers, so a kill loses nothing. Valkey does not wait for the disk. The
-    environment variable `REDIS_SERVER` names the program of another server, such as an older Redis.
+    Before Valkey answers, it passes each write to the kernel, so a kill of the process loses nothing. To keep tests fast, Valkey
+    does not wait until the write is on disk. The environment variable `REDIS_SERVER` names the program of another server, such as
+    an older Redis.
     """
 
     def __init__(self, data: Path, *options: str) -> None:

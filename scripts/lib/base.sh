@@ -19,7 +19,7 @@ usage() { # print the comment at the head of the script, and exit with 64, the s
 remove_work_at_exit() { # remove the folder `work`, however the script exits
   # shellcheck disable=SC2154 # the script sets `work`
   trap 'rm -rf "$work"' EXIT
-  # A shell that a signal kills runs no EXIT trap.
+  # A shell that a signal kills runs no EXIT trap. So exit on each signal, which runs the EXIT trap above.
   trap 'exit 129' HUP
   trap 'exit 130' INT
   trap 'exit 143' TERM

@@ -67,7 +67,7 @@ layout() { # CONTEXT FOLDER PLATFORMS [OPTION...]: write an OCI layout, with an 
   [ -z "$others" ] || fail "$folder is not an OCI layout: name another folder with LAYOUT=..."
   rm -rf "$folder"
   if is_docker; then
-    # Write an archive first. If BuildKit wrote into a folder, two platforms could write a layer at once, and one would fail.
+    # Write an archive first. If BuildKit wrote into a folder, two platforms could write the same layer at a time and fail.
     # shellcheck disable=SC2154 # the script sets `work`
     build "$context" --platform="$targets" --output="type=oci,dest=$work/archive" "$@" \
     && mkdir -p "$folder" && tar -C "$folder" -xf "$work/archive"

@@ -3,7 +3,7 @@
 # Redis reads all passwords from the secret redis-users, which has a key for each user. Each line of a key is a valid password;
 # the newest password comes first.
 # A service reads only its own password, from the key `password` of the secret SERVICE-redis.
-# The scripts pass passwords in files that only this user can read, because `ps` shows the passwords on a command line.
+# The scripts pass passwords in files that only this user can read, because `ps` shows every command line to every user.
 
 umask 077
 work=$(mktemp -d)
