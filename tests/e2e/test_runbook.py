@@ -392,7 +392,8 @@ def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
     values = {
         "NODE": ours.kubectl("get", "nodes", "--output=name").split()[0].removeprefix("node/"),
         "POD": "redis-0",
-        "N": re.findall(r"^(\d+)", ours.kubectl("rollout", "history", "deployment/hitcounter"), re.MULTILINE)[0],
+        # Kubernetes deletes the oldest revisions at each restart below, so take the newest revision.
+        "N": re.findall(r"^(\d+)", ours.kubectl("rollout", "history", "deployment/hitcounter"), re.MULTILINE)[-1],
     }
     production = compose(cluster, ours, "resources: [../production]")
     ran = set()
