@@ -11,12 +11,12 @@ from hitcounter import __version__
 from nanoservice.testing.served import Served
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
+from tests.support.contract import METHODS, check_head, check_methods
 from tests.support.process import Spawn, resident
 from tests.support.wire import ask, chunked, connected, is_problem, request
 
 MIB = 1 << 20
 PATHS = {"/": "GET,HEAD,OPTIONS,POST"} | dict.fromkeys(("/livez", "/readyz", "/version", "/openapi.json"), "GET,HEAD,OPTIONS")
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
 JSON = "Accept: application/json"
 
 
@@ -64,18 +64,7 @@ async def test_head_and_options_count_nothing(served: Served) -> None:
 
 @pytest.mark.parametrize("headers", [(), (JSON,)])
 async def test_head_has_the_headers_of_get(served: Served, headers: tuple[str, ...]) -> None:
-    async with connected(served.port) as wire:
-        for path in PATHS:
-            await wire.send(request("GET", path, *headers), request("HEAD", path, *headers))
-            get, head = await wire.reply(), await wire.reply(head=True)
-            assert head.status == get.status == 200
-            varying = {"Date", "Content-Length"} if path == "/" else {"Date"}  # HEAD counts nothing, so the length is unknown
-            assert {name: get.headers[name] for name in get.headers.keys() - varying} == {
-                name: head.headers[name] for name in head.headers.keys() - varying
-            }
-        await wire.send(request("HEAD", "/nowhere"), request("GET"))
-        assert (await wire.reply(head=True)).status == 404
-        assert (await wire.reply()).status == 200  # a body after HEAD would break this answer
+    await check_head(served.port, PATHS, *headers)
 
 
 async def test_every_answer_on_the_root_forbids_caching(served: Served) -> None:
@@ -87,18 +76,7 @@ async def test_every_answer_on_the_root_forbids_caching(served: Served) -> None:
 
 
 async def test_path_accepts_its_methods_and_lists_them(served: Served) -> None:
-    async with connected(served.port) as wire:
-        for path, allowed in PATHS.items():
-            for method in METHODS:
-                await wire.send(request(method, path))
-                reply = await wire.reply(head=method == "HEAD")
-                if method == "OPTIONS":
-                    assert (reply.status, reply.headers["Allow"], reply.body) == (204, allowed, b"")
-                elif method in allowed.split(","):
-                    assert reply.status == 200
-                else:
-                    assert is_problem(reply, 405)
-                    assert reply.headers["Allow"] == allowed
+    await check_methods(served.port, PATHS)
 
 
 @pytest.mark.parametrize("size", [0, 1, 70_000, MIB - 1, MIB])

@@ -7,8 +7,8 @@ import time
 import aiohttp
 
 from nanoservice.testing.valkey import Valkey
-from nanoservice.testing.waiting import SLACK, eventually, wait_for
-from tests.support.process import Process, Spawn, metric
+from nanoservice.testing.waiting import SLACK, eventually
+from tests.support.process import Process, Spawn, check_requests_in_flight, metric
 
 
 async def pending(process: Process, number: int) -> bool:
@@ -16,19 +16,7 @@ async def pending(process: Process, number: int) -> bool:
 
 
 async def test_requests_in_flight_are_answered(valkey: Valkey, spawn: Spawn) -> None:
-    process = spawn(valkey.environ(REQUEST_TIMEOUT="10", REDIS_TIMEOUT="10"))
-    async with aiohttp.ClientSession() as client:
-        async with client.get(process.url) as answer:
-            assert answer.status == 200
-        valkey.freeze()
-        waiting = asyncio.create_task(client.get(process.url))
-        await eventually(lambda: pending(process, 1), 5)
-        process.popen.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(wait_for, lambda: process.logged("draining"), 5)
-        valkey.thaw()
-        async with await waiting as answer:
-            assert answer.status == 200
-    assert process.end(0) == 0
+    await check_requests_in_flight(spawn(valkey.environ(REQUEST_TIMEOUT="10", REDIS_TIMEOUT="10")), valkey, "counter_pending")
 
 
 async def test_hung_redis_does_not_delay_the_exit(valkey: Valkey, spawn: Spawn) -> None:

@@ -15,7 +15,7 @@ from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually, wait_for
 from tests.nanoservice.sample import HITS, SERVICE
-from tests.support.process import Process, Spawn, metric
+from tests.support.process import Process, Spawn, check_requests_in_flight, metric
 from tests.support.wire import connected, request
 
 
@@ -101,19 +101,7 @@ async def pending(service: Process | Served, number: int) -> bool:
 
 
 async def test_requests_in_flight_are_answered(valkey: Valkey, spawn: Spawn) -> None:
-    process = spawn(valkey.environ(REDIS_TIMEOUT="10"))
-    async with aiohttp.ClientSession() as client:
-        async with client.get(process.url) as answer:
-            assert answer.status == 200
-        valkey.freeze()
-        waiting = asyncio.create_task(client.get(process.url))
-        await eventually(lambda: pending(process, 1), 5)
-        process.popen.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(wait_for, lambda: process.logged("draining"), 5)
-        valkey.thaw()
-        async with await waiting as answer:
-            assert answer.status == 200
-    assert process.end(0) == 0
+    await check_requests_in_flight(spawn(valkey.environ(REDIS_TIMEOUT="10")), valkey, "sample_pending")
 
 
 async def test_requests_that_never_finish_are_waited_for_once(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Run a service in a separate process, so that a test can send signals and read the exit status and the log, as users do."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,7 +16,8 @@ from typing import Any, Protocol
 import aiohttp
 
 from nanoservice.testing.served import Served
-from nanoservice.testing.waiting import SLACK, wait_for
+from nanoservice.testing.valkey import Valkey
+from nanoservice.testing.waiting import SLACK, eventually, wait_for
 from tests.support import ROOT
 from tests.support.loops import EVENT_LOOP, python_path
 
@@ -148,3 +150,26 @@ async def metric(service: Served | Process, name: str) -> float:
     async with aiohttp.request("GET", f"http://127.0.0.1:{service.admin_port}/metrics") as answer:
         lines = (await answer.text()).splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+
+async def check_requests_in_flight(process: Process, valkey: Valkey, pending: str) -> None:
+    """Fail unless a request that waits for Redis when SIGTERM arrives is answered, and the process then exits with status 0.
+
+    `pending` is the metric with the number of requests that wait.
+    """
+
+    async def one_waits() -> bool:
+        return await metric(process, pending) == 1
+
+    async with aiohttp.ClientSession() as client:
+        async with client.get(process.url) as answer:
+            assert answer.status == 200
+        valkey.freeze()
+        waiting = asyncio.create_task(client.get(process.url))
+        await eventually(one_waits, 5)
+        process.popen.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(wait_for, lambda: process.logged("draining"), 5)
+        valkey.thaw()
+        async with await waiting as answer:
+            assert answer.status == 200
+    assert process.end(0) == 0
