@@ -12,7 +12,7 @@ copy() { # FOLDER TIME: copy the inputs of a build into the new folder FOLDER, a
   for path in Containerfile .dockerignore $(sed -n 's/^!//p' .dockerignore); do
     mkdir -p "$1/$(dirname "$path")" && cp -R "$path" "$1/$path" || return
   done
-  find "$1" -exec touch -t "$2" {} +
+  find "$1" -exec env TZ=UTC touch -t "$2" {} +
 }
 
 contents() { # FOLDER: print the digests of the unpacked layers; unlike the image's digest, they do not depend on compression
@@ -22,8 +22,11 @@ contents() { # FOLDER: print the digests of the unpacked layers; unlike the imag
 choose_engine
 work=$(mktemp -d)
 remove_work_at_exit
-(umask 022; copy "$work/one" 200102030405) || exit
-(umask 077; copy "$work/another copy" 203012312359) || exit
+# BuildKit keeps the files of earlier builds, and takes a file with the same path, size and time for unchanged. Seconds that no
+# earlier check can have used make it read every file. Both years have a 29 February.
+now=$(date -u +%m%d%H%M.%S)
+(umask 022; copy "$work/one" "2004$now") || exit
+(umask 077; copy "$work/another copy" "2036$now") || exit
 for platform in $(echo "$PLATFORMS" | tr , ' '); do
   layers=
   for engine in $(engines); do
