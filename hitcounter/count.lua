@@ -28,8 +28,8 @@
 --      batch, so the reply is 'late'.
 --   c. The writer's key is missing: the writer has sent no batch for a day, or Redis has lost the key. The script cannot know
 --      whether it counted this batch before, so the reply is 'unknown'. The writer knows whether it sent the batch before, and
---      takes a new name in any case. The script retires the old name. Otherwise a delayed first batch of that name would create
---      the key again. A delayed duplicate of this batch would then be counted a second time.
+--      takes a new name in any case. The script retires the old name. Otherwise a delayed first batch of the old name could
+--      create the key again, and the script would then count a delayed duplicate of a batch that was counted already.
 --   d. A batch has the sequence number 1, and its writer has no key. The writer is new, so the batch is counted. Only here can a
 --      batch count twice: a duplicate of a first batch is delayed for more than a day, and Redis has deleted the writer's key.
 local DAY = 86400
@@ -70,9 +70,9 @@ if keyed then
   local now = time[1] * 1000000 + time[2]
   local eldest = now - DAY * 1000000
   newest = math.max(now, redis.call('ZRANGE', KEYS[5], -1, -1, 'WITHSCORES')[2] or 0)
-  -- If the clock was set back, the newest key has a later time than now. Redis must not delete it before it is a day old.
+  -- If the clock was set back, the newest key has a time in the future. `answers` and `order` must last until a day after it.
   life = DAY + math.floor((newest - now) / 1000000)
-  -- One call forgets at most 1,000 keys, so that no call takes long. An expired key that is still there is ignored.
+  -- One call forgets at most 1,000 expired keys, so that no call takes long. The code below ignores expired keys that remain.
   expired = redis.call('ZRANGE', KEYS[5], '-inf', text(eldest), 'BYSCORE', 'LIMIT', 0, 1000)
   for i = 5, #ARGV do
     local answer = redis.call('HGET', KEYS[4], ARGV[i])
@@ -86,7 +86,7 @@ if keyed then
   end
 end
 
--- If the user lacks a right and a write below fails, this value stays. It means that the batch failed half-way.
+-- A write below fails if the user lacks a right. Then this value stays, and shows that the batch failed half-way.
 redis.call('SET', KEYS[3], cmsgpack.pack({sequence}), 'EX', DAY)
 
 redis.call('INCRBY', KEYS[1], ARGV[2])
@@ -105,7 +105,7 @@ if keyed then
       new = new + 1
       answer = {hits, posts + new}
       answers[ARGV[i]] = answer
-      -- Write the order first, so that no failure leaves a digest only in the hash. Such a digest would never be forgotten.
+      -- Write to `order` first, so that no failure leaves a digest only in `answers`. Such a digest would never be forgotten.
       redis.call('ZADD', KEYS[5], text(newest + i), ARGV[i])
       redis.call('HSET', KEYS[4], ARGV[i], cmsgpack.pack({answer[1], answer[2], 1}))
     end

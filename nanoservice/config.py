@@ -19,8 +19,8 @@ from nanoservice.errors import ConfigError
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)")
 _SERVICE_LINK_HINT = "; Kubernetes sets this variable for a Service of this name: give the pod `enableServiceLinks: false`"
 
-# A variable without a known prefix is an error if its similarity to a setting is at least this. Terminals set LINES, whose
-# similarity to LANES is lower.
+# A variable without a known prefix is an error if its similarity to a setting is at least this number. Terminals set LINES,
+# whose similarity to LANES is lower.
 _MIN_SIMILARITY = 0.85
 
 

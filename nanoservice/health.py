@@ -19,7 +19,7 @@ _HANDLER_ERRORS = (exceptions.DataError, exceptions.NoScriptError, exceptions.Wa
 
 _LOG_INTERVAL = 60.0  # seconds between two log lines about the same cause
 
-# The causes that the code of the server's error names.
+# Maps the code at the beginning of a server's error to the cause.
 _CODES = {
     **dict.fromkeys(("ASK", "CLUSTERDOWN", "CROSSSLOT", "MOVED"), "it is a node of a Redis Cluster, which is not supported"),
     "LOADING": "it is loading its data",
@@ -32,8 +32,8 @@ _CODES = {
     "WRONGPASS": "wrong user or password",
 }
 
-# If the error has none of these codes, the first entry that matches names the cause. An entry matches a part of the server's
-# message, or the type of the error.
+# If the error has none of the codes above, the first entry that matches names the cause. An entry matches a part of the
+# server's message, or the type of the error.
 _SIGNS: tuple[tuple[str | type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
     # If the user lacks a right that the script needs, Redis sends the first of the next two messages. Redis 7.0 and older send
     # the second.
@@ -59,7 +59,7 @@ _logger = logging.getLogger(__name__)
 
 def _text(error: BaseException) -> str:
     """Return the code and the message of `error`, without the arguments of commands, because these may be secret."""
-    # For a pipeline, the driver's message quotes the command, and then the server's message as a tuple.
+    # If a command of a pipeline fails, the driver's message has the command first, and then the server's message as a tuple.
     text = str(error).rpartition(" of pipeline caused error: ")[2].lstrip("('\"").partition(", with args")[0]
     code = error.status_code if isinstance(error, exceptions.RedisError) else None
     return f"{code} {text}" if code else text
@@ -86,9 +86,9 @@ def cause(error: BaseException) -> str:
 class Health:
     """Records whether Redis works for this process. Logs each cause once per outage, and sets the metric `redis_up`.
 
-    Two activities report here, because one can fail without the other. "probe" checks that Redis answers; during an outage each
-    check opens a new connection. "work" is what the service asks of Redis, such as writing. Successful work ends any outage. A
-    successful probe ends an outage in which Redis could not be reached, but not an outage in which Redis refused to work.
+    Two activities report to this class, because one can fail without the other. "probe" checks that Redis answers; during an
+    outage each check opens a new connection. "work" is what the service asks of Redis, such as writing. Successful work ends any
+    outage. A successful probe ends an outage in which Redis could not be reached, but not one in which Redis refused to work.
     """
 
     def __init__(self, registry: CollectorRegistry, server: str) -> None:
@@ -138,7 +138,7 @@ class Health:
     async def watch(self, work: Awaitable[Any]) -> Any:
         """Await `work` and return its result. Raises UnavailableError if Redis fails.
 
-        Errors that the handler expects or caused are raised unchanged.
+        Errors that the handler expects or has caused are raised unchanged.
         """
         seen = self.successes
         try:

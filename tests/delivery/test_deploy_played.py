@@ -183,7 +183,7 @@ def test_passwords_are_made_only_if_the_cluster_has_none(tmp_path: Path, status:
 
 
 def test_existing_password_of_a_service_stays(tmp_path: Path) -> None:
-    """A password can exist without `redis-users`: for a Redis outside the cluster, or because somebody deleted `redis-users`."""
+    """A password can exist without the secret `redis-users`: for a Redis outside the cluster, or if the secret was deleted."""
     users = "user default off\nuser hitcounter +get\nuser probe +ping\n"
     one = Cluster(tmp_path, users, {"hitcounter-redis.password": "theirs"})
     assert one.run("secret").returncode == 0

@@ -450,7 +450,7 @@ def test_number_of_pods_is_set_by_the_autoscaler_only(workload: Workload) -> Non
         assert 2 <= scaler["minReplicas"] < scaler["maxReplicas"]
         (metric,) = scaler["metrics"]
         aim = number(metric["resource"]["target"]["averageValue"])
-        assert number(workload.container["resources"]["requests"]["cpu"]) < aim < 1  # the service's only thread uses one core
+        assert number(workload.container["resources"]["requests"]["cpu"]) < aim < 1  # one thread uses one core
 
 
 @pytest.mark.parametrize("variant", PRODUCTION)
@@ -543,7 +543,7 @@ def check_sizes(store: Workload, conf: str, compose: str) -> None:
     """Check that the sizes of `store`, and of Redis in the text `compose`, follow from the maxmemory in the text `conf`."""
     (most,) = (number(line.split()[1]) for line in conf.splitlines() if line.startswith("maxmemory "))
     resources, tmp = store.container["resources"], store.mounts["/tmp"]["emptyDir"]["sizeLimit"]
-    assert number(resources["limits"]["memory"]) == 3 * most + number("32Mi")  # the fork of a rewrite may copy every page
+    assert number(resources["limits"]["memory"]) == 3 * most + number("32Mi")  # the fork that rewrites the file may copy all data
     assert number(tmp) == 2 * most  # for the snapshot of a backup
     assert number(resources["limits"]["ephemeral-storage"]) == number(tmp) + number("64Mi")
     # Requests must equal limits, because a node first evicts the pods that use more than they request.

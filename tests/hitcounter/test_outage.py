@@ -77,7 +77,8 @@ async def test_short_restart_is_waited_out_without_a_503(
 async def test_redis_that_refuses_is_named_once_and_recovered_from(
     valkey: Valkey, caplog: pytest.LogCaptureFixture, breaks: Act, mends: Act, cause: str
 ) -> None:
-    # With one lane, the script replies "unknown" to the second batch. Such a reply is an answer, but not successful work.
+    # Redis refuses the first batch and stores nothing of it, so with one lane the script replies "unknown" to the second batch.
+    # Such a reply is an answer, but not successful work.
     async with serving(SERVICE, valkey.environ(REQUEST_TIMEOUT="1", LANES="1")) as served:
         breaks(valkey)
         answers = await asyncio.gather(*(get(served) for _ in range(30)))
@@ -133,7 +134,7 @@ async def test_lost_counts_are_logged_once_and_counting_goes_on(
 
 
 async def test_ten_thousand_requests_wait_one_more_gets_503_at_once_and_memory_stays_flat(valkey: Valkey, spawn: Spawn) -> None:
-    most = min(10_000, max_connections() - 100)  # fewer where the limit on open files is lower
+    most = min(10_000, max_connections() - 100)  # fewer than 10,000 if the limit on open files is lower
     process = spawn(valkey.environ(BIND_HOST="127.0.0.1", MAX_PENDING=str(most), REQUEST_TIMEOUT="60", REDIS_TIMEOUT="60"))
     hit = request("GET", "/", "Accept: application/json")
     used = []

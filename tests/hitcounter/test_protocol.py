@@ -191,7 +191,7 @@ class Protocol(RuleBasedStateMachine):
             self.store.execute_command("ACL", "SETUSER", "default", f"+{lack}")
         after = self.totals = self.read_totals()
         if before != after and isinstance(reply, ResponseError):
-            # Redis has counted the batch, and no reply will have its numbers.
+            # The script has counted the batch and then failed, so no reply will have the batch's numbers.
             assert lack == "expire"
             hits, posts = before[0] + batch.hits, before[1] + batch.posts
             for number, key in enumerate((key for key in dict.fromkeys(batch.keys) if key not in self.answers), posts + 1):

@@ -21,7 +21,7 @@ HITS, POSTS, WRITER, ANSWERS, ORDER = _keys("hitcounter", "w")
 
 
 class Script:
-    """Calls the script, and shows what it changed. Leaves the sequence number and the total of all posts out of its replies."""
+    """Calls the script, and shows what it changed. Omits the sequence number and the total of all posts from replies."""
 
     all_posts = 0  # the total of all posts in the last reply
 
@@ -338,7 +338,7 @@ def make_user(valkey: Valkey, without: str = "") -> dict[str, str]:
 
 def refused() -> "pytest.RaisesExc[ResponseError]":
     """Expect that Redis refuses a command, or a command of the script, for lack of a permission."""
-    # Redis 7.0 and older use the second message.
+    # The pattern has two messages; Redis 7.0 and older send the second.
     return pytest.raises(ResponseError, match=r"(?i)permission|The user executing the script can't run this command")
 
 

@@ -59,7 +59,7 @@ def remove(borrowed: Borrowed, name: str, monkeypatch: pytest.MonkeyPatch) -> No
         if attribute in vars(place):
             try:
                 monkeypatch.delattr(place, attribute)
-            except TypeError:  # the class is written in C
+            except TypeError:  # the class is written in C, so its attributes cannot be deleted
                 break
     if borrowed.has(name):
         monkeypatch.setitem(OWNERS, owner, of("builtins", "gone"))

@@ -142,7 +142,7 @@ def test_variables_that_kubernetes_sets_for_a_service_named_redis_are_ignored() 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the paths of files for TLS: a certificate, its key, this key with a passphrase, another key, and a letter."""
+    """Return the paths of files for TLS: a certificate, its key, this key with a passphrase, another key, and plain text."""
     folder = tmp_path_factory.mktemp("tls")
     mine, other = (trustme.CA().issue_cert("client@example.org") for _ in range(2))
     locked = serialization.load_pem_private_key(mine.private_key_pem.bytes(), None).private_bytes(

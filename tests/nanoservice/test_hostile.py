@@ -26,7 +26,7 @@ SAMPLE = "tests.nanoservice.sample"
 async def test_ten_thousand_hostile_requests_leave_nothing_behind(spawn: Spawn, valkey: Valkey, tmp_path: Path) -> None:
     errors = tmp_path / "errors"
     process = spawn(valkey.environ(**PATIENT), command=telling(SAMPLE, errors))
-    await survive(process, errors, 10_000, connections=16)  # the pool has 16
+    await survive(process, errors, 10_000, connections=16)  # the pool keeps up to 16
 
 
 # --- slow clients ---
@@ -37,7 +37,7 @@ async def silent(wire: Wire) -> None:
 
 
 async def drip(wire: Wire, *data: bytes) -> None:
-    """Send `data`, of its last piece only one byte every 0.2 s; then send nothing more."""
+    """Send the pieces `data`, but only one byte of the last piece every 0.2 s; then send nothing more."""
     await wire.send(*data[:-1])
     for byte in data[-1]:
         await asyncio.sleep(0.2)
@@ -125,7 +125,7 @@ async def check_times(port: int, limit: float) -> None:
     slow = [time_to_close(port, way, limit + 5 * SLACK) for way in SLOW]
     kept = [stays_open(port, limit + 2, *way) for way in IDLE.values()]
     times, _ = await asyncio.gather(asyncio.gather(*slow), asyncio.gather(*kept))
-    # The chassis closes overdue connections once a second. A client may begin up to half a second before its measurement.
+    # The chassis closes overdue connections once a second, so a slow client may be closed later than its limit.
     assert {
         way: seconds for way, seconds in zip(SLOW, times, strict=True) if not limit - 0.1 <= seconds <= limit + 2 * SLACK
     } == {}
@@ -203,7 +203,7 @@ async def test_client_that_reads_its_answer_slowly_is_not_closed(valkey: Valkey,
                 read += len(data)
                 if read > (time.monotonic() - began) * 12 * MIB:
                     await asyncio.sleep(0.05)
-            assert time.monotonic() - began > 3  # longer than `SEND_SECONDS`
+            assert time.monotonic() - began > 3  # the client read for longer than `SEND_SECONDS`
 
 
 async def test_slow_request_is_logged_without_any_of_its_text(served: Served, caplog: pytest.LogCaptureFixture) -> None:
@@ -224,7 +224,7 @@ async def test_slow_request_is_logged_without_any_of_its_text(served: Served, ca
 async def test_client_that_pipelines_lets_others_in(served: Served, path: str) -> None:
     number = 4_000
     async with connected(served.port) as piped, connected(served.port) as other:
-        piped.writer.write(request("GET", path) * number)  # without waiting, so that both arrive together
+        piped.writer.write(request("GET", path) * number)  # without `drain`, so both clients' requests arrive together
         other.writer.write(request("GET", "/livez"))
         assert (await other.reply()).status == 200
         assert served.running._factories[0].requests_count < number / 10
@@ -233,7 +233,7 @@ async def test_client_that_pipelines_lets_others_in(served: Served, path: str) -
 # --- too many connections ---
 
 
-# asyncio accepts connections in a loop before any of them is counted, uvloop does not: both must leave descriptors to spare.
+# asyncio accepts several connections before any of them is counted; uvloop counts each at once. Both must leave descriptors free.
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 async def test_surplus_connections_are_closed_and_the_others_served(
     spawn: Spawn, valkey: Valkey, tmp_path: Path, loop: str
@@ -263,7 +263,7 @@ async def test_surplus_connections_are_closed_and_the_others_served(
 
 
 async def answers(wire: Wire) -> bool:
-    """Return whether the server answers on this connection; False if it closes it."""
+    """Return whether the server answers on this connection; return False if the server closes the connection."""
     try:
         await wire.send(request())
         reply = await wire.reply()

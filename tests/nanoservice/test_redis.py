@@ -262,7 +262,7 @@ def test_same_cause_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, cap
     assert lines() == 4
     for _ in range(100):
         health.failed("work", OSError())
-    assert lines() == 5  # the outage has lasted longer than a minute
+    assert lines() == 5  # a minute later, the outage is logged
     health.worked("work")
     assert [record.getMessage() for record in caplog.records][-2:] == ["Redis fails: it cannot be reached", "Redis works again"]
 
@@ -374,7 +374,7 @@ async def test_tls_without_the_client_certificate_is_refused(tls: TlsFront) -> N
 
 def server(reply: str) -> Exception:
     """Return the error that the driver makes of a server's reply."""
-    error: Exception = DefaultParser.parse_error(reply)  # type: ignore[no-untyped-call] # typed in part
+    error: Exception = DefaultParser.parse_error(reply)  # type: ignore[no-untyped-call] # redis-py has types only in part
     return error
 
 
@@ -424,6 +424,6 @@ def in_script(reply: str) -> Exception:
 )
 def test_cause_is_a_phrase_without_an_address(error: Exception, words: str) -> None:
     assert words in cause(error)
-    assert "Error" not in cause(error)  # no name of a Python class
+    assert "Error" not in cause(error)  # the cause names no Python class
     assert "10.1.2.3" not in cause(error)
     assert "secret" not in cause(error)

@@ -124,7 +124,7 @@ def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
         output, errors = process.communicate(timeout=10 * SLACK)
     finally:
-        process.kill()  # the caller's `with` would wait for ever for a process that ignores the signal
+        process.kill()  # otherwise the caller's `with` would wait for ever for a process that ignores the signal
     return process.returncode, output + errors
 
 

@@ -66,7 +66,7 @@ def execute(run: Run, expressions: dict[str, str], **environ: str) -> str:
     def value(expression: "re.Match[str]") -> str:
         return expressions[expression[1]]
 
-    # With these variables, a `make` in the command would be a part of the make that runs the tests.
+    # With these variables, a `make` in the command would act as a part of the `make` that runs the tests.
     outer = {name: text for name, text in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     given = {name: re.sub(r"\$\{\{ (.+?) \}\}", value, text) for name, text in run.environ}
     ended = subprocess.run(
