@@ -543,7 +543,8 @@ def check_sizes(store: Workload, conf: str, compose: str) -> None:
     """Check that the sizes of `store`, and of Redis in the text `compose`, follow from the maxmemory in the text `conf`."""
     (most,) = (number(line.split()[1]) for line in conf.splitlines() if line.startswith("maxmemory "))
     resources, tmp = store.container["resources"], store.mounts["/tmp"]["emptyDir"]["sizeLimit"]
-    assert number(resources["limits"]["memory"]) == 3 * most + number("32Mi")  # the fork that rewrites the file may copy all data
+    # Valkey forks to rewrite the append-only file, and the fork may copy every page of memory.
+    assert number(resources["limits"]["memory"]) == 3 * most + number("32Mi")
     assert number(tmp) == 2 * most  # for the snapshot of a backup
     assert number(resources["limits"]["ephemeral-storage"]) == number(tmp) + number("64Mi")
     # Requests must equal limits, because a node first evicts the pods that use more than they request.

@@ -182,7 +182,7 @@ def test_byte_order_mark_and_carriage_returns_are_not_part_of_a_password(stopped
         assert stopped.ask("hitcounter", "PING", password=password) is True
     with stopped.client(**BARE) as client, pytest.raises(AuthenticationError):
         client.execute_command("AUTH", "hitcounter", "")
-    # redis.sh must also clean the password with which it logs in. The fake valkey-cli prints the password that redis.sh gives it.
+    # redis.sh must also strip the operator's password, with which it logs in. The fake valkey-cli prints the password it gets.
     client_program = stopped.root / "bin/valkey-cli"
     client_program.write_text('#!/bin/sh\nprintf "<%s>" "$REDISCLI_AUTH"\n')
     client_program.chmod(0o755)

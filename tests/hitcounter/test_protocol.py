@@ -295,7 +295,7 @@ class State:
 
     begun: int = 0  # how many batches the lane has begun
     busy: bool = False  # whether the lane still tries to count the last batch
-    tries: int = 0  # how often the last batch was sent under its name
+    tries: int = 0  # how often the lane has sent its last batch under its present name
     writer: int = 0
     sequence: int = 0
     in_doubt: bool = False
@@ -411,5 +411,5 @@ def test_no_interleaving_of_a_few_batches_counts_one_twice_or_answers_one_that_i
     store: Any, batches: int, tries: int, arrivals: int
 ) -> None:
     exhaustive = Exhaustive(store, batches, tries, arrivals)
-    assert exhaustive.explore() > 1000  # the number of states
+    assert exhaustive.explore() > 1000  # `explore` returns the number of states
     assert {counted[:batches] for counted in exhaustive.ends} == set(itertools.product((0, 1), repeat=batches))

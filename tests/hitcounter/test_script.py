@@ -1,4 +1,4 @@
-"""Test `count.lua` on a real Valkey: each step of the argument in its first comment, its keys, and its permissions."""
+"""Test `count.lua` on a real Valkey: each case in its first comment, its keys, and its permissions."""
 
 import contextlib
 from collections.abc import Iterator
@@ -87,7 +87,7 @@ def msgpack(*parts: int | str) -> bytes:
     )
 
 
-# --- the argument ---
+# --- the cases a to d in the first comment of count.lua ---
 
 
 def test_a_batch_sent_again_gets_its_first_reply_and_counts_nothing(script: Script) -> None:

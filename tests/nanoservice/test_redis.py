@@ -277,7 +277,7 @@ class TlsFront:
         self.port = self.clients = 0
 
     def rotate(self) -> None:
-        """Write certificates of a new authority."""
+        """Create a new certificate authority, and write its certificate and a client's certificate and key into the files."""
         self.authority = trustme.CA()
         self.authority.cert_pem.write_to_path(str(self.ca_file))
         client = self.authority.issue_cert("client@example.org")

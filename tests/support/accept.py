@@ -1,4 +1,4 @@
-"""Values of `Accept`, each with the media type that is expected from a resource that offers text first and JSON second."""
+"""Values of `Accept`. Each comes with the media type of the answer, if a resource offers text first and JSON second."""
 
 TEXT, JSON = "text/plain", "application/json"
 

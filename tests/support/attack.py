@@ -167,7 +167,7 @@ class Attack:
         self.leaks: list[bytes] = []
 
     async def run(self, number: int, together: int = 100) -> None:
-        """Send `number` requests over `together` connections at a time."""
+        """Send `number` requests in total, over `together` connections at the same time."""
         self._left = number
         await asyncio.gather(*(self._attack() for _ in range(together)))
 

@@ -42,7 +42,7 @@ class Namespace:
         return run(KUBECTL, f"--namespace={self.name}", "--request-timeout=60s", *arguments, **options)
 
     def make(self, *arguments: str, **options: Any) -> str:
-        """Run a target of the Makefile on this namespace."""
+        """Run `make` with `arguments` for this namespace, and return the output."""
         return run("make", "--no-print-directory", f"NAMESPACE={self.name}", *arguments, **options)
 
     def get(self, *what: str) -> Any:
