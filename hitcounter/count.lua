@@ -55,7 +55,7 @@ local function text(number) return string.format('%.0f', number) end   -- tostri
 local totals = {}
 for i = 1, 2 do
   local digits = redis.call('GET', KEYS[i]) or '0'
-  if not (digits == '0' or digits:find('^[1-9]%d*$')) or #digits > 15 then   -- Lua's numbers are exact up to 2^53.
+  if not (digits == '0' or digits:find('^[1-9]%d*$')) or #digits > 15 then   -- Lua's numbers are exact up to 16 digits (2^53).
     return redis.error_reply('ERR ' .. KEYS[i] .. ' does not hold a count')
   end
   totals[i] = digits + ARGV[i + 1]

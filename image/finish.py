@@ -52,8 +52,8 @@ def service(name: str, root: Path, library: Path, standard_library: Path) -> Non
     # With this link, every service has the same entry point, without a shell. Only this link depends on the service's name.
     (app / "__main__.py").symlink_to(f"{name}/__main__.py")
     # The base ships no byte code, and Python writes byte code of each module that it imports. So the byte code shows which
-    # modules the service imports. Modules that are frozen into Python need no byte code. The service looks up
-    # Redis's name before its first answer, and the first look-up imports another module. So this module is compiled, too.
+    # modules the two commands below import. (Modules that are frozen into Python need no byte code.) The second command imports
+    # a module that `--help` does not need: the service imports it before its first answer, when it looks up Redis's name.
     for command in ([str(app), "--help"], ["-c", f"import {_IMPORTED_AT_FIRST_DNS_LOOKUP}"]):
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     for imported in sorted(_STANDARD_LIBRARY.rglob("__pycache__/*.pyc")):

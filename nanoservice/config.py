@@ -41,7 +41,10 @@ class Secret:
 
 
 def utf8(text: str) -> str:
-    """Return `text` if it was UTF-8 in the environment. Python keeps other bytes as surrogates, which cannot be sent to Redis."""
+    """Return `text`. Raises ValueError if it was not UTF-8 in the environment.
+
+    Python keeps other bytes as surrogates, which cannot be sent to Redis.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:  # The message of this error quotes the text, which may be a password.
@@ -52,8 +55,8 @@ def utf8(text: str) -> str:
 def setting(default: Any, help: str, parse: Callable[[str], Any] = utf8) -> Any:
     """Return a dataclass field whose value is set by the environment variable of the same name.
 
-    `parse` turns the variable's text into the value. For an invalid text it raises a ValueError that says what the text must be
-    ("a whole number ...").
+    `parse` turns the variable's text into the value. If the text is invalid, `parse` raises a ValueError that says what the text
+    must be ("a whole number ...").
     """
     return field(default=default, metadata={"help": help, "parse": parse})
 
@@ -102,7 +105,7 @@ def host(text: str) -> str:
     A URL is refused, because it may contain a password, and the log shows the host.
     """
     try:
-        # The resolver encodes a name in the same way. This fails for a label that is empty or longer than 63 characters.
+        # The resolver encodes a name in the same way. The encoding fails if a label is empty or longer than 63 characters.
         text.encode("idna")
         return text if re.fullmatch(r"[A-Za-z0-9_.-]+", text) else str(ip_address(text))
     except ValueError:

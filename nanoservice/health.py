@@ -52,7 +52,7 @@ _SIGNS: tuple[tuple[str | type[BaseException] | tuple[type[BaseException], ...],
 # An error begins with its code. If a command in a script fails, Redis 6.2 puts "ERR Error running script (...)" before its error.
 _CODE = re.compile(r"(?:^|@user_script: ?\d+: -?)([A-Z]+)\b")
 
-_POOL_IS_EMPTY = "No connection available."  # the driver's message
+_POOL_IS_EMPTY = "No connection available."  # the driver's message if all connections of its pool are in use
 
 _logger = logging.getLogger(__name__)
 

@@ -46,7 +46,10 @@ class RequestParser:
         return requests
 
     def _first(self) -> Request | None:
-        """Return the first request if it is complete: `*` and the number of words; for each word `$`, its length, its bytes."""
+        """Return the first request, or None if it is incomplete.
+
+        A request is `*` and the number of words; then, for each word, `$` and its length, and its bytes.
+        """
         line = self._data.find(b"\r\n")
         if line < 0:
             return None

@@ -235,8 +235,8 @@ def test_secrets_are_made_once(running: Project) -> None:
 
 
 def test_secrets_are_in_no_log_configuration_image_or_process(running: Project) -> None:
-    # The next `up` makes new secrets and new containers, so the containers' logs have everything that was ever logged about these
-    # secrets.
+    # The next `up` makes new secrets and new containers. So the containers' logs have every line that was logged since these
+    # secrets exist.
     running.compose("down", "--volumes")
     with processes() as commands:
         running.compose("up", "--wait")

@@ -1,4 +1,4 @@
-"""The files from which the image is built follow their rules. These tests need no container engine."""
+"""Test the files from which the image is built, such as the Containerfile. These tests need no container engine."""
 
 import importlib.util
 import struct

@@ -168,7 +168,6 @@ class Protocol(RuleBasedStateMachine):
     def deliver(self, ago: int, lack: str) -> None:
         """A message reaches Redis, perhaps not for the first time. The lane gets the reply if it still waits for one.
 
-
         `lack` is what Redis lacks meanwhile: memory, or the lane's right to a command. Without the right, the script fails
         half-way.
         """

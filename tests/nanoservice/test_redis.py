@@ -262,7 +262,7 @@ def test_same_cause_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, cap
     assert lines() == 4
     for _ in range(100):
         health.failed("work", OSError())
-    assert lines() == 5  # a minute later, the outage is logged
+    assert lines() == 5  # the cause was last logged over a minute ago, so it is logged again
     health.worked("work")
     assert [record.getMessage() for record in caplog.records][-2:] == ["Redis fails: it cannot be reached", "Redis works again"]
 

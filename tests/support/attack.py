@@ -157,7 +157,7 @@ def hostile(rng: random.Random, mark: bytes) -> list[bytes]:
 
 
 class Attack:
-    """Sends many hostile requests at a time. Records each status, and each answer that echoes or reveals something."""
+    """Sends many hostile requests at a time. Records each status, and each answer with the mark or the software's name."""
 
     def __init__(self, port: int, seed: int) -> None:
         self.port = port
