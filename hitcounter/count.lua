@@ -70,7 +70,8 @@ if keyed then
   local now = time[1] * 1000000 + time[2]
   local eldest = now - DAY * 1000000
   newest = math.max(now, redis.call('ZRANGE', KEYS[5], -1, -1, 'WITHSCORES')[2] or 0)
-  -- If the clock was set back, the newest key has a time in the future. `answers` and `order` must last until a day after it.
+  -- If the clock was set back, the newest key has a time in the future. Redis must keep `answers` and `order` until a day after
+  -- that time.
   life = DAY + math.floor((newest - now) / 1000000)
   -- One call forgets at most 1,000 expired keys, so that no call takes long. The code below ignores expired keys that remain.
   expired = redis.call('ZRANGE', KEYS[5], '-inf', text(eldest), 'BYSCORE', 'LIMIT', 0, 1000)
@@ -79,7 +80,7 @@ if keyed then
     local came = answer and redis.call('ZSCORE', KEYS[5], ARGV[i])
     if came and tonumber(came) > eldest then
       local whole, content = pcall(cmsgpack.unpack, answer)
-      -- An answer without a version was stored before answers had versions. It has the format of version 1.
+      -- An answer without a version was stored by an older script. Its format is that of version 1.
       local known = whole and type(content) == 'table' and type(content[2]) == 'number' and (content[3] or 1) == 1
       answers[ARGV[i]] = known and {content[1], content[2]} or {-1, -1}
     end

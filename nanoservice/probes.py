@@ -45,7 +45,7 @@ class Readiness:
         if self.draining:
             raise UnavailableError("draining: this process is shutting down")
         if asyncio.get_running_loop().time() - self._checked >= _CACHE_SECONDS:
-            # All requests that arrive during a check share its result. The check continues if one of the clients disconnects.
+            # All requests that arrive during a check share its result. The check continues even if a client disconnects.
             if self._check is None:
                 self._check = asyncio.create_task(self._check_redis())
             await asyncio.shield(self._check)

@@ -195,7 +195,7 @@ def test_existing_password_of_a_service_stays(tmp_path: Path) -> None:
 
 def test_each_service_gets_its_own_password_whatever_its_name(tmp_path: Path) -> None:
     names = ["users", "new", "read", "services", "wanted", "last"]
-    # The file begins with a comment, and its last line has no newline.
+    # The script must also read a users.acl that begins with a comment, and whose last line has no newline.
     one = Cluster(tmp_path, "# of all\nuser default off\n" + "\n".join(f"user {name} +get" for name in names), {})
     assert one.run("secret").returncode == 0
     written = one.written()

@@ -193,8 +193,8 @@ def test_schema_of_each_kubernetes_accepts_every_object(version: str) -> None:
     checked: list[Object] = []
     for it in (it for variant in RENDERED for it in RENDERED[variant]):
         if it not in checked:  # most objects are the same in all variants
-            # If validate() has no schema for `version`, it uses an older schema. It returns the version of the schema that it
-            # used, so this comparison finds a missing schema.
+            # If validate() has no schema for `version`, it uses an older schema. validate() returns the version of the
+            # schema that it used, so this comparison finds a missing schema.
             assert kubernetes_validate.validate(it, version, strict=True) == version
             checked.append(it)
     read_schema.cache_clear()  # the cached schemas take 40 MB
@@ -450,7 +450,8 @@ def test_number_of_pods_is_set_by_the_autoscaler_only(workload: Workload) -> Non
         assert 2 <= scaler["minReplicas"] < scaler["maxReplicas"]
         (metric,) = scaler["metrics"]
         aim = number(metric["resource"]["target"]["averageValue"])
-        assert number(workload.container["resources"]["requests"]["cpu"]) < aim < 1  # one thread uses one core
+        # The service has one thread, which uses at most one core. So the autoscaler must aim for less than one core.
+        assert number(workload.container["resources"]["requests"]["cpu"]) < aim < 1
 
 
 @pytest.mark.parametrize("variant", PRODUCTION)

@@ -233,7 +233,7 @@ async def test_client_that_pipelines_lets_others_in(served: Served, path: str) -
 # --- too many connections ---
 
 
-# asyncio accepts several connections before any of them is counted; uvloop counts each at once. Both must leave descriptors free.
+# Unlike uvloop, asyncio accepts several connections before any of them is counted. Both must leave some descriptors free.
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 async def test_surplus_connections_are_closed_and_the_others_served(
     spawn: Spawn, valkey: Valkey, tmp_path: Path, loop: str

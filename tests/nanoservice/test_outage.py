@@ -153,7 +153,7 @@ async def test_slow_requests_are_one_warning_a_second_and_the_others_are_lines_a
             valkey.thaw()
             assert {status for status, *_ in await asyncio.gather(*waiting)} == {200}
             await eventually(lambda: told().total() == 20 * lines, 5)
-            # The service logs at most one slow request a second. If 20 answers take longer than a second, it logs a second one.
+            # The service logs at most one slow request a second. If 20 answers take longer than a second, it logs a second line.
             assert lines <= told()["slow request"] <= 2 * lines
 
 

@@ -14,7 +14,7 @@ from tests.support.process import Process, resident
 from tests.support.wire import ask, request
 
 MIB = 1 << 20
-MARK = b"zq7"  # each hostile request has a mark that begins with this; no answer and no log line may contain it
+MARK = b"zq7"  # each hostile request has a mark that begins with these bytes; no answer and no log line may contain them
 
 # Even on a busy machine, no call to Redis takes longer than this timeout.
 PATIENT = {"BIND_HOST": "127.0.0.1", "REDIS_TIMEOUT": "30"}

@@ -105,7 +105,7 @@ class Namespace:
         return self.kubectl("exec", "redis-0", "--", "sh", "-c", script, "sh", user, password or "", *command).strip()
 
 
-RUN = f"hitcounter-e2e-{secrets.token_hex(3)}"  # the names of this run's namespaces begin with this
+RUN = f"hitcounter-e2e-{secrets.token_hex(3)}"  # the names of this run's namespaces begin with this text
 
 
 @dataclass
