@@ -93,4 +93,4 @@ def _prepare_child() -> None:  # pragma: no cover - coverage does not measure th
     """Unblock the signals that the parent still blocks. On Linux, also ask to be terminated when the parent dies."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG

@@ -1,4 +1,4 @@
-"""These fixtures start a network with a Valkey for containers, and the hitcounter in the test's process."""
+"""Fixtures: a network with a Valkey for containers, and a hitcounter that runs in the test's process."""
 
 import os
 from collections.abc import AsyncIterator, Iterator

@@ -89,7 +89,7 @@ def given(argument: str) -> str:
 
 
 def another(argument: str, line: str, folder: Path) -> str:
-    """Add the instruction `line` to the image of the build argument `argument`, such as BASE, and build the new image.
+    """Build a variant of the image that the build argument `argument` (such as BASE) names, with the instruction `line` added.
 
     `folder` is the context of this build. Return the options that make a build of the service use the new image.
     """
