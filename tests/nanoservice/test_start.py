@@ -157,7 +157,7 @@ def test_interrupt_while_the_embedded_store_starts_stops_both_without_a_tracebac
         COMMAND, env=environment(EMBEDDED), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         [store] = wait_for(lambda: valkeys(tmp_path / ".data"), 20)
-        os.kill(store, signal.SIGSTOP)  # so that Valkey cannot finish its start
+        os.kill(store, signal.SIGSTOP)  # Valkey cannot finish its start
         process.send_signal(signal.SIGINT)
         os.kill(store, signal.SIGCONT)
         status, said = interrupted(process)
