@@ -32,7 +32,7 @@ def free_port() -> int:
 class Valkey:
     """A real Valkey on a TCP port of loopback, with its data in the folder `data`.
 
-    Valkey passes each write to the kernel before it answers, so a kill of the process loses nothing. To keep tests fast, Valkey
+    Before Valkey answers, it passes each write to the kernel, so a kill of the process loses nothing. To keep tests fast, Valkey
     does not wait until the write is on disk. The environment variable `REDIS_SERVER` names the program of another server, such as
     an older Redis.
     """
