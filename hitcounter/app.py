@@ -9,7 +9,7 @@ from importlib import resources
 from aiohttp import hdrs, web
 
 from hitcounter import __version__
-from hitcounter.counter import Counter, Counts
+from hitcounter.counter import Counter, Counts, hits_key
 from nanoservice.answer import Answer
 from nanoservice.config import Config, integer, seconds, setting
 from nanoservice.errors import ProblemError
@@ -107,6 +107,7 @@ async def _discard_body(request: web.Request) -> None:
 
 def setup(app: web.Application, config: CounterConfig) -> None:
     """Add the routes and the counter to `app`."""
+    app[STORE].check = "GET", hits_key(NAME)
     counter = Counter(
         NAME, app[STORE], app[REGISTRY],
         lanes=config.lanes, max_pending=config.max_pending, timeout=config.request_timeout,

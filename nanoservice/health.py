@@ -21,8 +21,12 @@ _LOG_INTERVAL = 60.0  # seconds between two log lines about the same cause
 
 # The causes that the code of the server's error names.
 _CODES = {
-    **dict.fromkeys(("ASK", "CLUSTERDOWN", "CROSSSLOT", "MOVED"), "it is a node of a Redis Cluster, which is not supported"),
+    **dict.fromkeys(
+        ("ASK", "CLUSTERDOWN", "CROSSSLOT", "MOVED", "TRYAGAIN"), "it is a node of a Redis Cluster, which is not supported"
+    ),
+    "BUSY": "a script has kept it busy for long (BUSY)",
     "LOADING": "it is loading its data",
+    "MASTERDOWN": "it is a replica without its primary (MASTERDOWN)",
     "MISCONF": "it refuses writes: it cannot persist them (MISCONF)",
     "NOAUTH": "it requires a password",
     "NOPERM": "its user may not do this (NOPERM)",

@@ -166,6 +166,9 @@ class Store:
 
     Handlers run commands and pipelines through `client`. If Redis fails, these raise UnavailableError, which is answered with
     503. `connection()` is for code that needs a connection of its own.
+
+    A Sentinel, and each node of a Redis Cluster, answers PING. To make `/readyz` find them, set `check` to a command that reads a
+    key of the service.
     """
 
     def __init__(self, config: Config, registry: CollectorRegistry, socket: str | None = None) -> None:
@@ -178,6 +181,7 @@ class Store:
         )
         self.client = cast("_WatchedClient", _WatchedClient.from_pool(pool))  # Closing the client closes the pool.
         self.client.health = self.health
+        self.check: tuple[str, ...] = ()
 
     def connection(self) -> AbstractConnection:
         """Return a new connection, not open yet. Its reads have no time limit: the caller sets one around each exchange."""
