@@ -39,7 +39,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
-from nanoservice.config import Config
+from nanoservice.config import Config, password
 from nanoservice.health import Health
 
 _MAX_POOL_CONNECTIONS = 16
@@ -59,15 +59,16 @@ class _Credentials(CredentialProvider):
         config = self._config
         if config.redis_password_file:
             try:
-                # Strip a byte-order mark and line ends, as manifests/redis/redis.sh does.
-                password = config.redis_password_file.read_text("utf-8-sig").rstrip("\r\n")
+                text = password(config.redis_password_file.read_bytes().decode())
             except OSError as error:
                 raise _PasswordFileError(f"REDIS_PASSWORD_FILE: {error.strerror}") from error
             except UnicodeDecodeError:
                 raise _PasswordFileError("REDIS_PASSWORD_FILE is not UTF-8") from None  # The original error quotes the file.
+            except ValueError:
+                raise _PasswordFileError("REDIS_PASSWORD_FILE has no password in it") from None
         else:
-            password = config.redis_password.reveal() if config.redis_password else ""
-        return (config.redis_username, password) if config.redis_username else (password,)
+            text = config.redis_password.reveal() if config.redis_password else ""
+        return (config.redis_username, text) if config.redis_username else (text,)
 
     async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
         return self.get_credentials()  # Reading a small local file does not block for long.
