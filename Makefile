@@ -39,7 +39,7 @@ export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE SERVERS
 
 # --- Every day ---
 
-.PHONY: help run test test-newest test-servers coverage lint format types clean
+.PHONY: help run test test-newest test-servers test-clock coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -67,6 +67,9 @@ test-newest: ## run the contract tests with the newest aiohttp and redis-py; the
 
 test-servers: $(VENV)/installed ## run the tests of the counter with Redis 6.2, Redis 8 and Valkey 8 (or SERVERS=)
 	@sh scripts/test-servers.sh
+
+test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
+	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
