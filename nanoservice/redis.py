@@ -87,7 +87,16 @@ class _DiscreetConnection(AbstractConnection):
         # Bytes that arrive while no reply is due would be taken for the next reply. Such a connection is opened again, too.
         if self.is_connected and (self._writer.is_closing() or await self.can_read()):  # type: ignore[union-attr] # connected
             await self.disconnect(nowait=True)
+        if self.is_connected:
+            return
         await super().connect()  # type: ignore[no-untyped-call] # typed in part
+        # A server that refuses a client, for example because of maxclients, says so before the client has asked anything.
+        if await self.can_read():
+            try:
+                await self.read_response()
+            except exceptions.RedisError:
+                await self.disconnect(nowait=True)
+                raise
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         # If the transport has just closed, uvloop raises RuntimeError, and asyncio's event loop OSError or, since Python 3.12,

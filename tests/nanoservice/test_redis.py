@@ -276,6 +276,37 @@ async def test_handlers_that_use_all_connections_are_not_reported_as_an_outage_o
         await store.client.aclose()
 
 
+async def test_server_that_refuses_a_client_before_its_first_command_is_named(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    valkey.run("CONFIG", "SET", "maxclients", "1")
+    with valkey.client() as client:
+        client.ping()
+        async with serving(SERVICE, valkey.environ()) as served:
+            for path in ("/", "/readyz"):
+                async with served.client.get(path) as answer:
+                    assert (await answer.json())["detail"] == "Redis: it has too many clients (maxclients)"
+    assert caplog.messages == ["Redis fails: it has too many clients (maxclients)"]
+
+
+@pytest.mark.parametrize("banner", [b"SSH-2.0-OpenSSH_9.2\r\n", b"220 mail ESMTP\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+async def test_server_of_another_protocol_that_speaks_first_is_named(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture, banner: bytes
+) -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(banner)
+        await reader.read(65536)
+        writer.close()
+
+    async with await asyncio.start_server(speak, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with serving(SERVICE, valkey.environ(REDIS_PORT=str(port))) as served:
+            for path in ("/", "/readyz"):
+                async with served.client.get(path) as answer:
+                    assert (await answer.json())["detail"] == "Redis: its replies do not follow the protocol of Redis"
+    assert caplog.messages == ["Redis fails: its replies do not follow the protocol of Redis"]
+
+
 def test_same_cause_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = 1000.0
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
@@ -442,6 +473,7 @@ def in_script(reply: str) -> Exception:
             server("ERR The user executing the script can't run this command or subcommand script: 0, on @user_script:7."),
             "NOPERM",
         ),
+        (server("DENIED Running in protected mode because no password is set."), "protected mode"),
         (server("NOAUTH Authentication required."), "requires a password"),
         (server("WRONGPASS invalid username-password pair or user is disabled."), "wrong user or password"),
         (server("NOREPLICAS Not enough good replicas to write."), "too few replicas"),
