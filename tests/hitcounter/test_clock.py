@@ -93,5 +93,5 @@ def test_no_key_counts_twice_within_its_promise_while_the_clock_jumps(valkey: Va
         if dice.random() < 0.2:
             clock.jump(dice.choice(jumps))
     print(f"{KEYS} keys, {KEEP} remembered; {repeated} repeats within the promise, {forgotten} counted again after it")
-    assert repeated > KEYS / 4
+    assert repeated > KEYS / 10
     clock.client.close()
