@@ -5,6 +5,7 @@ PYTHON ?=            # the Python to use, 3.11 or newer; if empty, make uses the
 VENV ?= .venv
 override VENV := $(patsubst %/,%,$(VENV))
 BIN := $(VENV)/bin
+SERVERS ?=           # packages of tests/servers/requirements.in; with them, `make test-servers` tests only with their servers
 UPGRADE ?=           # with UPGRADE=--upgrade, `make lock` locks the newest versions
 
 ENGINE ?=            # docker (with buildx), podman or buildah; if empty, make uses the first of these that it finds
@@ -31,14 +32,14 @@ SUMS ?=              # the expected digest of SHA256SUMS, the file with the chec
 
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE
+export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE SERVERS
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 # --- Every day ---
 
-.PHONY: help run test test-newest coverage lint format types clean
+.PHONY: help run test test-newest test-servers test-clock coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -63,6 +64,12 @@ test: $(VENV)/installed ## run all tests that need only this machine
 test-newest: ## run the contract tests with the newest aiohttp and redis-py; these tests may fail
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
 	@VENV=.venv-newest sh scripts/test-newest.sh
+
+test-servers: $(VENV)/installed ## run the tests of the counter with Redis 6.2, Redis 8 and Valkey 8 (or SERVERS=)
+	@sh scripts/test-servers.sh
+
+test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
+	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
@@ -92,7 +99,7 @@ types: $(VENV)/installed ## check types
 	@$(BIN)/mypy
 
 clean: ## remove all files that these commands made, except the counts in .data/ and the images in an engine
-	rm -rf $(VENV) $(VENV).lock .venv-* wheels wheels.new *.oci dist .tools
+	rm -rf $(VENV) $(VENV).lock .venv-* wheels wheels.new *.oci dist .tools .servers
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

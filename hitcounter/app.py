@@ -1,5 +1,6 @@
 """Define the service hitcounter: its settings, its routes and its counter."""
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -9,7 +10,8 @@ from importlib import resources
 from aiohttp import hdrs, web
 
 from hitcounter import __version__
-from hitcounter.counter import Counter, Counts
+from hitcounter.counter import Counter, Counts, hits_key
+from hitcounter.eviction import report_eviction
 from nanoservice.answer import Answer
 from nanoservice.config import Config, integer, seconds, setting
 from nanoservice.errors import ProblemError
@@ -107,6 +109,7 @@ async def _discard_body(request: web.Request) -> None:
 
 def setup(app: web.Application, config: CounterConfig) -> None:
     """Add the routes and the counter to `app`."""
+    app[STORE].check = "GET", hits_key(NAME)
     counter = Counter(
         NAME, app[STORE], app[REGISTRY],
         lanes=config.lanes, max_pending=config.max_pending, timeout=config.request_timeout,
@@ -115,7 +118,10 @@ def setup(app: web.Application, config: CounterConfig) -> None:
 
     async def run_counter(app: web.Application) -> AsyncIterator[None]:
         await counter.start()
+        report = asyncio.create_task(report_eviction(app[STORE], config.redis_timeout))
         yield
+        report.cancel()
+        await asyncio.gather(report, return_exceptions=True)
         await counter.close()
 
     pages = Pages(counter)

@@ -31,7 +31,8 @@
 --      takes a new name in any case. The script retires the old name. Otherwise a delayed first batch of the old name could
 --      create the key again, and the script would then count a delayed duplicate of a batch that was counted already.
 --   d. A batch has the sequence number 1, and its writer has no key. The writer is new, so the batch is counted. Only here can a
---      batch count twice: a duplicate of a first batch is delayed for more than a day, and Redis has deleted the writer's key.
+--      batch count twice: a duplicate of a first batch is delayed for more than a day, by Redis's clock, and Redis has deleted
+--      the writer's key.
 local DAY = 86400
 local sequence = tonumber(ARGV[1])
 
@@ -72,7 +73,7 @@ if keyed then
   newest = math.max(now, redis.call('ZRANGE', KEYS[5], -1, -1, 'WITHSCORES')[2] or 0)
   -- If the clock was set back, the newest key has a time in the future. Redis must keep `answers` and `order` until a day after
   -- that time.
-  life = DAY + math.floor((newest - now) / 1000000)
+  life = DAY + math.ceil((newest - now) / 1000000)
   -- One call forgets at most 1,000 expired keys, so that no call takes long. The code below ignores expired keys that remain.
   expired = redis.call('ZRANGE', KEYS[5], '-inf', text(eldest), 'BYSCORE', 'LIMIT', 0, 1000)
   for i = 5, #ARGV do

@@ -352,9 +352,14 @@ class Lane:
         await self._connection.disconnect(nowait=True)
 
 
+def hits_key(name: str) -> str:
+    """Return the key that holds the number of hits of the service `name`."""
+    return f"{{{name}}}:hits"
+
+
 def _keys(name: str, writer: str) -> tuple[str, ...]:
     """Return the script's keys. The braces are a hash tag, which keeps all keys in one slot."""
-    return f"{{{name}}}:hits", f"{{{name}}}:posts", f"{{{name}}}:writer:{writer}", f"{{{name}}}:answers", f"{{{name}}}:order"
+    return hits_key(name), f"{{{name}}}:posts", f"{{{name}}}:writer:{writer}", f"{{{name}}}:answers", f"{{{name}}}:order"
 
 
 class Verdict(Enum):

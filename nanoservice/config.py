@@ -52,6 +52,25 @@ def utf8(text: str) -> str:
     return text
 
 
+def password(text: str) -> str:
+    """Return the first password in `text`. manifests/redis/redis.sh reads the passwords of Redis's users by the same rule.
+
+    Each line is a password, without its line end; empty lines and a byte-order mark are ignored. Raises ValueError if there is
+    none, or if the text is not UTF-8.
+    """
+    for line in utf8(text).removeprefix("\ufeff").split("\n"):
+        if found := line.rstrip("\r"):
+            return found
+    raise ValueError("a password, not only line ends")
+
+
+def username(text: str) -> str:
+    """Return `text` if it can be the name of a user in Redis."""
+    if not utf8(text).isprintable() or " " in text:
+        raise ValueError("a name without spaces, line ends and control characters")
+    return text
+
+
 def setting(default: Any, help: str, parse: Callable[[str], Any] = utf8) -> Any:
     """Return a dataclass field whose value is set by the environment variable of the same name.
 
@@ -121,6 +140,18 @@ def file(text: str) -> Path:
         raise ValueError(f"the path of a file that can be read: {error.strerror}") from error
 
 
+def password_file(text: str) -> Path:
+    """Return `text` as the path of a readable file that has a password in it."""
+    path = file(text)
+    try:
+        password(path.read_bytes().decode())
+    except UnicodeDecodeError:  # The message of this error quotes the file.
+        raise ValueError("the path of a file in UTF-8") from None
+    except ValueError:
+        raise ValueError("the path of a file with a password in it") from None
+    return path
+
+
 def certificates(text: str) -> Path:
     """Return `text` as the path of a readable file of certificates (PEM)."""
     path = file(text)
@@ -140,10 +171,10 @@ class Config:
     admin_port: int = setting(9090, "port of `/metrics`; 0: any free port; do not expose it to the public", integer(0, 65535))
     redis_host: str = setting("", "host of Redis; default, in development only: an embedded Valkey", host)
     redis_port: int = setting(6379, "port of Redis", integer(1, 65535))
-    redis_username: str = setting("", "user in Redis")
-    redis_password: Secret | None = setting(None, "password of that user", lambda text: Secret(utf8(text)))
+    redis_username: str = setting("", "user in Redis", username)
+    redis_password: Secret | None = setting(None, "password of that user", lambda text: Secret(password(text)))
     redis_password_file: Path | None = setting(
-        None, "file with the password, read for each connection, so a new password needs no restart", file
+        None, "file with the password, read for each connection, so a new password needs no restart", password_file
     )
     redis_tls: bool = setting(False, "`true`: connect to Redis by TLS and check its certificate", flag)
     redis_ca_file: Path | None = setting(None, "CA certificates to trust (PEM); default: those of the system", certificates)

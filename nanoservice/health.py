@@ -17,12 +17,18 @@ REDIS_ERRORS = (exceptions.RedisError, OSError, TimeoutError)
 # Errors that say nothing about Redis's health: the handler expects them, or caused them.
 _HANDLER_ERRORS = (exceptions.DataError, exceptions.NoScriptError, exceptions.WatchError)
 
+_MAX_TEXT = 300  # characters of an error in the log
 _LOG_INTERVAL = 60.0  # seconds between two log lines about the same cause
 
 # Maps the code at the beginning of a server's error to the cause.
 _CODES = {
-    **dict.fromkeys(("ASK", "CLUSTERDOWN", "CROSSSLOT", "MOVED"), "it is a node of a Redis Cluster, which is not supported"),
+    **dict.fromkeys(
+        ("ASK", "CLUSTERDOWN", "CROSSSLOT", "MOVED", "TRYAGAIN"), "it is a node of a Redis Cluster, which is not supported"
+    ),
+    "BUSY": "a script has kept it busy for long (BUSY)",
+    "DENIED": "it is in protected mode: it accepts only clients on its own machine (DENIED)",
     "LOADING": "it is loading its data",
+    "MASTERDOWN": "it is a replica without its primary (MASTERDOWN)",
     "MISCONF": "it refuses writes: it cannot persist them (MISCONF)",
     "NOAUTH": "it requires a password",
     "NOPERM": "its user may not do this (NOPERM)",
@@ -62,7 +68,7 @@ def _text(error: BaseException) -> str:
     # If a command of a pipeline fails, the driver's message has the command first, and then the server's message as a tuple.
     text = str(error).rpartition(" of pipeline caused error: ")[2].lstrip("('\"").partition(", with args")[0]
     code = error.status_code if isinstance(error, exceptions.RedisError) else None
-    return f"{code} {text}" if code else text
+    return (f"{code} {text}" if code else text)[:_MAX_TEXT]
 
 
 def _code(error: BaseException) -> str:

@@ -32,6 +32,7 @@ class Readiness:
 
     def __init__(self, store: Store) -> None:
         self.draining = False
+        self._store = store
         self._health = store.health
         # Probes have their own connection. If a probe had to wait for a connection that handlers use, a busy service would seem
         # not ready.
@@ -80,8 +81,10 @@ class Readiness:
 
     async def _ping(self) -> None:
         await self._connection.connect()
-        await self._connection.send_command("PING")
-        await self._connection.read_response()
+        for command in (("PING",), self._store.check):
+            if command:
+                await self._connection.send_command(*command)
+                await self._connection.read_response()
 
     async def close(self) -> None:
         """Close the connection to Redis."""

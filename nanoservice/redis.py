@@ -16,14 +16,19 @@ reports each one that an upgrade removes.
   with a pool of one connection. Such a client will replace them.
 - `AbstractConnection.is_connected`, `AbstractConnection.can_read`, `AbstractConnection._writer`: they show whether an idle
   connection can still be used. Without them the first request after an idle connection has died is answered with 503.
-- `SSLConnection._connection_arguments`, `SSLConnection.ssl_context`: they give the arguments of a TLS connection, and the
-  context with the certificates, which the driver reads only once. Without them rotated certificates need a restart, and no TLS
+- `Connection._connect`, `Connection._connection_arguments`: they open a TCP connection. Without them a host whose first address
+  leads nowhere cannot be reached. An option of the driver for "Happy Eyeballs" (RFC 8305) will replace them.
+- `SSLConnection._connect`, `SSLConnection._connection_arguments`, `SSLConnection.ssl_context`: they open a TLS connection, and
+  hold the certificates, which the driver reads only once. Without them rotated certificates need a restart, and no TLS
   connection to a host name with a final dot can be made.
 """
 
+import asyncio
+import socket
 import ssl
 from typing import Any, cast
 
+from aiohappyeyeballs import start_connection
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from redis import exceptions
@@ -34,7 +39,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
-from nanoservice.config import Config
+from nanoservice.config import Config, password
 from nanoservice.health import Health
 
 _MAX_POOL_CONNECTIONS = 16
@@ -54,15 +59,16 @@ class _Credentials(CredentialProvider):
         config = self._config
         if config.redis_password_file:
             try:
-                # Strip a byte-order mark and line ends, as manifests/redis/redis.sh does.
-                password = config.redis_password_file.read_text("utf-8-sig").rstrip("\r\n")
+                text = password(config.redis_password_file.read_bytes().decode())
             except OSError as error:
                 raise _PasswordFileError(f"REDIS_PASSWORD_FILE: {error.strerror}") from error
             except UnicodeDecodeError:
                 raise _PasswordFileError("REDIS_PASSWORD_FILE is not UTF-8") from None  # The original error quotes the file.
+            except ValueError:
+                raise _PasswordFileError("REDIS_PASSWORD_FILE has no password in it") from None
         else:
-            password = config.redis_password.reveal() if config.redis_password else ""
-        return (config.redis_username, password) if config.redis_username else (password,)
+            text = config.redis_password.reveal() if config.redis_password else ""
+        return (config.redis_username, text) if config.redis_username else (text,)
 
     async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
         return self.get_credentials()  # Reading a small local file does not block for long.
@@ -81,12 +87,25 @@ class _DiscreetConnection(AbstractConnection):
         # Bytes that arrive while no reply is due would be taken for the next reply. Such a connection is opened again, too.
         if self.is_connected and (self._writer.is_closing() or await self.can_read()):  # type: ignore[union-attr] # connected
             await self.disconnect(nowait=True)
+        if self.is_connected:
+            return
         await super().connect()  # type: ignore[no-untyped-call] # typed in part
+        # A server that refuses a client, for example because of maxclients, says so before the client has asked anything.
+        if await self.can_read():
+            try:
+                await self.read_response()
+            except exceptions.RedisError:
+                await self.disconnect(nowait=True)
+                raise
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        # If the transport has just closed, uvloop raises RuntimeError, and asyncio's event loop OSError or, since Python 3.12,
+        # AttributeError.
+        if self.is_connected and self._writer.is_closing():  # type: ignore[union-attr] # connected
+            raise exceptions.ConnectionError("the connection was lost")
         try:
             await super().send_packed_command(command, check_health)
-        except RuntimeError as error:  # uvloop raises this if the transport has just closed; asyncio raises an OSError.
+        except RuntimeError as error:
             raise exceptions.ConnectionError("the connection was lost") from error
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
@@ -98,11 +117,31 @@ class _DiscreetConnection(AbstractConnection):
             raise
 
 
-class _TlsConnection(SSLConnection):
-    """A TLS connection that reads the certificates each time it is opened, because they may have been rotated."""
+class _TcpConnection(Connection):
+    """A TCP connection to the address that answers first. If an address is slow to answer, the next one is tried too."""
+
+    async def _connect(self) -> None:
+        super()._connection_arguments()  # If a certificate cannot be read, this fails before there is a socket to close.
+        timeout: float = self.socket_connect_timeout  # type: ignore[assignment] # `_options` sets it
+        async with asyncio.timeout(timeout):
+            addresses = await asyncio.get_running_loop().getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            # All addresses are tried in the first half of the time, or in half a second.
+            delay = min(0.5, timeout / 2) / len(addresses)
+            self._socket = await start_connection(addresses, happy_eyeballs_delay=delay)
+            await super()._connect()  # type: ignore[no-untyped-call] # typed in part
 
     def _connection_arguments(self) -> dict[str, Any]:
+        return {**super()._connection_arguments(), "host": None, "port": None, "sock": self._socket}
+
+
+class _TlsConnection(_TcpConnection, SSLConnection):
+    """A TLS connection that reads the certificates each time it is opened, because they may have been rotated."""
+
+    async def _connect(self) -> None:
         self.ssl_context.context = None
+        await super()._connect()
+
+    def _connection_arguments(self) -> dict[str, Any]:
         # A final dot in a host name is meant for the resolver. The name in a certificate has no final dot.
         return {**super()._connection_arguments(), "server_hostname": self.host.rstrip(".")}
 
@@ -137,6 +176,9 @@ class Store:
 
     Handlers run commands and pipelines through `client`. If Redis fails, these raise UnavailableError, which is answered with
     503. `connection()` is for code that needs a connection of its own.
+
+    A Sentinel, and each node of a Redis Cluster, answers PING. To make `/readyz` find them, set `check` to a command that reads a
+    key of the service.
     """
 
     def __init__(self, config: Config, registry: CollectorRegistry, socket: str | None = None) -> None:
@@ -149,6 +191,7 @@ class Store:
         )
         self.client = cast("_WatchedClient", _WatchedClient.from_pool(pool))  # Closing the client closes the pool.
         self.client.health = self.health
+        self.check: tuple[str, ...] = ()
 
     def connection(self) -> AbstractConnection:
         """Return a new connection, not open yet. Its reads have no time limit: the caller sets one around each exchange."""
@@ -177,7 +220,7 @@ def _options(config: Config, socket: str | None) -> tuple[type[AbstractConnectio
     if config.redis_password or config.redis_password_file:
         options["credential_provider"] = _Credentials(config)
     if not config.redis_tls:
-        return Connection, options
+        return _TcpConnection, options
     return _TlsConnection, options | {
         "ssl_ca_certs": config.redis_ca_file and str(config.redis_ca_file),
         "ssl_certfile": config.redis_cert_file and str(config.redis_cert_file),

@@ -20,6 +20,7 @@ fail() { echo "redis.sh: $*" >&2; exit 1; }
 
 read_passwords() { # NAME: print the user's passwords, the newest first
   # Strip the byte-order mark and the carriage returns that some editors add. An empty line must not become a valid password.
+  # Services and `make secret` read passwords by the same rule.
   LC_ALL=C sed "1s/^$(printf '\357\273\277')//; s/$(printf '\r')*\$//; /^\$/d" "$passwords/$1"
 }
 
@@ -28,10 +29,10 @@ write_users() {
     [ "$kind" = user ] || continue
     hashes=
     if [ "$name" != default ]; then
-      [ -s "$passwords/$name" ] || fail "the secret redis-users has no password for $name; run: make secret"
       hashes=$(read_passwords "$name" | while IFS= read -r password || [ "$password" ]; do   # the last line may have no newline
         printf " #%s" "$(printf %s "$password" | sha256sum | cut -c -64)"
       done)
+      [ "$hashes" ] || fail "the secret redis-users has no password for $name; run: make secret"
       rights="on$hashes $rights"
     fi
     echo "user $name $rights"

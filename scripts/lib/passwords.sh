@@ -18,7 +18,8 @@ read_secret() { # NAME KEY: print the passwords in KEY of the secret NAME, one o
   # count as missing.
   k get secret "$1" --ignore-not-found \
     --output=go-template="{{with .data}}{{with index . \"$2\"}}{{base64decode .}}{{end}}{{end}}" >"$work/secret" || return
-  grep . "$work/secret" || [ $? = 1 ]
+  # redis.sh and the services read passwords by the same rule: without a byte-order mark, carriage returns and empty lines.
+  LC_ALL=C sed "1s/^$(printf '\357\273\277')//; s/$(printf '\r')*\$//" "$work/secret" | LC_ALL=C grep . || [ $? = 1 ]
 }
 
 write_secret() { # NAME FOLDER: write the files of FOLDER into the secret NAME

@@ -193,6 +193,20 @@ def test_existing_password_of_a_service_stays(tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{64}\n", written["redis-users"]["probe"])
 
 
+def test_secret_that_has_only_line_ends_has_no_password_and_a_carriage_return_is_not_part_of_one(tmp_path: Path) -> None:
+    has = {
+        "redis-users.hitcounter": "\ufeffnew\r\nold\r\n",
+        "redis-users.probe": "\ufeff\r\n",
+        "hitcounter-redis.password": "other",
+    }
+    one = Cluster(tmp_path, "user hitcounter +get\nuser probe +ping\n", has)
+    assert one.run("secret").returncode == 0
+    written = one.written()
+    assert written["redis-users"]["hitcounter"] == "new\nold\n"
+    assert written["hitcounter-redis"] == {"password": "new\n"}
+    assert re.fullmatch("[0-9a-f]{64}\n", written["redis-users"]["probe"])
+
+
 def test_each_service_gets_its_own_password_whatever_its_name(tmp_path: Path) -> None:
     names = ["users", "new", "read", "services", "wanted", "last"]
     # The script must also read a users.acl that begins with a comment, and whose last line has no newline.

@@ -323,7 +323,7 @@ def configured(workload: Workload, folder: Path) -> Any:
     """Return the settings that the service reads from the workload's environment. Files in `folder` stand in for secrets."""
     service, environ = SERVICES[workload.name], settings(workload)
     for name, spec in variables(service.config):
-        if name in environ and spec.metadata["parse"] in {config.file, config.certificates}:
+        if name in environ and spec.metadata["parse"] in {config.file, config.certificates, config.password_file}:
             secret, key = workload.secret_file(environ[name])
             environ[name] = str(folder / f"{secret}.{key}")
             CA.cert_pem.write_to_path(environ[name])  # a certificate can stand in for a password too

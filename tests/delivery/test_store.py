@@ -19,6 +19,7 @@ from redis.retry import Retry
 from hitcounter.app import SERVICE
 from hitcounter.counter import _keys
 from nanoservice.embedded import executable
+from nanoservice.errors import ConfigError
 from nanoservice.testing.served import serving
 from nanoservice.testing.valkey import Valkey, free_port
 from nanoservice.testing.waiting import SLACK, wait_for
@@ -195,6 +196,34 @@ def test_empty_line_is_not_a_valid_password(stopped: Shipped) -> None:
     assert stopped.ask("hitcounter", "PING", password="only") is True
     with stopped.client(**BARE) as client, pytest.raises(AuthenticationError):
         client.execute_command("AUTH", "hitcounter", "")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "first", "first\n", "first\r\n", "first\r\r\n", "\ufefffirst\r\n", "\ufeff\r\nfirst\r\n", "\n\nfirst\nold\n",
+        " first \n", "caf\u00e9\n", "first\u2028\x0c\x85\n", "fi\rrst\n", "first\ufeff\n", "\n\ufefffirst\n",
+    ],
+)  # fmt: skip
+async def test_service_and_valkey_read_the_same_password_from_a_file(stopped: Shipped, content: str) -> None:
+    file = stopped.root / "run/secrets/redis/hitcounter"
+    file.write_bytes(content.encode())
+    stopped.start()
+    async with serving(SERVICE, stopped.environ(REDIS_USERNAME="hitcounter", REDIS_PASSWORD_FILE=str(file))) as served:
+        async with served.client.get("/") as answer:
+            assert answer.status == 200
+
+
+@pytest.mark.parametrize("content", ["", "\n", "\ufeff", "\r\n\r\n", "\ufeff\r\n"])
+def test_file_without_a_password_is_refused_by_valkey_and_by_the_service(stopped: Shipped, content: str) -> None:
+    file = stopped.root / "run/secrets/redis/hitcounter"
+    file.write_bytes(content.encode())
+    ended = stopped.script("start")
+    assert (ended.returncode, ended.stdout) == (1, b"")
+    assert ended.stderr == b"redis.sh: the secret redis-users has no password for hitcounter; run: make secret\n"
+    with pytest.raises(ConfigError) as refused:
+        SERVICE.config.read(stopped.environ(REDIS_USERNAME="hitcounter", REDIS_PASSWORD_FILE=str(file)))
+    assert refused.value.problems == ["REDIS_PASSWORD_FILE must be the path of a file with a password in it"]
 
 
 def test_second_valkey_on_the_same_data_waits_until_the_first_has_exited(stopped: Shipped) -> None:

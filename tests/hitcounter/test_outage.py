@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from hitcounter.app import SERVICE
 from nanoservice.connection import max_connections
@@ -18,6 +19,7 @@ from nanoservice.testing.waiting import SLACK, eventually
 from tests.support.process import Process, Spawn, metric, resident
 from tests.support.refusals import Act, refusals
 from tests.support.relay import relaying
+from tests.support.topologies import running
 from tests.support.wire import request
 
 
@@ -93,6 +95,33 @@ async def test_redis_that_refuses_is_named_once_and_recovered_from(
 
         await eventually(works, 4 * SLACK)
         assert len([line for line in caplog.messages if line == "Redis works again"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        ("Sentinel", "it does not know a command: it is a Sentinel, or older than Redis 6.2"),
+        ("CLUSTERDOWN", "it is a node of a Redis Cluster, which is not supported"),
+        ("MOVED", "it is a node of a Redis Cluster, which is not supported"),
+    ],
+)
+async def test_sentinel_and_node_of_a_cluster_are_named_and_not_ready(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, cause: str
+) -> None:
+    with running(kind, tmp_path) as server:
+
+        def refuses() -> bool:
+            with pytest.raises(redis.ResponseError) as refused:
+                server.run("GET", "{hitcounter}:hits")
+            return kind in ("Sentinel", refused.value.status_code)
+
+        await eventually(refuses, 5 * SLACK)
+        async with serving(SERVICE, server.environ(REQUEST_TIMEOUT="0.3")) as served:
+            for path in ("/readyz", "/", "/readyz"):
+                status, problem, _ = await get(served, path)
+                assert (status, problem["detail"]) == (503, f"Redis: {cause}")
+                await asyncio.sleep(1.1)  # the result of one check is valid for 1 s
+    assert caplog.messages == [f"Redis fails: {cause}"]
 
 
 async def test_lanes_need_the_current_password_for_each_new_connection(valkey: Valkey, tmp_path: Path) -> None:

@@ -176,6 +176,14 @@ def test_answers_to_keys_are_remembered_for_a_day_even_after_the_clock_was_set_b
         assert 2 * DAY - 60 <= script.client.ttl(key) <= 2 * DAY
 
 
+def test_newest_key_is_remembered_for_a_whole_day_after_the_clock_was_set_back_by_half_a_second(script: Script) -> None:
+    script(1, 0, 0, "a")
+    script.client.zadd(ORDER, {"a": int(script.client.zscore(ORDER, "a")) + 600000})
+    script(2, 0, 0, "b")
+    for key in (ANSWERS, ORDER):
+        assert script.client.pttl(key) > DAY * 1000
+
+
 def test_totals_never_expire(script: Script) -> None:
     script(1, 1, 1, "a")
     assert script.client.ttl(HITS) == script.client.ttl(POSTS) == -1

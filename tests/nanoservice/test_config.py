@@ -66,6 +66,10 @@ def test_each_kind_of_value_is_read() -> None:
         ("LOG_FORMAT", "xml", "one of json, text"),
         ("LANES", "0", "a whole number from 1 to 64"),
         ("REDIS_PASSWORD_FILE", "/nowhere", "the path of a file that can be read: No such file"),
+        ("REDIS_PASSWORD_FILE", "/dev/null", "the path of a file with a password in it"),
+        ("REDIS_PASSWORD", "\ufeff\r\n", "a password, not only line ends"),
+        ("REDIS_USERNAME", "svc\n", "a name without spaces, line ends and control characters"),
+        ("REDIS_USERNAME", "\ufeffsvc", "a name without spaces, line ends and control characters"),
         ("REDIS_PASSWORD", "caf\udce9", "UTF-8"),  # Python reads the byte E9 as this surrogate.
         ("REDIS_USERNAME", "caf\udce9", "UTF-8"),
         ("REDIS_CA_FILE", "/", "the path of a file that can be read: Is a directory"),
