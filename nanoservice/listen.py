@@ -29,6 +29,19 @@ def bind(host: str, port: int, variable: str) -> socket.socket:
         raise StartError(f"cannot listen on {host or 'all addresses'}, port {port} ({variable}): {error.strerror}") from error
 
 
+def accept_queued(sock: socket.socket) -> list[socket.socket]:
+    """Accept the connections that the kernel has queued for the listening socket `sock`, which must not block; return them."""
+    accepted = []
+    for _ in range(BACKLOG):
+        try:
+            accepted.append(sock.accept()[0])
+        except BlockingIOError:
+            break
+        except OSError:  # The client of this connection is gone, or no file descriptor is free.
+            continue
+    return accepted
+
+
 def child_environ(sock: socket.socket) -> dict[str, str]:
     """Return the variables that make a child process serve on `sock`. The child must inherit the file descriptor."""
     return {_INHERITED_FD: str(sock.fileno())}

@@ -1,6 +1,7 @@
 """The life of a service: read the settings, listen, get ready, serve, drain, stop."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -9,7 +10,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,13 +19,14 @@ from nanoservice import logs
 from nanoservice.config import table
 from nanoservice.connection import ConnectionFactory
 from nanoservice.errors import ConfigError, StartError
-from nanoservice.listen import BACKLOG, bind, inherited_socket
+from nanoservice.listen import BACKLOG, accept_queued, bind, inherited_socket
 from nanoservice.metrics import REGISTRY, RequestRecorder, admin_app
 from nanoservice.probes import READINESS
 from nanoservice.service import C, Service, create_app
 
-# In a cluster a shutdown takes at most 16 s: 5 to drain (DRAIN_SECONDS), 10 to finish requests and 1 to close. Kubernetes allows
-# 30 s (terminationGracePeriodSeconds).
+# In a cluster a shutdown takes at most 16.5 s: 5 to drain (DRAIN_SECONDS), 0.5 for the last requests to arrive, 10 to finish
+# requests and 1 to close. Kubernetes allows 30 s (terminationGracePeriodSeconds).
+LAST_REQUESTS_SECONDS = 0.5  # After the listening sockets are closed, clients may send requests for this time.
 FINISH_SECONDS = 10.0
 _CLOSE_SECONDS = 1.0
 
@@ -117,6 +118,7 @@ class Running:
         self.app = app
         self._factories: list[ConnectionFactory] = []
         self._runners: list[tuple[web.ServerRunner, web.AppRunner]] = []
+        self._sites: list[tuple[web.SockSite, socket.socket, ConnectionFactory]] = []
         self._sweeper = asyncio.create_task(self._sweep())
 
     @classmethod
@@ -144,8 +146,10 @@ class Running:
         await connection_runner.setup()
         # asyncio uses `backlog` also as the number of accepts per wake-up. Pass the small number here, and set the kernel's
         # queue with listen() below.
-        await web.SockSite(connection_runner, sock, backlog=_ACCEPTS_PER_WAKEUP).start()
+        site = web.SockSite(connection_runner, sock, backlog=_ACCEPTS_PER_WAKEUP)
+        await site.start()
         sock.listen(BACKLOG)
+        self._sites.append((site, sock, self._factories[-1]))
 
     async def _sweep(self) -> None:
         while True:
@@ -164,9 +168,35 @@ class Running:
 
     async def close(self) -> None:
         """Stop listening, finish the requests in flight, and close the resources, Redis last."""
+        self.drain()
+        await self._stop_listening()
         self._sweeper.cancel()
         for runners in zip(*self._runners, strict=True):  # Close all connections first, then all resources.
             await asyncio.gather(*(runner.cleanup() for runner in runners))
+
+    async def _stop_listening(self) -> None:
+        """Close the listening sockets, and serve the connections that the kernel has accepted for them.
+
+        To a client, such a connection is established. If it were reset, a proxy could not send a POST again.
+        """
+        loop = asyncio.get_running_loop()
+        while self._sites:
+            site, sock, factory = self._sites.pop()
+            # asyncio's loop serves a connection in the iteration after its accept(), and drops it if the server is closed then.
+            # So stop the loop's accepting one iteration earlier. uvloop has no reader here, and does not need this.
+            loop.remove_reader(sock)
+            await asyncio.sleep(0)
+            accepted = accept_queued(sock)
+            await site.stop()  # This closes the socket at once. No other task runs after the last accept().
+            # If one of these connections is broken already, the others are served.
+            await asyncio.gather(
+                *(loop.connect_accepted_socket(factory, connection) for connection in accepted), return_exceptions=True
+            )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_REQUESTS_SECONDS):
+                await asyncio.sleep(0.01)  # The loops report a new connection to its protocol in a later iteration.
+                while any(factory.connections for factory in self._factories):  # noqa: ASYNC110 - a connection sets no event
+                    await asyncio.sleep(0.01)
 
 
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -190,10 +220,10 @@ def _embedded_problems() -> list[str]:
     return []
 
 
-def _embedded_store(host: str) -> AbstractContextManager[str | None]:
+def _embedded_store(host: str) -> contextlib.AbstractContextManager[str | None]:
     """Return a context that yields the Unix socket of an embedded Valkey, or None if `host` names a Redis."""
     if host:
-        return nullcontext()
+        return contextlib.nullcontext()
     from nanoservice import embedded  # noqa: PLC0415 - only development needs it
 
     return embedded.valkey(_DATA_FOLDER)
