@@ -25,12 +25,12 @@ from nanoservice.probes import READINESS
 from nanoservice.service import BUSY_RESOURCES, C, Service, create_app
 
 # The time limits of a shutdown after the drain, in seconds. In a cluster the drain takes 5 (DRAIN_SECONDS), so a shutdown takes
-# at most 22.5. Kubernetes allows 30 (terminationGracePeriodSeconds).
+# at most 23.5. Kubernetes allows 30 (terminationGracePeriodSeconds).
 LAST_REQUESTS_SECONDS = 0.5  # After the listening sockets are closed, clients may send requests for this time.
 CLEAN_UP_SECONDS = 5.0  # The resources must be closed within this time.
 CANCEL_SECONDS = 1.0  # If they are not, their clean-ups are cancelled, and must stop within this time.
 CLOSE_SECONDS = 1.0  # The event loop must be closed within this time.
-SHUTDOWN_SECONDS = LAST_REQUESTS_SECONDS + FINISH_SECONDS + CLEAN_UP_SECONDS + CANCEL_SECONDS + CLOSE_SECONDS
+SHUTDOWN_SECONDS = LAST_REQUESTS_SECONDS + FINISH_SECONDS + CLEAN_UP_SECONDS + CANCEL_SECONDS + CLOSE_SECONDS + logs.FLUSH_SECONDS
 
 _STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 
@@ -70,7 +70,7 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
                     # Closing the loop waits for its tasks, even those that ignore their cancellation. It also joins its resolver
                     # threads, even those of abandoned look-ups; without DNS that takes 20 s or more. So this timer exits the
                     # process. It is a daemon thread, so that no exit waits for the timer itself.
-                    deadline = threading.Timer(CLOSE_SECONDS, os._exit, [status])
+                    deadline = threading.Timer(CLOSE_SECONDS, _exit, [status])
                     deadline.daemon = True
                     deadline.start()
             deadline.cancel()
@@ -81,6 +81,11 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
     except StartError as error:
         print(f"{service.name}: {error}", file=sys.stderr)
         return 1
+
+
+def _exit(status: int) -> None:
+    logging.shutdown()  # os._exit() alone would lose the last lines of the log.
+    os._exit(status)
 
 
 async def _live(service: Service[C], config: C, store: str | None, public: socket.socket, admin: socket.socket) -> int:
