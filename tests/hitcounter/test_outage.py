@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hitcounter.app import SERVICE
-from nanoservice.connection import max_connections
+from nanoservice.listen import max_connections
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
