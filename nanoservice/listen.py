@@ -5,6 +5,7 @@ import logging
 import resource
 import socket
 from collections.abc import Mapping
+from typing import Any
 
 from nanoservice.errors import StartError
 
@@ -25,9 +26,10 @@ def bind(host: str, port: int, variable: str) -> socket.socket:
     """
     try:
         both = socket.has_dualstack_ipv6()
-        every = "::" if both else "0.0.0.0"  # noqa: S104 - an empty host means this
-        # An IPv6 address has four parts; the last one is the interface of a link-local address.
-        family, *_, address = socket.getaddrinfo(host or every, port, type=socket.SOCK_STREAM)[0]
+        family = socket.AF_INET6 if both else socket.AF_INET
+        address: tuple[Any, ...] = ("", port)
+        if host:  # An IPv6 address has four parts; the last one is the interface of a link-local address.
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         if address[0] == "::" and not both:
             _logger.warning("this system cannot listen on IPv6 and IPv4 with one socket: IPv4 is not served")
         return socket.create_server(address, family=family, dualstack_ipv6=both and family == socket.AF_INET6, backlog=BACKLOG)

@@ -11,6 +11,7 @@ from typing import TextIO
 
 FLUSH_SECONDS = 1.0  # At exit, the last lines must be written within this time.
 _MAX_WAITING = 1 << 20  # bytes of lines that wait until they are written
+_DROPPED = "log lines were dropped: the log was not read"
 
 # Every record has these attributes. All other attributes were passed as `extra=`, and the line shows them.
 _RECORD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -61,8 +62,7 @@ class BackgroundHandler(logging.Handler):
         self._reported = 0  # the number of these that the log has reported
         self._descriptor = stream.fileno()
         self._lines: list[bytes] = []
-        self._waiting = 0  # bytes in `_lines`
-        self._writing = False
+        self._waiting = 0  # bytes that are not written yet
         self._changed = threading.Condition()
         self._thread = threading.Thread()
 
@@ -86,7 +86,7 @@ class BackgroundHandler(logging.Handler):
     def flush(self) -> None:
         """Wait until all records are written, for `FLUSH_SECONDS` at most. `logging.shutdown` calls this at exit."""
         with self._changed:
-            self._changed.wait_for(lambda: not (self._lines or self._writing) or not self._thread.is_alive(), FLUSH_SECONDS)
+            self._changed.wait_for(lambda: not self._waiting, FLUSH_SECONDS)
 
     def _line(self, record: logging.LogRecord) -> bytes:
         return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
@@ -94,24 +94,23 @@ class BackgroundHandler(logging.Handler):
     def _write(self) -> None:
         while True:
             with self._changed:
-                self._writing = False
-                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._lines)
-                self._writing = True
-                lines, self._lines, self._waiting = self._lines, [], 0
-                if missing := self.dropped - self._reported:
-                    fields = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING", "lines": missing}
-                    lines.append(
-                        self._line(logging.makeLogRecord({**fields, "msg": "log lines were dropped: the log was not read"}))
-                    )
+                lines, self._lines = self._lines, []
+                size, missing = sum(map(len, lines)), self.dropped - self._reported
+            if missing:
+                report = {"name": __name__, "levelname": "WARNING", "msg": _DROPPED, "lines": missing}
+                lines.append(self._line(logging.makeLogRecord(report)))
             try:
-                data = memoryview(b"".join(lines))
+                data = b"".join(lines)
                 while data:
                     data = data[os.write(self._descriptor, data) :]
                 self._reported += missing
             except OSError:  # The reader is gone, or the disk is full.
                 with self._changed:
                     self.dropped += len(lines) - bool(missing)
+            with self._changed:
+                self._waiting -= size
+                self._changed.notify_all()
 
 
 def dropped() -> int:

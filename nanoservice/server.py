@@ -25,12 +25,11 @@ from nanoservice.probes import READINESS
 from nanoservice.service import BUSY_RESOURCES, C, Service, create_app
 
 # The time limits of a shutdown after the drain, in seconds. In a cluster the drain takes 5 (DRAIN_SECONDS), so a shutdown takes
-# at most 23.5. Kubernetes allows 30 (terminationGracePeriodSeconds).
+# at most 22.5. Kubernetes allows 30 (terminationGracePeriodSeconds).
 LAST_REQUESTS_SECONDS = 0.5  # After the listening sockets are closed, clients may send requests for this time.
 CLEAN_UP_SECONDS = 5.0  # The resources must be closed within this time.
-CANCEL_SECONDS = 1.0  # If they are not, their clean-ups are cancelled, and must stop within this time.
-CLOSE_SECONDS = 1.0  # The event loop must be closed within this time.
-SHUTDOWN_SECONDS = LAST_REQUESTS_SECONDS + FINISH_SECONDS + CLEAN_UP_SECONDS + CANCEL_SECONDS + CLOSE_SECONDS + logs.FLUSH_SECONDS
+CLOSE_SECONDS = 1.0  # Clean-ups that are not finished are cancelled, and the event loop is closed, within this time.
+SHUTDOWN_SECONDS = LAST_REQUESTS_SECONDS + FINISH_SECONDS + CLEAN_UP_SECONDS + CLOSE_SECONDS + logs.FLUSH_SECONDS
 
 _STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 
@@ -110,8 +109,7 @@ async def _live(service: Service[C], config: C, store: str | None, public: socke
         await asyncio.wait({starting, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
-            await asyncio.wait({starting}, timeout=CLEAN_UP_SECONDS + CANCEL_SECONDS)
-            _logger.info("stopped")
+            await asyncio.wait({starting}, timeout=CLEAN_UP_SECONDS)
             return 0
         running = starting.result()
         ports = {"port": public.getsockname()[1], "admin_port": admin.getsockname()[1]}
@@ -158,7 +156,7 @@ class Running:
             await running._serve(running.app, public, recorder)
             await running._serve(admin_app(registry), admin, recorder)
         except BaseException:
-            _logger.error("the start was not completed", extra={"resource": running._busy()})
+            _logger.error("the start was not completed", extra={"resources": [*running.app[BUSY_RESOURCES]]})
             await running.close()
             raise
         return running
@@ -205,7 +203,13 @@ class Running:
         timer = asyncio.get_running_loop().call_later(FINISH_SECONDS, self._log_cut_off)
         await asyncio.gather(*(runner.cleanup() for runner in self._connection_runners))
         timer.cancel()
-        await self._clean_up()
+        tasks = [asyncio.create_task(runner.cleanup()) for runner in self._app_runners]
+        done, late = await asyncio.wait(tasks, timeout=CLEAN_UP_SECONDS)
+        if late:
+            # The close of the event loop cancels the resource. aiohttp then closes the other resources.
+            _logger.error("a resource takes too long to close", extra={"resources": [*self.app[BUSY_RESOURCES]]})
+        for task in done:
+            task.result()
 
     async def _stop_listening(self) -> None:
         """Close the listening sockets, and serve the connections that the kernel has accepted for them.
@@ -221,15 +225,13 @@ class Running:
             await asyncio.sleep(0)
             accepted = accept_queued(sock)
             await site.stop()  # This closes the socket at once. No other task runs after the last accept().
-            # If one of these connections is broken already, the others are served.
-            await asyncio.gather(
-                *(loop.connect_accepted_socket(factory, connection) for connection in accepted), return_exceptions=True
-            )
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_REQUESTS_SECONDS):
-                await asyncio.sleep(0.01)  # The loops report a new connection to its protocol in a later iteration.
-                while self._connections():  # noqa: ASYNC110 - a connection sets no event
-                    await asyncio.sleep(0.01)
+            # If one of these connections is broken already, serve the others.
+            served = [loop.connect_accepted_socket(factory, connection) for connection in accepted]
+            await asyncio.gather(*served, return_exceptions=True)
+        end = loop.time() + LAST_REQUESTS_SECONDS
+        await asyncio.sleep(0.01)  # The loops report a new connection to its protocol in a later iteration.
+        while self._connections() and loop.time() < end:  # noqa: ASYNC110 - a connection sets no event
+            await asyncio.sleep(0.01)
 
     def _log_cut_off(self) -> None:
         _logger.warning("requests were cut off: they took too long", extra={"requests": self._connections()})
@@ -237,26 +239,11 @@ class Running:
     def _connections(self) -> int:
         return sum(len(factory.connections) for factory in self._factories)
 
-    def _busy(self) -> str:
-        names = self.app[BUSY_RESOURCES]
-        return ", ".join(names)
-
     async def cut_off(self) -> int:
         """Close idle connections, and return the number of the others, on each of which a request is not answered yet."""
         if closing := [asyncio.create_task(runner.cleanup()) for runner in self._connection_runners]:
             await asyncio.wait(closing, timeout=0.1)
         return self._connections()
-
-    async def _clean_up(self) -> None:
-        tasks = [asyncio.create_task(runner.cleanup()) for runner in self._app_runners]
-        done, late = await asyncio.wait(tasks, timeout=CLEAN_UP_SECONDS)
-        if late:
-            _logger.error("a resource takes too long to close, so this is cancelled", extra={"resource": self._busy()})
-            for task in late:
-                task.cancel()  # aiohttp then closes the other resources.
-            await asyncio.wait(late, timeout=CANCEL_SECONDS)
-        for task in done:
-            task.result()
 
 
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

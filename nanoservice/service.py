@@ -60,8 +60,7 @@ def _watched(resource: Any) -> Callable[[web.Application], AbstractAsyncContextM
 
     @asynccontextmanager
     async def watched(app: web.Application) -> AsyncIterator[None]:
-        busy, name = app[BUSY_RESOURCES], getattr(resource, "__qualname__", repr(resource))
-        context = resource(app)
+        busy, name, context = app[BUSY_RESOURCES], getattr(resource, "__qualname__", repr(resource)), resource(app)
         if not isinstance(context, AbstractAsyncContextManager):
             context = asynccontextmanager(resource)(app)
         busy.append(name)
