@@ -184,17 +184,17 @@ async def test_connections_that_the_kernel_has_queued_are_answered(valkey: Valke
                     client.sendall(data)
                 return sockets
 
-            sockets = connect(40, request())
+            sockets = connect(40, request("GET", "/livez"))
             for _ in range(
                 iterations
             ):  # asyncio's loop accepts 16 connections an iteration, and serves them in the next iteration
                 await asyncio.sleep(0)
-            sockets += connect(200, request())
+            sockets += connect(200, request("GET", "/livez"))
             silent = connect(40)
             closing = asyncio.create_task(it.running.close())
             await asyncio.sleep(0.05)
             for client in silent:  # these requests arrive a moment after their connections
-                client.sendall(request())
+                client.sendall(request("GET", "/livez"))
             await closing
             answers = [client.recv(4096) for client in sockets + silent]
         assert {answer[:12] for answer in answers} == {b"HTTP/1.1 200"}
@@ -300,7 +300,7 @@ def stop_while_it_hangs(valkey: Valkey, signals: Sequence[int], **code: str) -> 
 
 def test_start_that_hangs_stops_at_the_first_signal(valkey: Valkey) -> None:
     status, said, seconds = stop_while_it_hangs(valkey, [signal.SIGTERM], start="await forever()")
-    assert (status, seconds < 1 * SLACK) == (0, True)
+    assert (status, seconds < 2 * SLACK) == (0, True)
     assert '"message": "the start was not completed", "resources": ["hanging"]' in said
     assert "the first resource is closed" in said
 
@@ -315,6 +315,6 @@ def test_start_that_ignores_the_first_signal_stops_at_the_second(valkey: Valkey)
 def test_clean_up_that_hangs_is_ended_in_time_and_the_log_names_it(valkey: Valkey, obeys: str) -> None:
     status, said, seconds = stop_while_it_hangs(valkey, [signal.SIGTERM], close="await forever()", obeys=obeys)
     limit = server.CLEAN_UP_SECONDS + server.CLOSE_SECONDS
-    assert (status, limit - 2 < seconds < limit + 1 * SLACK) == (0, True)
+    assert (status, limit - 2 < seconds < limit + 2 * SLACK) == (0, True)
     assert '"message": "a resource takes too long to close", "resources": ["hanging"]' in said
     assert ("the first resource is closed" in said) == (obeys == "True")  # it follows when the one that hangs is cancelled
