@@ -13,7 +13,7 @@ from hitcounter import __version__
 from hitcounter.counter import Counter, Counts, hits_key
 from hitcounter.eviction import report_eviction
 from nanoservice.answer import Answer
-from nanoservice.config import Config, integer, seconds, setting
+from nanoservice.config import FINISH_SECONDS, Config, integer, seconds, setting
 from nanoservice.errors import ProblemError
 from nanoservice.metrics import REGISTRY
 from nanoservice.negotiation import preferred
@@ -36,7 +36,9 @@ _KEY_PATTERN = re.compile(r"[\x20-\x7e]{1,255}")
 class CounterConfig(Config):
     """The counter's settings, in addition to the settings that every service has."""
 
-    request_timeout: float = setting(2.0, "seconds that a request waits for its number; then it gets 503", seconds(0.1, 60))
+    request_timeout: float = setting(
+        2.0, "seconds that a request waits for its number, at most 10; then it gets 503", seconds(0.1, FINISH_SECONDS)
+    )
     max_pending: int = setting(10000, "maximum number of waiting requests; a further one gets 503 at once", integer(1, 1000000))
     lanes: int = setting(4, "number of connections that count; each sends one batch at a time", integer(1, 64))
     idempotency_keys: int = setting(100000, "number of `Idempotency-Key`s to remember, for at most a day", integer(1, 10000000))

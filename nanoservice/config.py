@@ -15,6 +15,8 @@ from typing import Any, Self
 
 from nanoservice.errors import ConfigError
 
+FINISH_SECONDS = 10.0  # A shutdown waits for this time until the requests in flight are answered.
+
 # Kubernetes sets these variables for each Service of the namespace unless `enableServiceLinks` is false.
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)")
 _SERVICE_LINK_HINT = "; Kubernetes sets this variable for a Service of this name: give the pod `enableServiceLinks: false`"

@@ -40,7 +40,6 @@ that answer, handle errors and log. The other entries stay until aiohttp has suc
 import asyncio
 import logging
 import math
-import resource
 from typing import Any
 
 from aiohttp import EMPTY_PAYLOAD, StreamReader, http_exceptions, web
@@ -48,13 +47,12 @@ from aiohttp.http import RawRequestMessage
 
 from nanoservice.answer import problem
 from nanoservice.errors import ProblemError
+from nanoservice.listen import max_connections
 from nanoservice.metrics import RequestRecorder
 
 RECEIVE_SECONDS = 10.0  # A request must be complete within this time.
 SEND_SECONDS = 30.0  # A client may leave its answers unread for this time.
 KEEPALIVE_SECONDS = 75.0  # longer than the 60 s for which common proxies keep an idle connection to a server
-# File descriptors reserved for Redis (81 at most), the log, the listening sockets, files, and the admin port's connections.
-_SPARE_DESCRIPTORS = 128
 
 _KEPT_HEADERS = "Allow", "Retry-After", "WWW-Authenticate"  # These headers of aiohttp's errors are kept.
 _HEAD_TOO_LARGE = "the request line or a header is longer than 8190 bytes, or there are more than 128 headers"
@@ -220,11 +218,3 @@ class ConnectionFactory(web.Server):
         for connection in self.connections:
             if isinstance(connection, Connection) and connection.transport and connection.overdue(now):
                 connection.transport.abort()  # Unlike close(), this does not wait for the client.
-
-
-def max_connections() -> int:
-    """Raise the limit on open files as far as allowed, and return the number of connections that the limit allows."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(1, soft - _SPARE_DESCRIPTORS)

@@ -20,10 +20,11 @@ from itertools import accumulate
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from nanoservice import logs
 from nanoservice.answer import Answer
 
 REGISTRY = web.AppKey("registry", CollectorRegistry)
@@ -37,8 +38,14 @@ def new_registry(name: str, version: str) -> CollectorRegistry:
     """Return a registry with the metrics of the process and `build_info`."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
+    registry.register(_LogCollector())
     Gauge("build_info", "Name and version; always 1", ["service", "version"], registry=registry).labels(name, version).set(1)
     return registry
+
+
+class _LogCollector(Collector):
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily("log_lines_dropped", "Log lines that could not be written", value=logs.dropped())
 
 
 def admin_app(registry: CollectorRegistry) -> web.Application:

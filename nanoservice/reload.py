@@ -17,6 +17,9 @@ from nanoservice.errors import StartError
 from nanoservice.listen import bind, child_environ
 
 _POLL_SECONDS = 0.1  # the time between two scans of the files; scanning a few dozen files costs next to nothing
+# The service must stop within this time, which is longer than its own limits. If a handler blocks the event loop, the service
+# does not hear signals.
+_STOP_SECONDS = 20.0
 
 
 def main(root: Path, arguments: list[str]) -> int:
@@ -46,7 +49,7 @@ def main(root: Path, arguments: list[str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):  # Pass a second signal to the run, or it would outlive this process.
             signal.signal(number, lambda number, _: process.send_signal(number))
         # A terminal sends Ctrl-C to the service, too. Another signal would cut off the requests in flight, so only wait.
-        return process.wait() if signalled.code == signal.SIGINT and sys.stdin.isatty() else _stop(process)
+        return _stop(process, ask=signalled.code != signal.SIGINT or not sys.stdin.isatty())
 
 
 def _listen() -> socket.socket | None:
@@ -77,10 +80,15 @@ def _files(root: Path) -> dict[Path, tuple[int, int]]:
     return files
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> int:
-    """Let the process finish the requests in flight and exit; return its exit status."""
-    process.terminate()
-    return process.wait()
+def _stop(process: "subprocess.Popen[bytes]", *, ask: bool = True) -> int:
+    """Let the process finish the requests in flight and exit, or kill it if it takes too long; return its exit status."""
+    if ask:
+        process.terminate()
+    try:
+        return process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 if __name__ == "__main__":

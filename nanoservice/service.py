@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,8 @@ from nanoservice.probes import READINESS, Readiness, livez
 from nanoservice.redis import STORE, Store
 
 C = TypeVar("C", bound=Config)
+
+BUSY_RESOURCES = web.AppKey("busy_resources", list[str])  # the names of the resources that are being made or closed
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,27 @@ def create_app(service: Service[C], config: C, socket: str | None = None) -> web
     service.setup(app, config)
     _answer_options(app)
     app.on_response_prepare.append(_hide_server)
+    app[BUSY_RESOURCES] = []
+    app.cleanup_ctx[:] = [_watched(resource) for resource in app.cleanup_ctx]
     return app
+
+
+def _watched(resource: Any) -> Callable[[web.Application], AbstractAsyncContextManager[None]]:
+    """Return a clean-up context like `resource` whose name is in `BUSY_RESOURCES` while it is being made or closed."""
+
+    @asynccontextmanager
+    async def watched(app: web.Application) -> AsyncIterator[None]:
+        busy, name, context = app[BUSY_RESOURCES], getattr(resource, "__qualname__", repr(resource)), resource(app)
+        if not isinstance(context, AbstractAsyncContextManager):
+            context = asynccontextmanager(resource)(app)
+        busy.append(name)
+        async with context:
+            busy.remove(name)
+            yield
+            busy.append(name)
+        busy.remove(name)
+
+    return watched
 
 
 def document(service: Service[C]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def writers(valkey: Valkey) -> list[str]:
 
 
 async def test_client_that_disconnects_disturbs_no_other_request_of_its_batch(valkey: Valkey) -> None:
-    environ = valkey.environ(LANES="1", REQUEST_TIMEOUT="20", REDIS_TIMEOUT="20")
+    environ = valkey.environ(LANES="1", REQUEST_TIMEOUT="10", REDIS_TIMEOUT="10")
     async with serving(SERVICE, environ) as served, contextlib.AsyncExitStack() as stack:
         wires = [await stack.enter_async_context(connected(served.port)) for _ in range(30)]
         for wire in wires:

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from hitcounter.app import SERVICE
-from nanoservice.connection import max_connections
+from nanoservice.listen import max_connections
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
@@ -164,7 +164,7 @@ async def test_lost_counts_are_logged_once_and_counting_goes_on(
 
 async def test_ten_thousand_requests_wait_one_more_gets_503_at_once_and_memory_stays_flat(valkey: Valkey, spawn: Spawn) -> None:
     most = min(10_000, max_connections() - 100)  # fewer where the limit on open files is lower
-    process = spawn(valkey.environ(BIND_HOST="127.0.0.1", MAX_PENDING=str(most), REQUEST_TIMEOUT="60", REDIS_TIMEOUT="60"))
+    process = spawn(valkey.environ(BIND_HOST="127.0.0.1", MAX_PENDING=str(most), REQUEST_TIMEOUT="10", REDIS_TIMEOUT="10"))
     hit = request("GET", "/", "Accept: application/json")
     used = []
     with contextlib.ExitStack() as stack:
@@ -179,13 +179,11 @@ async def test_ten_thousand_requests_wait_one_more_gets_503_at_once_and_memory_s
         one_more = connect()
         one_more.sendall(hit)
         assert answer(one_more)["hits"] == 1
-        waiting: list[socket.socket] = []
+        waiting = [connect() for _ in range(most)]
         for number in range(3):
             valkey.freeze()
-            for index in range(most):
-                if not number:
-                    waiting.append(connect())
-                waiting[index].sendall(hit)
+            for client in waiting:
+                client.sendall(hit)
             await eventually(lambda: _pending(process, most), 20 * SLACK)
             used.append(resident(process) >> 20)
             began = time.monotonic()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
-from nanoservice.connection import max_connections
+from nanoservice.listen import max_connections
 
 _LENGTH = re.compile(rb"\r\nContent-Length: (\d+)", re.IGNORECASE)
 _HEAD = b"/ HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n"
