@@ -37,6 +37,7 @@ class Readiness:
         # Probes have their own connection. If a probe had to wait for a connection that handlers use, a busy service would seem
         # not ready.
         self._connection = store.connection()
+        self._replication = store.replication
         self._checked = -_CACHE_SECONDS
         self._reason = ""
         self._check: asyncio.Task[None] | None = None
@@ -85,6 +86,9 @@ class Readiness:
             if command:
                 await self._connection.send_command(*command)
                 await self._connection.read_response()
+        if wait := self._replication.wait:  # On a connection that has written nothing, WAIT counts the attached replicas.
+            await self._connection.send_command(*wait)
+            await self._replication.confirm(self._connection)
 
     async def close(self) -> None:
         """Close the connection to Redis."""

@@ -10,6 +10,8 @@ LAYERS = [
     "errors",
     "config logs answer listen negotiation embedded",
     "health",
+    "sentinel",
+    "replication",
     "redis",
     "probes metrics",
     "connection",
@@ -18,6 +20,7 @@ LAYERS = [
     # The last two layers are for tests alone, so no lower layer imports them.
     "testing testing.waiting testing.proxy",
     "testing.valkey testing.served",
+    "testing.replicated",
 ]
 
 
