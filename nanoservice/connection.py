@@ -63,7 +63,7 @@ _MAX_HEADERS = 128
 _HEAD_TOO_LARGE = (
     f"the head is longer than {HEAD_BYTES} bytes, a header than {_FIELD_BYTES}, or there are more than {_MAX_HEADERS}"
 )
-_PROBES = "/livez", "/readyz"
+_PROBES = "/livez", "/readyz", "/metrics"  # A connection from the reserve may only send requests for these paths.
 _HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _END = b"\r\n\r\n"  # A request head ends with these bytes, and so does a body in chunks.
 _PIECES = 64  # the maximum number of pieces that the parser gets in one iteration of the event loop
@@ -478,10 +478,11 @@ class Connection(BaseProtocol):
             self._close(linger=linger)
             return
         self._idle, self._since = True, self._factory.now()
-        self._waits()
         if self._later:
             # Let other clients in before the next request of this client.
             self._factory.loop.call_soon(self.read)
+        else:
+            self._waits()
 
     def _close(self, *, linger: bool) -> None:
         """Close the connection when the client has got everything that was written.

@@ -79,7 +79,7 @@ def pod_limit() -> int:
 
 
 def test_memory_limit_of_the_pod_is_at_least_the_sum_of_all_limits() -> None:
-    clients = Config().max_connections * 10 * 1024 + bounds.HELD_BYTES + bounds.LONG_BODIES * MIB
+    clients = Config().max_connections * 5 * 1024 + bounds.HELD_BYTES + bounds.LONG_BODIES * 2 * MIB
     assert 48 * MIB + 1.5 * clients <= pod_limit(), "The comments of bounds.py and deployment.yaml explain the sum."
 
 
