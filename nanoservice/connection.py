@@ -106,7 +106,7 @@ class Connection(BaseProtocol):
         self._body: StreamReader = EMPTY_PAYLOAD  # the body of the request that is being received or answered
         self._busy = False  # whether a request whose head is complete is being received or answered
         self._discarding = False  # whether the request is answered, and the rest of its body is being discarded
-        self._idle = False  # whether nothing of the next request has arrived
+        self._idle = True  # whether nothing of the next request has arrived
         self._ended = False  # whether the client has closed its side
         self._deaf = False  # whether all further bytes are discarded
         self._only_probes = False
@@ -132,7 +132,8 @@ class Connection(BaseProtocol):
         self.transport.set_write_buffer_limits(BUFFER_BYTES)
         if hasattr(transport, "max_size"):
             transport.max_size = BUFFER_BYTES  # asyncio's own event loop allocates this number of bytes for each read.
-        self._since = self._factory.now()
+        # An idle connection may stay for `KEEPALIVE_SECONDS`, but a new one must send a request within `RECEIVE_SECONDS`.
+        self._since = self._factory.now() + RECEIVE_SECONDS - KEEPALIVE_SECONDS
         self._only_probes = not self._bounds.admit(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -148,7 +149,7 @@ class Connection(BaseProtocol):
 
     def _forget(self) -> None:
         self._bounds.remove(self)
-        self._deaf, self._later, self._message, self._parser = True, b"", None, None
+        self._deaf, self._idle, self._later, self._message, self._parser = True, False, b"", None, None
         if not self._body.is_eof() and self._body.exception() is None:
             self._body.set_exception(web.RequestPayloadError("the connection was closed"))
 
@@ -174,20 +175,23 @@ class Connection(BaseProtocol):
 
     def _waits(self) -> None:
         """Record that the service waits for the client from now on."""
-        if self in self._bounds.open:
-            self._bounds.waiting.pop(self, None)
+        if self.transport is not None and not self.transport.is_closing():
             self._bounds.waiting[self] = None
+            self._bounds.waiting.move_to_end(self)
 
     # --- read ---
 
     def data_received(self, data: bytes) -> None:
         """Read `data`. aiohttp calls this without data to continue with a body after a pause."""
-        if self._deaf:
-            return
-        if not data and self._busy and not self._body.is_eof():
-            self._feed(b"")
-        self._later = self._later + data if self._later else data
-        self.read()
+        if self._idle and data.find(_END) + len(_END) == len(data) <= HEAD_BYTES and not self.writing_paused:
+            self._parse_head(data)  # This is the usual case, which needs no other check: one request that has no body.
+            if self._message is not None:
+                self._start(self._message)
+        elif not self._deaf:
+            if not data and self._busy and not self._body.is_eof():
+                self._feed(b"")
+            self._later = self._later + data if self._later else data
+            self.read()
 
     def read(self) -> None:
         """Parse the received bytes up to the end of one request, and have it answered."""
@@ -221,26 +225,30 @@ class Connection(BaseProtocol):
     def _read_head(self, data: bytes) -> bytes:
         """Parse a head, or a part of it. Return the bytes behind it."""
         piece = data[: min(self._end(data), HEAD_BYTES - self._head)]
-        try:
-            messages, _, _ = self._parser.feed_data(piece)
-        except HttpProcessingError as error:
-            self._refuse(*_malformed(error))
-            return b""
-        if messages:
-            self._message, self._body = messages[0]
-            self._busy = True
-            self._head, self._seam, self._left = 0, b"", None
-            if self._body is not EMPTY_PAYLOAD and not self._message.chunked:
-                self._left = int(self._message.headers.get(hdrs.CONTENT_LENGTH, 0))
-        else:
-            self._receives()
+        if self._parse_head(piece) and self._message is None:
             self._head += len(piece)
             self._seam = (self._seam + piece)[-3:]
+            self._bounds.hold(self, 3 * len(piece) + _HEADER_WEIGHT * piece.count(b"\n"))
             if self._head >= HEAD_BYTES:
                 self._refuse(431, _HEAD_TOO_LARGE)
-            else:
-                self._bounds.hold(self, 3 * len(piece) + _HEADER_WEIGHT * piece.count(b"\n"))
         return data[len(piece) :]
+
+    def _parse_head(self, data: bytes) -> bool:
+        """Give the parser a head, or a part of it, and return whether it is well-formed."""
+        try:
+            messages, _, _ = self._parser.feed_data(data)
+        except HttpProcessingError as error:
+            self._refuse(*_malformed(error))
+            return False
+        if messages:
+            message, self._body = messages[0]
+            self._message, self._busy = message, True
+            self._head, self._seam = 0, b""
+            if self._body is not EMPTY_PAYLOAD:
+                self._left = None if message.chunked else int(message.headers.get(hdrs.CONTENT_LENGTH, 0))
+        else:
+            self._receives()
+        return True
 
     def _end(self, data: bytes) -> int:
         """Return the position in `data` behind the next `_END`, or the length of `data`."""
@@ -304,6 +312,7 @@ class Connection(BaseProtocol):
         self._started = factory.now()
         whole, headers = self._body.is_eof(), message.headers
         if whole:
+            self._idle = False
             self._bounds.waiting.pop(self, None)
         else:
             self._receives()
@@ -321,7 +330,7 @@ class Connection(BaseProtocol):
             try:
                 future, self._content = route.begin(headers)
             except Exception as error:
-                self._answer_directly(error)
+                self._fail_directly(error)
             else:
                 future.add_done_callback(self._on_direct_result)
         else:
@@ -333,28 +342,28 @@ class Connection(BaseProtocol):
             factory.add_task(self._answer(message, self._body))
 
     def _on_direct_result(self, future: "asyncio.Future[Any]") -> None:
+        last = self._factory.draining
         try:
-            content = self._content(future.result())
-            check_lines(content[0])
+            lines, body = self._content(future.result())
+            check_lines(lines)
         except (Exception, asyncio.CancelledError) as error:
-            self._answer_directly(error)
+            self._fail_directly(error)
         else:
-            self._answer_directly(content)
+            self._answer_directly(200, encode(200, lines, body, _CLOSE if last else b""), last=last)
 
-    def _answer_directly(self, result: Content | BaseException) -> None:
-        factory, route, last = self._factory, self._route, self._factory.draining
-        if isinstance(result, BaseException):
-            answer = self._failure(result)
-            if last:
-                answer.force_close()
-            status, last, data = answer.status, answer.keep_alive is False, answer.encode()
-        else:
-            lines, body = result
-            status, data = 200, encode(200, lines, body, _CLOSE if last else b"")
-        factory.recorder.record(route.method, route.path, status, factory.now() - self._started)
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(data)
-        self._finish(not last)
+    def _fail_directly(self, error: BaseException) -> None:
+        answer = self._failure(error)
+        if self._factory.draining:
+            answer.force_close()
+        self._answer_directly(answer.status, answer.encode(), last=answer.keep_alive is False)
+
+    def _answer_directly(self, status: int, data: bytes, *, last: bool) -> None:
+        factory, transport = self._factory, self.transport
+        now = factory.now()
+        factory.recorder.record(self._route.method, self._route.path, status, now - self._started)
+        if transport is not None and not transport.is_closing():
+            transport.write(data)
+        self._finish(not last, now)
 
     async def _answer(self, message: RawRequestMessage, body: StreamReader) -> None:
         """Have aiohttp's application answer a request."""
@@ -403,7 +412,7 @@ class Connection(BaseProtocol):
                 self.read()
                 while not body.is_eof():
                     await body.readany()
-        self._finish(keep)
+        self._finish(keep, factory.now())
 
     async def _send(self, request: web.BaseRequest, response: web.StreamResponse) -> tuple[int, bool]:
         """Write a response, and return its status and whether the connection can stay open.
@@ -461,27 +470,24 @@ class Connection(BaseProtocol):
         self._factory.recorder.record("other", "unmatched", status, 0.0)
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(answer.encode())
-        self._receives()
         self._close(linger=True)
 
-    def _finish(self, keep: bool) -> None:
+    def _finish(self, keep: bool, now: float) -> None:
         """End the request, because it is answered, and continue with the next one."""
-        linger = not self._body.is_eof() or bool(self._later)
+        if not keep or self._deaf or self._factory.draining or (self._ended and not self._later):
+            self._close(linger=not self._body.is_eof() or bool(self._later))
+            return
         self._busy = self._discarding = False
         self._body = EMPTY_PAYLOAD
         if self.held or self._long:
             self._bounds.release(self)
             self._long = False
-        if self.transport is None:
-            return
-        if not keep or self._deaf or self._factory.draining or (self._ended and not self._later):
-            self._close(linger=linger)
-            return
-        self._idle, self._since = True, self._factory.now()
+        self._since = now
         if self._later:
             # Let other clients in before the next request of this client.
             self._factory.loop.call_soon(self.read)
         else:
+            self._idle = True
             self._waits()
 
     def _close(self, *, linger: bool) -> None:
@@ -490,6 +496,7 @@ class Connection(BaseProtocol):
         With `linger`, bytes that still arrive are discarded until the client closes its side, or is overdue. Otherwise the kernel
         would reset the connection, and the client might lose the answer.
         """
+        self._receives()
         self._deaf, self._busy, self._later, self._message = True, False, b"", None
         self._bounds.release(self)
         if self.transport is None:
