@@ -32,7 +32,7 @@ import logging
 import math
 import re
 import resource
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from functools import lru_cache
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ from aiohttp.http_exceptions import LineTooLong
 
 from nanoservice.answer import Answer, check_lines, encode, problem
 from nanoservice.bounds import BUFFER_BYTES, HEAD_BYTES, LONG_BYTES, Bounds
-from nanoservice.direct import Content, Route, Routes
+from nanoservice.direct import Route, Routes
 from nanoservice.errors import ProblemError, header_lines
 from nanoservice.failures import FailureLog, frames
 from nanoservice.metrics import RequestRecorder
@@ -70,6 +70,7 @@ _PIECES = 64  # the maximum number of pieces that the parser gets in one iterati
 _HEADER_WEIGHT = 350  # bytes that the Python objects for one header take
 _CHUNK_WEIGHT = 48  # bytes that the Python objects for half a chunk take
 _CLOSE = b"Connection: close\r\n"
+_CONTINUE = "100-continue"
 
 _logger = logging.getLogger(__name__)
 
@@ -103,28 +104,23 @@ class Connection(BaseProtocol):
         )  # fmt: skip
         self._factory = factory
         self._bounds = factory.bounds
-        self._body: StreamReader = EMPTY_PAYLOAD  # the body of the request that is being received or answered
-        self._busy = False  # whether a request whose head is complete is being received or answered
-        self._discarding = False  # whether the request is answered, and the rest of its body is being discarded
-        self._idle = True  # whether nothing of the next request has arrived
-        self._ended = False  # whether the client has closed its side
-        self._deaf = False  # whether all further bytes are discarded
-        self._only_probes = False
-        self._head = 0  # the size of the incomplete head, or of the trailer
-        self._later = b""  # bytes that are not parsed yet
-        self._seam = b""  # the last bytes that were parsed, in which `_END` may begin
-        self._left: int | None = 0  # the number of bytes of the body that the parser has not got; None for chunks
-        self._long = False  # whether the body is long
-        self._message: RawRequestMessage | None = None  # a request whose answer begins when all received bytes are parsed
-        self._min_unsent = math.inf  # the lowest number of unsent bytes seen since writing was paused
-        self._min_unsent_since = math.inf
-        self._since = 0.0  # when the client began to send a request, or to be idle
-        self._started = 0.0  # when the handling of the request began
-        self._route: Route  # of the request that is answered directly
-        self._content: Callable[[Any], Content]
-        self.held = 0
-        self.peername: Any = None
-        self.sockname: Any = None
+        # `_busy`: a request whose head is complete is being received or answered. `_body` is its body; the parser has not got
+        # `_left` bytes of it (None for chunks). `_message` is set until its handling begins, at `_started`. `_discarding`: the
+        # request is answered, and the rest of its body is being discarded. `_long`: a handler collects a long body.
+        self._body: StreamReader = EMPTY_PAYLOAD
+        self._message: RawRequestMessage | None = None
+        self._left: int | None = 0
+        self._busy = self._discarding = self._long = False
+        # `_idle`: nothing of the next request has arrived. `_since`: when the client began to send a request, or to be idle.
+        # `_ended`: the client has closed its side. `_deaf`: all further bytes are discarded.
+        self._idle, self._ended, self._deaf = True, False, False
+        # `_head`: the size of the incomplete head, or of the trailer. `_later`: bytes that are not parsed yet. `_seam`: the last
+        # bytes that were parsed, in which `_END` may begin.
+        self._head = self.held = 0
+        self._later = self._seam = b""
+        # the lowest number of unsent bytes seen since writing was paused, and when it was first seen
+        self._min_unsent = self._min_unsent_since = math.inf
+        self.peername = self.sockname = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Accept the connection. If there are too many, close another one, or accept only probes on this one."""
@@ -326,7 +322,7 @@ class Connection(BaseProtocol):
         route = factory.routes.get((message.method, message.path))
         last = message.should_close or message.upgrade or self._only_probes or factory.draining
         if route is not None and whole and not last and message.version == HttpVersion11 and hdrs.EXPECT not in headers:
-            self._route = route
+            self._route: Route = route
             try:
                 future, self._content = route.begin(headers)
             except Exception as error:
@@ -366,80 +362,76 @@ class Connection(BaseProtocol):
         self._finish(not last, now)
 
     async def _answer(self, message: RawRequestMessage, body: StreamReader) -> None:
-        """Have aiohttp's application answer a request."""
+        """Have aiohttp's application answer a request, and continue with the next one."""
         factory = self._factory
-        if self.peername is None and self.transport is not None:
-            self.peername = self.transport.get_extra_info("peername")
-            self.sockname = self.transport.get_extra_info("sockname")
-        writer = StreamWriter(self, factory.loop)
+        try:
+            status, route, keep = await self._respond(message, body)
+            factory.recorder.record(message.method, route, status, factory.now() - self._started)
+            if keep and not body.is_eof() and not self._deaf:
+                self._discarding = True
+                self._bounds.release(self)
+                self._waits()
+                self.read()
+                with contextlib.suppress(web.RequestPayloadError):
+                    while not body.is_eof():
+                        await body.readany()
+            self._finish(keep, factory.now())
+        except Exception as error:  # an error of the chassis itself, or of a signal that fails for each response
+            factory.failures.log(error)
+            self.abort()
+
+    async def _respond(self, message: RawRequestMessage, body: StreamReader) -> tuple[int, str, bool]:
+        """Answer a request. Return the status, the template of the route, and whether the connection can stay open."""
+        factory, transport, writer = self._factory, self.transport, StreamWriter(self, self._factory.loop)
+        if self.peername is None and transport is not None:
+            self.peername, self.sockname = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         task = cast("asyncio.Task[None]", asyncio.current_task())
         request = factory.new_request(message, body, cast("Any", self), writer, task)
-        route, status, keep = "unmatched", 500, False
+        route = "unmatched"
         try:
-            try:
-                if message.method == hdrs.METH_OPTIONS and message.path == "*":
-                    response: web.StreamResponse = Answer(None, header_lines({"Allow": "GET,HEAD,OPTIONS"}), status=204)
-                elif (
-                    request.version == HttpVersion11
-                    and request.headers.get(hdrs.EXPECT, "100-continue").lower() != "100-continue"
-                ):
-                    raise ProblemError(417, "")
-                else:
-                    try:
-                        response = await factory.handler(request)
-                    finally:
-                        resource = cast("web.Request", request).match_info.route.resource
-                        route = resource.canonical if resource is not None else route
-                status, keep = await self._send(request, response)
-            except web.HTTPException as error:
-                status, keep = await self._send(request, error)
+            response: web.StreamResponse
+            if message.method == hdrs.METH_OPTIONS and message.path == "*":
+                response = Answer(None, header_lines({"Allow": "GET,HEAD,OPTIONS"}), status=204)
+            elif message.version == HttpVersion11 and message.headers.get(hdrs.EXPECT, _CONTINUE).lower() != _CONTINUE:
+                raise ProblemError(417, "")
+            else:
+                try:
+                    response = await factory.handler(request)
+                except web.HTTPException as error:
+                    response = error
+                finally:
+                    resource = cast("web.Request", request).match_info.route.resource
+                    route = resource.canonical if resource is not None else route
+            sent = await self._send(request, response)
         except (Exception, asyncio.CancelledError) as error:
             if task.cancelling():
                 raise
             answer = self._failure(error, begun=writer.output_size > 0)
-            status = answer.status
-            if not writer.output_size:
-                with contextlib.suppress(ConnectionError):
-                    status, keep = await self._send(request, answer)
-        factory.recorder.record(message.method, route, status, factory.now() - self._started)
-        self._discarding = True
-        if not body.is_eof() and not self._ended:
-            self._bounds.release(self)
-            self._waits()
-            if not keep and self.transport is not None and not self._deaf:
-                self.transport.write_eof()
-            with contextlib.suppress(web.RequestPayloadError):
-                self.read()
-                while not body.is_eof():
-                    await body.readany()
-        self._finish(keep, factory.now())
+            sent = answer if writer.output_size else await self._send(request, answer)
+        return sent.status, route, bool(sent.keep_alive)
 
-    async def _send(self, request: web.BaseRequest, response: web.StreamResponse) -> tuple[int, bool]:
-        """Write a response, and return its status and whether the connection can stay open.
-
-        An error that aiohttp made (404, 405, 413) becomes problem details.
-        """
+    async def _send(self, request: web.BaseRequest, response: web.StreamResponse) -> web.StreamResponse:
+        """Write a response, and return what was sent. An error that aiohttp made (404, 405, 413) becomes problem details."""
         if not isinstance(response, web.StreamResponse):
             raise TypeError(f"the handler returned {type(response).__name__}, not a response")
-        if isinstance(response, web.HTTPException):
-            if request.writer.output_size:
-                raise RuntimeError("the answer has begun") from response
-            if response.status >= 400:
-                kept = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
-                own = response.text != f"{response.status}: {response.reason}"  # Keep text that a handler set.
-                response = problem(response.status, response.text or "" if own else "", kept)
+        if isinstance(response, web.HTTPException) and request.writer.output_size:
+            raise RuntimeError("the answer has begun") from response
+        sent = response
+        if isinstance(response, web.HTTPException) and response.status >= 400:
+            kept = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
+            own = response.text != f"{response.status}: {response.reason}"  # Keep text that a handler set.
+            sent = problem(response.status, response.text or "" if own else "", kept)
         if self._factory.draining or self._deaf:
-            response.force_close()
+            sent.force_close()
         try:
-            await response.prepare(request)
-            await response.write_eof()
+            await sent.prepare(request)
+            await sent.write_eof()
+            if not request.writer.output_size:
+                raise RuntimeError("nothing was sent: the same response cannot be sent twice")
         except ConnectionError:
             if self.transport is not None and not self.transport.is_closing():
                 raise
-            return response.status, False
-        if not request.writer.output_size:
-            raise RuntimeError("nothing was sent: the same response cannot be sent twice")
-        return response.status, bool(response.keep_alive)
+        return sent
 
     def _failure(self, error: BaseException, *, begun: bool = False) -> Answer:
         """Return the answer to a request whose handler raised `error`, and log the error if the client did not cause it."""
@@ -512,10 +504,6 @@ class Connection(BaseProtocol):
 
     # --- time limits and shutdown ---
 
-    def in_flight(self) -> bool:
-        """Return whether a request whose head is complete has not been answered yet."""
-        return self._busy and not self._discarding
-
     def close_if_idle(self) -> None:
         """Close the connection, unless a request is being answered."""
         if not self._busy and not self._later and self.transport is not None:
@@ -530,11 +518,11 @@ class Connection(BaseProtocol):
             elif now - self._min_unsent_since >= SEND_SECONDS:
                 self.abort()
                 return
-        if self._busy and self._body.is_eof():
-            return  # The client waits for the service.
+        if self._body.is_eof() and (self._busy or self._later):
+            return  # The client waits for the service, or reads its answers in time.
         if now - self._since < (KEEPALIVE_SECONDS if self._idle else RECEIVE_SECONDS):
             return
-        if self.in_flight() and self._body.exception() is None and not self.writing_paused:
+        if self._busy and not self._discarding and self._body.exception() is None and not self.writing_paused:
             self._deaf = True
             self._body.set_exception(_SlowBodyError())  # The handler that waits for the body answers 408.
         else:
@@ -575,7 +563,6 @@ class ConnectionFactory:
         self.routes = routes
         self.failures = FailureLog(_logger)
         self.draining = False
-        self.cut_off = 0  # the number of requests that the shutdown cut off
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __call__(self) -> Connection:
@@ -610,9 +597,9 @@ class ConnectionFactory:
         """Wait `timeout` seconds for the requests in flight, and then cut them off."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while self.bounds.open or self._tasks:  # noqa: ASYNC110 - simpler than an event that each connection sets
+                while self.bounds.open or self._tasks:
+                    self.pre_shutdown()  # A connection that was accepted last is reported only now.
                     await asyncio.sleep(0.005)
-        self.cut_off += sum(connection.in_flight() for connection in self.connections)
         for connection in self.connections:
             connection.abort()
         for task in self._tasks:
