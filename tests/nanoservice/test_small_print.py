@@ -8,6 +8,7 @@ from nanoservice import connection
 from nanoservice.direct import MAX_BODY
 from nanoservice.testing.served import Served
 from nanoservice.testing.valkey import Valkey
+from nanoservice.testing.waiting import SLACK, eventually
 from tests.nanoservice.sample import HITS, POSTS
 from tests.support.wire import ask, connected, is_problem, request
 
@@ -123,3 +124,37 @@ async def test_request_line_that_is_too_long_gets_414(served: Served) -> None:
     for target in ("/" + "a" * 9000, "/?" + "a" * 70_000, "http://h/" + "a" * 9000):
         assert is_problem(await ask(served.port, request("GET", target)), 414)
     assert is_problem(await ask(served.port, request("GET", "/", "X: /" + "a" * 9000)), 431)
+
+
+# Without this, the kernel would reset the connection, and the client might lose the answer.
+@pytest.mark.parametrize("data", [b"bad\r\n\r\n", request("POST", "/", f"Content-Length: {MAX_BODY + 1}")])
+async def test_client_that_is_refused_may_finish_its_request_before_it_reads_the_answer(
+    served: Served, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    monkeypatch.setattr(connection, "RECEIVE_SECONDS", 2.0)
+    async with connected(served.port) as wire:
+        wire.reader._transport.pause_reading()  # type: ignore[attr-defined] # only a private name can pause a stream
+        await wire.send(data)
+        for _ in range(50):
+            await wire.send(b"x" * 10_000)
+            await asyncio.sleep(0.001)
+        wire.reader._transport.resume_reading()  # type: ignore[attr-defined]
+        assert (await wire.reply()).status in (400, 413)
+        await wire.closed()
+        assert served.running._factories[0].connections
+        await eventually(lambda: not served.running._factories[0].connections, 5 * SLACK)
+
+
+async def test_client_that_pipelines_and_reads_slowly_is_not_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "RECEIVE_SECONDS", 1.0)
+    number = 2_000
+    async with connected(served.port) as wire:
+        wire.reader._transport.pause_reading()  # type: ignore[attr-defined]
+        wire.writer.write(request("GET", "/openapi.json") * number)
+        await asyncio.sleep(3)
+        wire.reader._transport.resume_reading()  # type: ignore[attr-defined]
+        answers = 0
+        while answers < number:
+            wire.received = wire.received[-11:]  # too short for a whole status line
+            assert await wire.more()
+            answers += wire.received.count(b"HTTP/1.1 200")
