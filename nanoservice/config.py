@@ -180,6 +180,9 @@ class Config:
     bind_port: int = setting(8080, "public port; 0: any free port, which the log reports", integer(0, 65535))
     bind_host: str = setting("", "address to listen on; default: all", host)
     admin_port: int = setting(9090, "port of `/metrics`; 0: any free port; do not expose it to the public", integer(0, 65535))
+    max_connections: int = setting(
+        2000, "maximum number of open connections; a further one closes the connection that is idle longest", integer(1, 1000000)
+    )
     redis_host: str = setting("", "host of Redis; default, in development only: an embedded Valkey", host)
     redis_port: int = setting(6379, "port of Redis", integer(1, 65535))
     redis_sentinels: tuple[tuple[str, int], ...] = setting(

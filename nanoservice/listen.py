@@ -11,8 +11,9 @@ from nanoservice.errors import StartError
 
 BACKLOG = 4096  # connections that the kernel queues until they are accepted
 
-# File descriptors reserved for Redis (81 at most), the log, the listening sockets, files, and the admin port's connections.
-_SPARE_DESCRIPTORS = 128
+# File descriptors reserved for Redis (81 at most), the log, the listening sockets, files, connections that may only send probes,
+# and the admin port's connections.
+_SPARE_DESCRIPTORS = 192
 
 _INHERITED_FD = "LISTEN_FD"  # environment variable with the file descriptor of the inherited listening socket
 

@@ -7,7 +7,7 @@ from aiohttp import web
 from redis import exceptions
 
 from nanoservice.answer import Answer
-from nanoservice.errors import UnavailableError
+from nanoservice.errors import UnavailableError, header_lines
 from nanoservice.health import REDIS_ERRORS
 from nanoservice.redis import Store
 
@@ -16,7 +16,7 @@ _CHECK_TIMEOUT = 1.0  # seconds
 
 _logger = logging.getLogger(__name__)
 
-_OK_LINES = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
+_OK_LINES = header_lines({"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"})
 
 
 async def livez(request: web.Request) -> Answer:

@@ -11,15 +11,17 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from aiohttp import web
 
 from nanoservice import logs
+from nanoservice.bounds import ADMIN_CONNECTIONS, KERNEL_BYTES, BoundMetrics, Bounds
 from nanoservice.config import FINISH_SECONDS, table
 from nanoservice.connection import ConnectionFactory
+from nanoservice.direct import routes
 from nanoservice.errors import ConfigError, StartError
-from nanoservice.listen import BACKLOG, accept_queued, bind, inherited_socket
+from nanoservice.listen import BACKLOG, accept_queued, bind, inherited_socket, max_connections
 from nanoservice.metrics import REGISTRY, RequestRecorder, admin_app
 from nanoservice.probes import READINESS
 from nanoservice.service import BUSY_RESOURCES, C, Service, create_app
@@ -33,7 +35,7 @@ SHUTDOWN_SECONDS = LAST_REQUESTS_SECONDS + FINISH_SECONDS + CLEAN_UP_SECONDS + C
 
 _STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 
-# accept() calls per wake-up of asyncio's loop. `ConnectionFactory.full` counts only afterwards, so this must stay below
+# accept() calls per wake-up of asyncio's loop. `Bounds.admit` counts only afterwards, so this must stay below
 # `_SPARE_DESCRIPTORS`.
 _ACCEPTS_PER_WAKEUP = 16
 _DATA_FOLDER = Path(".data")  # The embedded Valkey keeps its data here.
@@ -153,26 +155,31 @@ class Running:
         running = cls(create_app(service, config, store))
         registry = running.app[REGISTRY]
         recorder = RequestRecorder(registry, _logger)
+        metrics, limit = BoundMetrics(registry), max_connections()
+        if limit < config.max_connections:
+            _logger.warning("the limit on open files allows fewer connections than MAX_CONNECTIONS", extra={"connections": limit})
         try:
-            await running._serve(running.app, public, recorder)
-            await running._serve(admin_app(registry), admin, recorder)
+            await running._serve(running.app, public, recorder, Bounds(metrics, "public", min(limit, config.max_connections)))
+            await running._serve(admin_app(registry), admin, recorder, Bounds(metrics, "admin", ADMIN_CONNECTIONS))
         except BaseException:
             _logger.error("the start was not completed", extra={"resources": [*running.app[BUSY_RESOURCES]]})
             await running.close()
             raise
         return running
 
-    async def _serve(self, app: web.Application, sock: socket.socket, recorder: RequestRecorder) -> None:
+    async def _serve(self, app: web.Application, sock: socket.socket, recorder: RequestRecorder, bounds: Bounds) -> None:
         # `app_runner` makes and closes the application's resources. `connection_runner` holds the connections, which are
         # instances of the chassis's `Connection`.
         app_runner = web.AppRunner(app)
         self._app_runners.append(app_runner)
         await app_runner.setup()
         assert app_runner.server is not None  # setup() has set it.
-        self._factories.append(ConnectionFactory(app_runner.server, recorder))
-        connection_runner = web.ServerRunner(self._factories[-1], shutdown_timeout=FINISH_SECONDS)
+        self._factories.append(ConnectionFactory(app_runner.server, recorder, bounds, routes(app)))
+        connection_runner = web.ServerRunner(cast("web.Server", self._factories[-1]), shutdown_timeout=FINISH_SECONDS)
         self._connection_runners.append(connection_runner)
         await connection_runner.setup()
+        for option, value in (socket.SO_KEEPALIVE, 1), (socket.SO_RCVBUF, KERNEL_BYTES), (socket.SO_SNDBUF, KERNEL_BYTES):
+            sock.setsockopt(socket.SOL_SOCKET, option, value)  # The connections inherit these options.
         # asyncio uses `backlog` also as the number of accepts per wake-up. Pass the small number here, and set the kernel's
         # queue with listen() below.
         site = web.SockSite(connection_runner, sock, backlog=_ACCEPTS_PER_WAKEUP)

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from nanoservice.answer import Answer, json_answer
 from nanoservice.config import Config
+from nanoservice.errors import header_lines
 from nanoservice.metrics import REGISTRY, new_registry
 from nanoservice.probes import READINESS, Readiness, livez
 from nanoservice.redis import STORE, Store
@@ -109,7 +110,7 @@ def _answer_options(app: web.Application) -> None:
 
 async def _options(request: web.Request) -> Answer:
     allow = ",".join(sorted(route.method for route in request.match_info.route.resource or ()))
-    return Answer(None, f"Allow: {allow}\r\nCache-Control: no-store\r\n".encode("ascii"), status=204)
+    return Answer(None, header_lines({"Allow": allow, "Cache-Control": "no-store"}), status=204)
 
 
 async def _hide_server(request: web.Request, response: web.StreamResponse) -> None:

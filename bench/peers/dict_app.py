@@ -10,6 +10,7 @@ from aiohttp import web
 
 from hitcounter.app import SERVICE, CounterConfig, Pages
 from hitcounter.counter import Counter, Counts
+from nanoservice import direct
 from nanoservice.server import main
 
 
@@ -34,9 +35,9 @@ class Dict:
 
 def setup(app: web.Application, config: CounterConfig) -> None:
     pages = Pages(cast("Counter", cast("Any", Dict())))
-    app.router.add_get("/", pages.get, allow_head=False)
+    direct.add(app, "GET", "/", pages.get)
     app.router.add_head("/", pages.head)
-    app.router.add_post("/", pages.post)
+    direct.add(app, "POST", "/", pages.post)
 
 
 sys.exit(main(replace(SERVICE, setup=setup), os.environ, []))
