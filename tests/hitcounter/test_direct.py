@@ -136,7 +136,12 @@ async def test_requests_are_answered_without_a_task(pair: list[Served], monkeypa
     tasks = []
     factory = pair[0].running._factories[0]
     add_task = factory.add_task
-    monkeypatch.setattr(factory, "add_task", lambda answer: (tasks.append(answer), add_task(answer)))
+
+    def spy(answer: Any) -> None:
+        tasks.append(answer)
+        add_task(answer)
+
+    monkeypatch.setattr(factory, "add_task", spy)
     async with connected(pair[0].port) as wire:
         for number in range(1, 4):
             await wire.send(GET)
