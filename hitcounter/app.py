@@ -40,7 +40,11 @@ class CounterConfig(Config):
     request_timeout: float = setting(
         2.0, "seconds that a request waits for its number, at most 10; then it gets 503", seconds(0.1, FINISH_SECONDS)
     )
-    max_pending: int = setting(10000, "maximum number of waiting requests; a further one gets 503 at once", integer(1, 1000000))
+    max_pending: int = setting(
+        10000,
+        "maximum number of waiting requests (each connection has one at most); a further one gets 503 at once",
+        integer(1, 1000000),
+    )
     lanes: int = setting(4, "number of connections that count; each sends one batch at a time", integer(1, 64))
     idempotency_keys: int = setting(100000, "number of `Idempotency-Key`s to remember, for at most a day", integer(1, 10000000))
 

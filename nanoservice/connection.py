@@ -62,7 +62,7 @@ _HEAD_TOO_LARGE = (
 _PROBES = "/livez", "/readyz", "/metrics"  # A connection from the reserve may only send requests for these paths.
 _HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _END = b"\r\n\r\n"  # A request head ends with these bytes, and so does a body in chunks.
-_PIECES = 64  # the maximum number of pieces that the parser gets in one iteration of the event loop
+_PARSE_SECONDS = 0.01  # In one iteration of the event loop, requests that are not small are parsed for this time.
 _HEADER_WEIGHT = 350  # bytes that the Python objects for one header take
 _CHUNK_WEIGHT = 48  # bytes that the Python objects for half a chunk take
 _CLOSE = b"Connection: close\r\n"
@@ -80,9 +80,9 @@ class Connection(BaseProtocol):
 
     # fmt: off
     __slots__ = (
-        "_body", "_bounds", "_busy", "_content", "_deaf", "_discarding", "_ended", "_factory", "_head", "_idle", "_later",
-        "_left", "_long", "_message", "_min_unsent", "_min_unsent_since", "_only_probes", "_route", "_seam", "_since", "_started",
-        "held", "peername", "sockname",
+        "_body", "_bounds", "_busy", "_content", "_counted", "_deaf", "_discarding", "_ended", "_factory", "_head", "_idle",
+        "_later", "_left", "_long", "_message", "_min_unsent", "_min_unsent_since", "_only_probes", "_route", "_seam", "_since",
+        "_started", "held", "peername", "sockname",
     )
     # fmt: on
 
@@ -111,8 +111,8 @@ class Connection(BaseProtocol):
         # `_ended`: the client has closed its side. `_deaf`: all further bytes are discarded.
         self._idle, self._ended, self._deaf = True, False, False
         # `_head`: the size of the incomplete head, or of the trailer. `_later`: bytes that are not parsed yet. `_seam`: the last
-        # bytes that were parsed, in which `_END` may begin.
-        self._head = self.held = 0
+        # bytes that were parsed, in which `_END` may begin. `_counted`: the part of `held` for the bytes in `_later`.
+        self._head = self._counted = self.held = 0
         self._later = self._seam = b""
         # the lowest number of unsent bytes seen since writing was paused, and when it was first seen
         self._min_unsent = self._min_unsent_since = math.inf
@@ -141,8 +141,10 @@ class Connection(BaseProtocol):
 
     def _forget(self) -> None:
         self._bounds.remove(self)
-        self._deaf, self._idle, self._later, self._message, self._parser = True, False, b"", None, None
+        self._deaf, self._idle, self._later, self._counted, self._message, self._parser = True, False, b"", 0, None, None
         if not self._body.is_eof() and self._body.exception() is None:
+            with contextlib.suppress(RuntimeError):  # A handler waits for the body, so none of it is buffered.
+                self._body.read_nowait()
             self._body.set_exception(web.RequestPayloadError("the connection was closed"))
 
     def eof_received(self) -> bool:
@@ -187,10 +189,10 @@ class Connection(BaseProtocol):
 
     def read(self) -> None:
         """Parse the received bytes up to the end of one request, and have it answered."""
+        if self._deaf:
+            return
         data, self._later = self._later, b""
-        for _ in range(_PIECES):
-            if not data or self._deaf:
-                break
+        while data and not self._deaf and self._factory.has_time():
             if not self._busy:
                 if self.writing_paused:
                     break  # The client must read its answers first.
@@ -199,14 +201,15 @@ class Connection(BaseProtocol):
                 break
             else:
                 data = self._read_body(data)
-        else:
-            if data:
-                self._factory.loop.call_soon(self.read)
         if self._deaf:
             data = b""
+        elif data and not self._factory.has_time():
+            self._factory.loop.call_soon(self.read)
         self._later = data
+        if len(data) != self._counted:
+            self._bounds.hold(self, len(data) - self._counted)
+            self._counted = len(self._later)
         if data:
-            self._bounds.hold(self, len(data))
             if not self._buffer_paused:
                 self._pause_reading_for_buffer()
         elif self._buffer_paused:
@@ -261,7 +264,7 @@ class Connection(BaseProtocol):
 
     def _read_body(self, data: bytes) -> bytes:
         """Parse a part of a body. Return the bytes behind it."""
-        size = self._end(data) if self._left is None else self._left
+        size = min(self._end(data) if self._left is None else self._left, BUFFER_BYTES)
         piece, before = data[:size], self._body.total_bytes
         if not self._feed(piece):
             return b""
@@ -366,6 +369,7 @@ class Connection(BaseProtocol):
             if keep and not body.is_eof() and not self._deaf:
                 self._discarding = True
                 self._bounds.release(self)
+                self._counted = 0
                 self._waits()
                 self.read()
                 with contextlib.suppress(web.RequestPayloadError):
@@ -469,7 +473,7 @@ class Connection(BaseProtocol):
         self._body = EMPTY_PAYLOAD
         if self.held or self._long:
             self._bounds.release(self)
-            self._long = False
+            self._counted, self._long = 0, False
         self._since = now
         if self._later:
             # Let other clients in before the next request of this client.
@@ -485,7 +489,7 @@ class Connection(BaseProtocol):
         would reset the connection, and the client might lose the answer.
         """
         self._receives()
-        self._deaf, self._busy, self._later, self._message = True, False, b"", None
+        self._deaf, self._busy, self._later, self._counted, self._message = True, False, b"", 0, None
         self._bounds.release(self)
         if self.transport is None:
             return
@@ -559,6 +563,7 @@ class ConnectionFactory:
         self.routes = routes
         self.failures = FailureLog(_logger)
         self.draining = False
+        self._parses_until: float | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __call__(self) -> Connection:
@@ -575,6 +580,16 @@ class ConnectionFactory:
         task = self.loop.create_task(answer)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def has_time(self) -> bool:
+        """Return whether more may be parsed in this iteration of the event loop, or must wait for the next one."""
+        if self._parses_until is None:
+            self._parses_until = self.now() + _PARSE_SECONDS
+            self.loop.call_soon(self._begin_iteration)
+        return self.now() < self._parses_until
+
+    def _begin_iteration(self) -> None:
+        self._parses_until = None
 
     def close_overdue(self) -> None:
         """Close the connections whose clients take too long. Call this about once a second."""

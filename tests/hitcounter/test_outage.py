@@ -164,7 +164,8 @@ async def test_lost_counts_are_logged_once_and_counting_goes_on(
 
 async def test_ten_thousand_requests_wait_one_more_gets_503_at_once_and_memory_stays_flat(valkey: Valkey, spawn: Spawn) -> None:
     most = min(10_000, max_connections() - 100)  # fewer where the limit on open files is lower
-    process = spawn(valkey.environ(BIND_HOST="127.0.0.1", MAX_PENDING=str(most), REQUEST_TIMEOUT="10", REDIS_TIMEOUT="10"))
+    limits = {"MAX_PENDING": str(most), "MAX_CONNECTIONS": str(most + 10)}
+    process = spawn(valkey.environ(BIND_HOST="127.0.0.1", REQUEST_TIMEOUT="10", REDIS_TIMEOUT="10", **limits))
     hit = request("GET", "/", "Accept: application/json")
     used = []
     with contextlib.ExitStack() as stack:

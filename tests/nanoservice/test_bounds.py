@@ -93,6 +93,7 @@ ATTACKS = {
     "a request, and a part of another": (500, request("GET", "/livez") + HEAD[:60_000]),
     "bodies": (200, BODY),
     "bodies without an end": (200, BODY[:-1]),
+    "chunks of one byte": (500, request("POST", "/", "Transfer-Encoding: chunked") + b"1\r\nx\r\n" * 2500),
     "trailers": (200, request("POST", "/", "Transfer-Encoding: chunked") + b"0\r\n" + HEAD),
     "answers that nobody reads": (200, request("GET", "/openapi.json") * 5_000),
 }
@@ -194,6 +195,22 @@ async def test_requests_in_one_packet_are_answered_after_many_bodies_that_arrive
         await wire.send(request() * 3)
         for _ in range(3):
             assert (await wire.reply()).status == 200
+
+
+async def test_memory_that_connections_hold_is_counted_exactly(collecting: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = request("POST", "/", "Transfer-Encoding: chunked"), *chunked(b"x" * 100_000, 99)
+    for data in ((BODY,), chunks, (request("GET", "/x") * 500,), (request("POST", "/x", body=b"x" * 100_000) * 3,), (HEAD,)):
+        async with connected(collecting.port) as wire:
+            await wire.send(*data)
+            await wire.reply()
+    bounds_of = collecting.running._factories[0].bounds
+    await eventually(lambda: not bounds_of.open, 5 * SLACK)
+    assert bounds_of._held == 0
+    assert not bounds_of.waiting
+    assert not bounds_of._receiving
+    monkeypatch.setattr(bounds, "HELD_BYTES", 300_000)  # A body that is read does not add to what is held.
+    for number in (1, 10):
+        assert {reply.json for reply in await asyncio.gather(*(ask(collecting.port, BODY) for _ in range(number)))} == {MIB}
 
 
 async def test_client_with_a_long_pipeline_is_not_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
