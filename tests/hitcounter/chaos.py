@@ -116,7 +116,7 @@ class Chaos:
             await loading
         statuses = await asyncio.gather(*(asyncio.to_thread(service.end) for service in self.services))
         assert statuses == [0, 0]
-        await eventually(lambda: asyncio.to_thread(self.store.is_whole), 60 * SLACK)
+        await eventually(lambda: asyncio.to_thread(self.store.primary), 20 * SLACK)
 
     def totals(self) -> tuple[int, int]:
         """Return the hits and posts that the primary has counted."""
