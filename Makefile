@@ -64,7 +64,7 @@ test-newest: ## run the contract tests with the newest aiohttp and redis-py; the
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
 	@VENV=.venv-newest sh scripts/test-newest.sh
 
-chaos: $(VENV)/installed ## break the primary of a replicated store 45 times under load, in 20 minutes; check that no number is lost
+chaos: $(VENV)/installed ## break the primary of a replicated store 45 times in 20 minutes; no number may be lost
 	@$(BIN)/python -m tests.hitcounter.chaos
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach

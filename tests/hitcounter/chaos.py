@@ -87,6 +87,7 @@ class Chaos:
         await self.progress()
         watcher.cancel()
         self.gaps[fault].append(await watcher)
+        print(f"{fault.name}: {self.gaps[fault][-1]:.1f} s without an answer", flush=True)
         await asyncio.to_thread(fault.end, server)
         await asyncio.sleep(DOWN_AFTER)  # the old primary takes part again, under load
 
