@@ -39,7 +39,7 @@ export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE SERVERS
 
 # --- Every day ---
 
-.PHONY: help run test test-newest test-servers test-clock coverage lint format types clean
+.PHONY: help run test test-newest test-servers test-clock chaos coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -70,6 +70,9 @@ test-servers: $(VENV)/installed ## run the tests of the counter with Redis 6.2, 
 
 test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
 	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
+
+chaos: $(VENV)/installed ## break the primary of a replicated store 45 times in 20 minutes; no number may be lost
+	@$(BIN)/python -m tests.hitcounter.chaos
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report

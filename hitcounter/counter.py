@@ -47,6 +47,8 @@ _LINGER_SECONDS = 0.001  # While some lanes are busy, a new batch grows for this
 # The back-off before each retry of a batch. The last value repeats. Each wait is a random 50 to 100 % of its value.
 _BACKOFF_SECONDS = 0.05, 0.1, 0.2, 0.4
 
+_SHUTDOWN = "this process is shutting down"
+
 _logger = logging.getLogger(__name__)
 
 
@@ -116,7 +118,7 @@ class Counter:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for batch in self._queue:
-            self._give_up(batch, "this process cannot count it")
+            self._give_up(batch, _SHUTDOWN)
         self._queue.clear()
         for lane in self._lanes:
             await lane.close()
@@ -168,10 +170,13 @@ class Counter:
             batch = self._queue.popleft()
             try:
                 await self._count(batch, lane)
+            except asyncio.CancelledError:
+                self._give_up(batch, _SHUTDOWN)
+                raise
             except Exception:  # A bug must fail only this batch, not stop the lane.
                 _logger.exception("a batch failed")
                 await lane.close()  # The connection may still deliver a reply to this batch.
-            finally:  # This runs also when the lane is cancelled.
+            finally:
                 self._give_up(batch, "this process cannot count it")
 
     async def _count(self, batch: Batch, lane: Lane) -> None:

@@ -87,6 +87,7 @@ class Chaos:
         await self.progress()
         watcher.cancel()
         self.gaps[fault].append(await watcher)
+        print(f"{fault.name}: {self.gaps[fault][-1]:.1f} s without an answer", flush=True)
         await asyncio.to_thread(fault.end, server)
         await asyncio.sleep(DOWN_AFTER)  # the old primary takes part again, under load
 
@@ -116,7 +117,7 @@ class Chaos:
             await loading
         statuses = await asyncio.gather(*(asyncio.to_thread(service.end) for service in self.services))
         assert statuses == [0, 0]
-        await eventually(lambda: asyncio.to_thread(self.store.is_whole), 60 * SLACK)
+        await eventually(lambda: asyncio.to_thread(self.store.primary), 20 * SLACK)
 
     def totals(self) -> tuple[int, int]:
         """Return the hits and posts that the primary has counted."""

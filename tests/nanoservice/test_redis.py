@@ -307,6 +307,17 @@ async def test_server_of_another_protocol_that_speaks_first_is_named(
     assert caplog.messages == ["Redis fails: its replies do not follow the protocol of Redis"]
 
 
+async def test_handlers_that_find_no_free_connection_while_redis_hangs_name_the_outage(valkey: Valkey) -> None:
+    store = Store(Config.read(valkey.environ(REDIS_TIMEOUT="0.2")), CollectorRegistry())
+    valkey.freeze()
+    with pytest.raises(UnavailableError, match="Redis: it does not answer in time"):
+        await store.client.incr("n")
+    results = await asyncio.gather(*(store.client.incr("n") for _ in range(50)), return_exceptions=True)
+    assert {str(result) for result in results} == {"Redis: it does not answer in time"}
+    valkey.thaw()
+    await store.client.aclose()
+
+
 def test_same_cause_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = 1000.0
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
