@@ -29,16 +29,21 @@ TAG ?=               # the tag of the release, such as v0.1.0
 DIGEST ?=            # the expected digest of the image
 SUMS ?=              # the expected digest of SHA256SUMS, the file with the checksums of a release's files
 
+PROXIES ?=           # the folder of the machine's own nginx and haproxy, such as /usr/sbin, for `make test-proxies`
+RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
+ATTACK_SECONDS ?= 10
+DEBIAN_MIRROR ?= http://deb.debian.org/debian
+
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE
+export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE RESTARTS ATTACK_SECONDS DEBIAN_MIRROR
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 # --- Every day ---
 
-.PHONY: help run test test-newest coverage lint format types clean
+.PHONY: help run test test-newest test-proxies attack coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -47,6 +52,11 @@ $(VENV)/can-run: requirements.txt requirements-dev.txt
 # Most other targets need the development packages as well as the service's packages.
 $(VENV)/installed: $(VENV)/can-run
 	@sh scripts/install.sh $@
+
+# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
+DEBIAN := .tools/debian
+$(DEBIAN)/proxies/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ nginx-light haproxy
 
 help: ## list the targets
 	@awk -F ':.*## ' \
@@ -63,6 +73,13 @@ test: $(VENV)/installed ## run all tests that need only this machine
 test-newest: ## run the contract tests with the newest aiohttp and redis-py; these tests may fail
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
 	@VENV=.venv-newest sh scripts/test-newest.sh
+
+# Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
+test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test the service behind nginx and HAProxy
+	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
+
+attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
+	@$(PYTEST_SLOW) -m attack tests
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
