@@ -260,7 +260,7 @@ def _spread(values: Sequence[float]) -> str:
     """Return the median of some ratios, with their 10th and 90th percentile if there are enough."""
     if len(values) < 2:
         return "".join(f"{value:.2f}" for value in values) or "-"
-    cuts = quantiles(values, n=10)
+    cuts = quantiles(values, n=10, method="inclusive")
     return f"{median(values):.2f} ({cuts[0]:.2f} to {cuts[8]:.2f})"
 
 

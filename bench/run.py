@@ -316,7 +316,7 @@ def alone(server: Server, rate: float, plan: Plan, core: int, stores: dict[str, 
         for key, wanted in (("", rate / 2), ("_open", OPEN_RATE)):
             if not key or (server.name in (report.SERVICE, report.BEFORE) and rate > OPEN_RATE):
                 half = load(process, CONNECTIONS, lambda it: it.open(plan.open, wanted))  # noqa: B023 - called at once
-                cuts = quantiles((seconds * 1000 for seconds in half.latencies), n=100)
+                cuts = quantiles((seconds * 1000 for seconds in half.latencies), n=100, method="inclusive")
                 figures |= {f"half{key}": wanted, f"p50{key}": cuts[49], f"p99{key}": cuts[98]}
         wrk(process, 1000)
         return figures | {"pss_1000": process.pss()}

@@ -214,7 +214,7 @@ class Probes:
     @property
     def p99(self) -> float:
         """Return the time within which 99 of 100 probes were answered; a failed probe counts as the probe's timeout."""
-        return quantiles([*self.seconds, *[PROBE_SECONDS] * self.failures.total()], n=100)[98]
+        return quantiles([*self.seconds, *[PROBE_SECONDS] * self.failures.total()], n=100, method="inclusive")[98]
 
 
 async def _probe(probes: Probes, host: str, port: int) -> None:
