@@ -42,7 +42,7 @@ class Attack:
     connections: int
     data: bytes = b""  # sent first
     again: bytes = b""  # sent again and again, as fast as the service reads it
-    pause: float = 0.0  # seconds before each repetition
+    pause: float = 0.0  # seconds before each repetition, and before a connection is opened again
     reads: bool = True  # whether the client reads the answers
     stays: bool = True  # whether the connection stays open after `data`
     resets: bool = False  # whether the connection is reset, not closed
@@ -64,6 +64,7 @@ def _heads() -> dict[str, Attack]:
 _ROUTES = ("GET /", "POST /", "HEAD /", "OPTIONS /", "GET /livez", "GET /readyz", "GET /version", "GET /openapi.json", "GET /x")
 _CHUNKED = request("POST", "/", "Transfer-Encoding: chunked")
 _BODY = request("POST", "/", body=b"x" * MIB)
+_LARGE_HEADERS = [f"X-{number}: {'a' * 7400}" for number in range(2)]
 _SMALL_HEADERS = [f"a{number}: b" for number in range(126)]
 
 ATTACKS = {
@@ -73,12 +74,14 @@ ATTACKS = {
     "malformed requests": Attack(100, malformed=True, stays=False),
     "1,000 unfinished heads of many headers": Attack(1000, request("GET", "/", *_SMALL_HEADERS)[:-2]),
     "heads that never end": Attack(50, b"GET / HTTP/1.1\r\nHost: x\r\n", b"a: b\r\n" * 20),
-    "slow heads": Attack(2000, b"GET / HTTP/1.1\r\nHost: x\r\nX: ", b"a", pause=0.3),
+    "slow heads": Attack(3000, b"GET / HTTP/1.1\r\nHost: x\r\nX: ", b"a", pause=1),
     "requests behind a part of a request": Attack(500, request("GET", "/livez") + request("GET", "/", "X: " + "a" * 8000)[:-2]),
     "bodies of 1 MB": Attack(100, again=_BODY),
     "unfinished bodies of 1 MB": Attack(200, _BODY[:-1]),
     "bodies that are too long": Attack(100, request("POST", "/", f"Content-Length: {64 * MIB}"), b"x" * 65536),
-    "slow bodies": Attack(1000, request("POST", "/", "Content-Length: 1000"), b"x", pause=0.3),
+    "slow bodies": Attack(3000, request("POST", "/", "Content-Length: 1000"), b"x", pause=1),
+    "slow bodies behind large heads": Attack(2000, request("POST", "/", "Content-Length: 999", *_LARGE_HEADERS), b"x", pause=1),
+    "slow bodies behind many headers": Attack(2000, request("POST", "/", "Content-Length: 999", *_SMALL_HEADERS), b"x", pause=1),
     "chunks of one byte": Attack(20, _CHUNKED, b"1\r\nx\r\n" * 5000),
     "chunks with extensions": Attack(50, _CHUNKED, b"1;" + b"a" * 4000 + b"\r\nx\r\n"),
     "trailers": Attack(200, _CHUNKED + b"0\r\n", b"X: " + b"a" * 8000 + b"\r\n"),
@@ -152,6 +155,7 @@ class Attacker:
                 await client.lost
             finally:
                 client.transport.abort()
+            await asyncio.sleep(self.attack.pause)
 
 
 class _Client(asyncio.Protocol):
