@@ -186,11 +186,12 @@ class _Client(asyncio.Protocol):
         self.transport.write(data)
 
     def _repeat(self) -> None:
-        for _ in range(1 if self._attack.pause else _WRITES_AT_ONCE):
-            if self._paused or self.transport.is_closing():
-                return
-            self._write(self._attack.again)
-        self._loop.call_later(self._attack.pause, self._repeat)
+        with contextlib.suppress(RuntimeError):  # uvloop raises this if the connection has just been lost
+            for _ in range(1 if self._attack.pause else _WRITES_AT_ONCE):
+                if self._paused or self.transport.is_closing():
+                    return
+                self._write(self._attack.again)
+            self._loop.call_later(self._attack.pause, self._repeat)
 
     def pause_writing(self) -> None:
         self._paused = True
