@@ -30,16 +30,21 @@ TAG ?=               # the tag of the release, such as v0.1.0
 DIGEST ?=            # the expected digest of the image
 SUMS ?=              # the expected digest of SHA256SUMS, the file with the checksums of a release's files
 
+PROXIES ?=           # the folder of the machine's own nginx and haproxy, such as /usr/sbin, for `make test-proxies`
+RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
+ATTACK_SECONDS ?= 10
+DEBIAN_MIRROR ?= http://deb.debian.org/debian
+
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE SERVERS
+export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE SERVERS RESTARTS ATTACK_SECONDS DEBIAN_MIRROR
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 # --- Every day ---
 
-.PHONY: help run test test-newest test-servers test-clock chaos coverage lint format types clean
+.PHONY: help run test test-newest test-servers test-clock test-proxies attack chaos coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -48,6 +53,11 @@ $(VENV)/can-run: requirements.txt requirements-dev.txt
 # Most other targets need the development packages as well as the service's packages.
 $(VENV)/installed: $(VENV)/can-run
 	@sh scripts/install.sh $@
+
+# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
+DEBIAN := .tools/debian
+$(DEBIAN)/proxies/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ nginx-light haproxy
 
 help: ## list the targets
 	@awk -F ':.*## ' \
@@ -73,6 +83,13 @@ test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clo
 
 chaos: $(VENV)/installed ## break the primary of a replicated store 45 times in 20 minutes; no number may be lost
 	@$(BIN)/python -m tests.hitcounter.chaos
+
+# Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
+test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test the service behind nginx and HAProxy
+	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
+
+attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
+	@$(PYTEST_SLOW) -m attack tests
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
@@ -127,15 +144,22 @@ update: $(VENV)/installed ## take newer versions (of packages, only those publis
 .PHONY: bench bench-quick
 
 BENCH := .venv-bench
+BEFORE ?=            # another checkout of this repository, to compare its hitcounter with this one's
 
-$(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt
-	@sh scripts/install.sh $@
+# The image has the Python of Debian 13, which was built with optimisation. A Python that was not is half as fast.
+$(DEBIAN)/bench/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ python3.13-venv wrk nginx-light libnginx-mod-http-lua webdis
 
-bench: $(BENCH)/peers ## compare the service with its peers in 6 minutes; write bench/results.md and bench/results.svg
-	@$(BENCH)/bin/python -m bench.run
+$(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt $(if $(PYTHON),,$(DEBIAN)/bench/done)
+	@PYTHON=$(or $(PYTHON),$(abspath $(DEBIAN)/bench/bin/python3.13)) sh scripts/install.sh $@
+
+RUN_BENCH = DEBIAN_ROOT=$(if $(PYTHON),,$(abspath $(DEBIAN)/bench)) BEFORE=$(BEFORE) $(BENCH)/bin/python -m bench.run
+
+bench: $(BENCH)/peers ## compare the service with its peers in 15 minutes; write bench/results.md and bench/results.svg
+	@$(RUN_BENCH)
 
 bench-quick: $(BENCH)/peers ## show that the benchmark runs; write nothing
-	@$(BENCH)/bin/python -m bench.run --quick
+	@$(RUN_BENCH) --quick
 
 # --- Image ---
 

@@ -134,6 +134,13 @@ class Load:
         return next(self._requests, None) if time.monotonic() < self._until else None
 
 
+class PostLoad(Load):
+    """Sends only POSTs without a key, which a proxy must not repeat."""
+
+    def _mix(self) -> Iterator[tuple[str | None, bytes]]:
+        return itertools.repeat(("", _POST + b"\r\n"))
+
+
 class _Client(asyncio.Protocol):
     """A connection that sends one request at a time."""
 
