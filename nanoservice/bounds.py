@@ -62,7 +62,7 @@ class Bounds:
     def __init__(self, metrics: BoundMetrics, port: str, limit: int) -> None:
         self.open: set[Bounded] = set()
         self.waiting: OrderedDict[Bounded, None] = OrderedDict()  # connections that wait for their clients, the longest first
-        self._limit = limit
+        self._port, self._limit = port, limit
         self._held = 0
         self._receiving: set[Bounded] = set()  # connections that receive a long body
         self._queue: OrderedDict[Bounded, None] = OrderedDict()  # connections whose long body waits
@@ -82,7 +82,8 @@ class Bounds:
         if len(self.open) >= self._limit:
             if (now := time.monotonic()) >= self._quiet_until:
                 self._quiet_until = now + _LOG_INTERVAL
-                _logger.warning("too many connections: closing the one that was idle longest", extra={"limit": self._limit})
+                details = {"of_port": self._port, "limit": self._limit}
+                _logger.warning("too many connections: closing the one that was idle longest", extra=details)
             if self.waiting:
                 self._evict(next(iter(self.waiting)), "connections")
         self.open.add(connection)

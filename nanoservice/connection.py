@@ -20,8 +20,10 @@ upgrade removes. Each entry says what the chassis loses without the name.
   `BaseProtocol._reading_paused`: aiohttp's body and this module both pause reading. Without them they undo each other's pause.
 - `BaseProtocol._parser`: a body that its handler does not read pauses the parser through it. Without it such a body has no limit.
 - `StreamWriter`: it writes the answers of aiohttp's responses. Without it only `Answer` could be sent.
-- `StreamReader.set_exception`, `StreamReader.exception`, `StreamReader.is_eof`, `StreamReader.total_bytes`, `EMPTY_PAYLOAD`: they
-  show and set the state of a request's body. Without them a handler waits for a broken body until the connection is closed.
+- `StreamReader.set_exception`, `StreamReader.exception`, `StreamReader.is_eof`, `EMPTY_PAYLOAD`: they show and set the state of a
+  request's body. Without them a handler waits for a broken body until the connection is closed.
+- `StreamReader.total_bytes`, `StreamReader.get_read_buffer_limits`: they show how much of a body has arrived, and whether a
+  handler collects it. Without them long bodies that are collected at the same time fill the memory.
 - `AbstractStreamWriter.output_size`: it shows whether an answer has begun. Without it an error could be sent inside an answer.
 - `Server.request_handler`, `Server.request_factory`: they make and handle aiohttp's requests. Without them nothing is served.
 """
