@@ -45,7 +45,7 @@ from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
 from nanoservice.config import Config, password
-from nanoservice.health import CauseError, Health
+from nanoservice.health import Health
 from nanoservice.replication import Replication
 from nanoservice.sentinel import Sentinels
 
@@ -119,7 +119,7 @@ class _DiscreetConnection(AbstractConnection):
         try:
             await super().on_connect_check_health(check_health)
         except exceptions.RedisError as error:
-            if not isinstance(error, (_PasswordFileError, CauseError)):
+            if not isinstance(error, _PasswordFileError):
                 error.args = ()
             raise
 
@@ -153,7 +153,7 @@ class _TlsConnection(_TcpConnection, SSLConnection):
         return {**super()._connection_arguments(), "server_hostname": self.host.rstrip(".")}
 
 
-class _PrimaryConnection(Connection):
+class _PrimaryConnection(_DiscreetConnection, Connection):
     """A connection to the primary, which the Sentinels name each time the connection is opened.
 
     After a failure, each open connection is opened again before its next use, because another server may be the primary now.
@@ -166,13 +166,14 @@ class _PrimaryConnection(Connection):
     _failures: int  # the value of `health.failures` when the connection was opened
 
     async def connect(self) -> None:
-        seen = self.sentinels.primary, self.health.failures
-        if self.is_connected and seen != (self._address, self._failures):
-            await self.disconnect(nowait=True)
+        if self.is_connected:
+            usable = self._address == self.sentinels.primary and self._failures == self.health.failures
+            if not usable or self._writer.is_closing() or await self.can_read():  # type: ignore[union-attr] # connected
+                await self.disconnect(nowait=True)
         if not self.is_connected:
             self._address = self.host, self.port = await self.sentinels.find()
             self._failures = self.health.failures
-        await super().connect()  # type: ignore[no-untyped-call] # typed in part
+        await super().connect()
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
         await super().on_connect_check_health(check_health)
@@ -268,7 +269,7 @@ class Store:
         if with_sentinels:
             sentinels = Sentinels(config.redis_sentinels, to, timeout / 2, registry)
             shared = {"sentinels": sentinels, "replication": self.replication, "health": self.health}
-            self._kind = type("Connection", (_DiscreetConnection, _PrimaryConnection, kind), shared)
+            self._kind = type("Connection", (_PrimaryConnection, kind), shared)
         # If all connections are in use, a handler waits for a free one. It waits no longer than for an answer of Redis.
         pool = BlockingConnectionPool(
             max_connections=_MAX_POOL_CONNECTIONS, timeout=config.redis_timeout, connection_class=self._kind, **self._options

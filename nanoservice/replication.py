@@ -35,7 +35,8 @@ class Replication:
     ) -> None:
         self._replicas = replicas
         self._connection = connection
-        self._seconds = timeout / 4  # for the question whether a replica is a primary
+        # For the question whether a replica is a primary. Together with WAIT this must be less than `timeout`.
+        self._seconds = timeout * 0.4
         self._milliseconds = max(1, int(timeout * 500))  # If WAIT took longer than `timeout`, its reply would be lost.
         self._wanted = replicas
         self._primary: Address | None = None

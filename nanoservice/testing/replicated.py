@@ -6,6 +6,7 @@ their source addresses.
 
 import asyncio
 import contextlib
+import os
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from enum import Enum, auto
@@ -107,15 +108,23 @@ class Network:
         writer.transport.abort()
 
 
+def _is_old() -> bool:
+    """Return whether the tests use a Redis older than version 7."""
+    program = os.environ.get("REDIS_SERVER") or executable()
+    return " v=6." in subprocess.check_output([program, "--version"], text=True)
+
+
 class Server(Valkey):
     """One of the three servers, and the network in front of it."""
 
     def __init__(self, data: Path, number: int) -> None:
         super().__init__(data)
         self.network = Network(f"127.0.0.1{number}", self.port)
+        host = self.network.host
         self.options = (
-            "--bind-source-addr", self.network.host, "--repl-diskless-sync-delay", "0",
-            "--replica-announce-ip", self.network.host, "--replica-announce-port", str(self.network.port),
+            # Before version 7, Redis has no option for the source address, and uses the first address that it listens on.
+            *(("--bind", host, "127.0.0.1") if _is_old() else ("--bind-source-addr", host)), "--repl-diskless-sync-delay", "0",
+            "--replica-announce-ip", host, "--replica-announce-port", str(self.network.port),
         )  # fmt: skip
 
     def role(self) -> str:

@@ -156,21 +156,17 @@ async def test_sentinels_that_know_no_primary_are_named(valkey: Valkey, store: R
             assert "127.0.0" not in body
 
 
-async def test_server_that_is_a_replica_is_not_taken_for_the_primary(store: Replicated) -> None:
+async def test_connection_to_a_demoted_primary_is_not_used_again(store: Replicated) -> None:
     async with serving(SERVICE, store.environ()) as served:
         assert await works(served)
         primary = store.primary()
         other = next(server for server in store.servers if server is not primary)
         assert primary
-        primary.run("REPLICAOF", other.network.host, other.network.port)
-        primary.run("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-
-        async def is_named() -> bool:
-            status, body = await get(served)
-            assert status == 503
-            return "the server that the Sentinels name is not a primary" in body
-
-        await eventually(is_named, 2 * SLACK)
+        primary.run("REPLICAOF", other.network.host, other.network.port)  # The Sentinels do not know this yet.
+        status, body = await get(served)
+        assert (status, "it is a read-only replica (READONLY)" in body) == (503, True)
+        status, body = await get(served)
+        assert (status, "the server that the Sentinels name is not a primary" in body) == (503, True)
 
 
 async def test_search_ends_when_its_callers_are_gone(store: Replicated, silent: int) -> None:
