@@ -314,6 +314,7 @@ class Connection(BaseProtocol):
         else:
             self._receives()
         known = message.version in (HttpVersion10, HttpVersion11) and _valid_host(headers.get(hdrs.HOST, ""))
+        known = known and (message.chunked or hdrs.TRANSFER_ENCODING not in headers)  # The parser accepts an empty value.
         if not known or self._body.exception() is not None:
             self._refuse(400, "the request is not valid HTTP")
             return

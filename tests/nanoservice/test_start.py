@@ -282,7 +282,7 @@ def test_limit_on_open_files_is_raised_as_far_as_the_system_allows(monkeypatch: 
 
     monkeypatch.setattr(resource, "getrlimit", lambda kind: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", setrlimit)
-    assert max_connections() == 8192 - 128
+    assert max_connections() == 8192 - 192
     assert limits[1:] == [(8192, resource.RLIM_INFINITY)]
-    assert max_connections() == 8192 - 128
+    assert max_connections() == 8192 - 192
     assert len(limits) == 2  # a limit that is high enough is left alone
