@@ -16,9 +16,9 @@ upgrade removes. Each entry says what the chassis loses without the name.
 - `BaseProtocol.pause_writing`, `BaseProtocol.resume_writing`, `BaseProtocol.connection_made`, `BaseProtocol.connection_lost`,
   `BaseProtocol.writing_paused`, `BaseProtocol.transport`: aiohttp's writer waits for the client through this base class. Without
   them a slow client fills the memory.
-- `BaseProtocol._pause_reading_for_buffer`, `BaseProtocol._resume_reading_for_buffer`, `BaseProtocol._buffer_paused`,
-  `BaseProtocol._reading_paused`: aiohttp's body and this module both pause reading. Without them they undo each other's pause.
-- `BaseProtocol._parser`: a body that its handler does not read pauses the parser through it. Without it such a body has no limit.
+- `BaseProtocol.pause_reading`, `BaseProtocol.resume_reading`: a body that its handler does not read calls the first one. Without
+  them such a body has no limit.
+- `BaseProtocol._parser`: `pause_reading` pauses this parser too. Without it such a body has no limit.
 - `StreamWriter`: it writes the answers of aiohttp's responses. Without it only `Answer` could be sent.
 - `StreamReader.set_exception`, `StreamReader.exception`, `StreamReader.is_eof`, `EMPTY_PAYLOAD`: they show and set the state of a
   request's body. Without them a handler waits for a broken body until the connection is closed.
@@ -82,9 +82,9 @@ class Connection(BaseProtocol):
 
     # fmt: off
     __slots__ = (
-        "_body", "_bounds", "_busy", "_content", "_counted", "_deaf", "_discarding", "_ended", "_factory", "_head", "_idle",
-        "_later", "_left", "_long", "_message", "_min_unsent", "_min_unsent_since", "_only_probes", "_route", "_seam", "_since",
-        "_started", "held", "peername", "sockname",
+        "_body", "_body_paused", "_bounds", "_busy", "_content", "_counted", "_deaf", "_discarding", "_ended", "_factory",
+        "_head", "_idle", "_later", "_left", "_long", "_message", "_min_unsent", "_min_unsent_since", "_only_probes", "_route",
+        "_seam", "_since", "_started", "held", "peername", "sockname",
     )
     # fmt: on
 
@@ -108,7 +108,7 @@ class Connection(BaseProtocol):
         self._body: StreamReader = EMPTY_PAYLOAD
         self._message: RawRequestMessage | None = None
         self._left: int | None = 0
-        self._busy = self._discarding = self._long = False
+        self._busy = self._discarding = self._long = self._body_paused = False
         # `_idle`: nothing of the next request has arrived. `_since`: when the client began to send a request, or to be idle.
         # `_ended`: the client has closed its side. `_deaf`: all further bytes are discarded.
         self._idle, self._ended, self._deaf = True, False, False
@@ -177,6 +177,22 @@ class Connection(BaseProtocol):
 
     # --- read ---
 
+    def pause_reading(self) -> None:
+        """Read no more of the body until its handler has read what is buffered. aiohttp calls this."""
+        self._body_paused = True
+        super().pause_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Continue to read the body. aiohttp calls this, also at the end of a body."""
+        self._body_paused = False
+        super().resume_reading(resume_parser)
+        self._read_socket(not self._later and not self._body_paused)
+
+    def _read_socket(self, reading: bool) -> None:
+        """Start or stop to receive bytes from the kernel."""
+        if self.transport is not None and self.transport.is_reading() is not reading and not self.transport.is_closing():
+            (self.transport.resume_reading if reading else self.transport.pause_reading)()
+
     def data_received(self, data: bytes) -> None:
         """Read `data`. aiohttp calls this without data to continue with a body after a pause."""
         if self._idle and data.find(_END) + len(_END) == len(data) <= HEAD_BYTES and not self.writing_paused:
@@ -199,7 +215,7 @@ class Connection(BaseProtocol):
                 if self.writing_paused:
                     break  # The client must read its answers first.
                 data = self._read_head(data)
-            elif self._body.is_eof() or self._reading_paused or not self._may_receive():
+            elif self._body.is_eof() or self._body_paused or not self._may_receive():
                 break
             else:
                 data = self._read_body(data)
@@ -211,11 +227,7 @@ class Connection(BaseProtocol):
         if len(data) != self._counted:
             self._bounds.hold(self, len(data) - self._counted)
             self._counted = len(self._later)
-        if data:
-            if not self._buffer_paused:
-                self._pause_reading_for_buffer()
-        elif self._buffer_paused:
-            self._resume_reading_for_buffer()
+        self._read_socket(not data and not self._body_paused)
         if self._message is not None:
             self._start(self._message)
 
@@ -500,8 +512,7 @@ class Connection(BaseProtocol):
             with contextlib.suppress(OSError, RuntimeError):
                 self.transport.write_eof()
             self._waits()
-            self._reading_paused = False
-            self._resume_reading_for_buffer()
+            self._read_socket(True)
         else:
             self.transport.close()
 
