@@ -8,24 +8,33 @@
 . "${0%/*}/lib/cluster.sh"
 . "${0%/*}/lib/passwords.sh"
 
-load() { # make Redis load the passwords that the secret redis-users has now
-  # Change the pod's annotation: the kubelet then updates the mounted secret at once, instead of after a minute or two.
-  k annotate pod redis-0 --overwrite "passwords-changed=$(date +%s)" >/dev/null
+load() { # POD...: make the Redis of each pod load the passwords that the secret redis-users has now
+  # Change the pods' annotation: the kubelet then updates the mounted secret at once, instead of after a minute or two.
+  k annotate pod "$@" --overwrite "passwords-changed=$(date +%s)" >/dev/null
   # shellcheck disable=SC2086 # each user's name is an argument
   (cd "$work/users" && cat $users) >"$work/wanted" || exit
-  for _ in $(seq 120); do
-    # shellcheck disable=SC2086,SC2016 # each user's name is an argument; the pod's shell expands "$@"
-    if k exec redis-0 --container=redis -- sh -c 'cd /run/secrets/redis && cat "$@"' sh $users | cmp -s - "$work/wanted"; then
-      k exec redis-0 --container=redis -- sh /etc/redis/redis.sh load-users
-      return
-    fi
-    sleep 1
+  for pod; do
+    for _ in $(seq 120); do
+      # shellcheck disable=SC2086,SC2016 # each user's name is an argument; the pod's shell expands "$@"
+      if k exec "$pod" --container="${pod%-*}" -- sh -c 'cd /run/secrets/redis && cat "$@"' sh $users | cmp -s - "$work/wanted"; then
+        in_pod "$pod" load-users
+        continue 2
+      fi
+      sleep 1
+    done
+    fail "the pod $pod does not see the new passwords. The passwords that were valid still are." \
+      "Run this again when the pod is well: kubectl describe pod $pod"
   done
-  fail "the pod redis-0 does not see the new passwords. The passwords that were valid still are." \
-    "Run this again when the pod is well: kubectl describe pod redis-0"
+}
+
+restart() { # KIND/NAME WHAT: replace the pods of KIND/NAME
+  k rollout restart "$1" >/dev/null
+  k rollout status "$1" --timeout=300s >/dev/null \
+  || fail "the new pods of $2 do not get ready; nothing is lost, run this again when they do"
 }
 
 k get pod redis-0 >/dev/null 2>&1 || fail "there is no pod redis-0 in the namespace $NAMESPACE, so no password can be rotated"
+pods="$(pods_of redis) $(pods_of redis-sentinel)" || exit
 read_passwords
 for name in $users; do
   [ -s "$work/users/$name" ] || fail "the secret redis-users has no password for $name; run: make secret"
@@ -35,22 +44,28 @@ for name in $users; do
   mv "$work/new" "$work/users/$name"
 done
 write_secret redis-users "$work/users"
-load
+# shellcheck disable=SC2086 # each pod's name is an argument
+load $pods
 echo "Redis accepts the new passwords, and still the old ones"
 write_services
 # Replace the pods of each service. A new pod is ready only when it has connected to Redis with the new password.
 for name in $services; do
   deployed=$(k get deployment "$name" --ignore-not-found --output=name)
   [ "$deployed" ] || continue # a service that is deployed later starts with the new password
-  k rollout restart "deployment/$name" >/dev/null
-  k rollout status "deployment/$name" --timeout=180s >/dev/null \
-  || fail "the new pods of $name do not get ready; nothing is lost, run this again when they do"
+  restart "deployment/$name" "$name"
 done
 echo "every service has connected with its new password"
+if [ "$(pods_of redis-sentinel)" ]; then
+  # The servers and the Sentinels read the passwords with which they connect to each other when they start.
+  restart statefulset/redis-sentinel Sentinel
+  restart statefulset/redis Redis
+  echo "every server and every Sentinel has connected with its new password"
+fi
 for name in $users; do
   head -n 1 "$work/users/$name" >"$work/new"
   mv "$work/new" "$work/users/$name"
 done
 write_secret redis-users "$work/users"
-load
+# shellcheck disable=SC2086 # each pod's name is an argument
+load $pods
 echo "Redis accepts the new passwords only"
