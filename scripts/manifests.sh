@@ -8,21 +8,17 @@
 folder=$1
 if [ "${RELEASE:-}" ]; then made_by=release-files; else made_by=manifests; fi
 
-render() { # NAME VARIANT [COMPONENT...]: render VARIANT, with each COMPONENT, into work/NAME.yaml
-  name=$1
-  printf 'resources: [../%s]\n' "$2" >"$work/kustomization.yaml"
-  shift 2
+render() { # NAME VARIANT [COMPONENT]: render VARIANT, with COMPONENT, into work/NAME.yaml
   {
-    echo "components:"
-    for component; do echo "  - ../components/$component"; done
+    printf 'resources: [../%s]\ncomponents: [%s]\n' "$2" "${3:+../components/$3}"
     if [ "${RELEASE:-}" ]; then
       echo "images:"
-      for image in hitcounter registry.example.com/hitcounter; do
-        echo "  - {name: $image, newName: \"${RELEASE%@*}\", digest: \"${RELEASE#*@}\"}"
+      for name in hitcounter registry.example.com/hitcounter; do
+        echo "  - {name: $name, newName: \"${RELEASE%@*}\", digest: \"${RELEASE#*@}\"}"
       done
     fi
-  } >>"$work/kustomization.yaml"
-  { echo "# Made by \`make $made_by\`."; "$KUBECTL" kustomize "$work"; } >"$work/$name.yaml"
+  } >"$work/kustomization.yaml"
+  { echo "# Made by \`make $made_by\`."; "$KUBECTL" kustomize "$work"; } >"$work/$1.yaml"
 }
 
 work=$(mktemp -d manifests/.render.XXXXXX)
@@ -35,7 +31,6 @@ for component in manifests/components/*/; do
   component=$(basename "$component")
   render "production-$component" production "$component"
 done
-render production-redis-replicated-tls production redis-replicated redis-tls
 rm "$work/kustomization.yaml"
 mkdir -p "$folder"
 rm -f "$folder"/*.yaml # also remove the files of variants that no longer exist

@@ -7,7 +7,7 @@
 . "${0%/*}/lib/cluster.sh"
 
 [ -f "$FILE" ] || fail "which file is to be restored? make restore FILE=hitcounter.rdb"
-pods=$(pods_of redis) || exit
+pods=$(redis_pods) || exit
 # Each replica gets the snapshot too. It copies the primary's data anyway, but it may become the primary while the pods restart.
 for pod in $pods; do
   in_pod "$pod" restore --stdin <"$FILE"

@@ -8,23 +8,30 @@
 . "${0%/*}/lib/cluster.sh"
 . "${0%/*}/lib/passwords.sh"
 
-load() { # POD...: make the Redis of each pod load the passwords that the secret redis-users has now
+load() { # make each Redis, and each Sentinel, load the passwords that the secret redis-users has now
   # Change the pods' annotation: the kubelet then updates the mounted secret at once, instead of after a minute or two.
-  k annotate pod "$@" --overwrite "passwords-changed=$(date +%s)" >/dev/null
+  # shellcheck disable=SC2086 # each pod's name is an argument
+  k annotate pod $pods --overwrite "passwords-changed=$(date +%s)" >/dev/null
   # shellcheck disable=SC2086 # each user's name is an argument
   (cd "$work/users" && cat $users) >"$work/wanted" || exit
-  for pod; do
-    for _ in $(seq 120); do
-      # shellcheck disable=SC2086,SC2016 # each user's name is an argument; the pod's shell expands "$@"
-      if k exec "$pod" --container="${pod%-*}" -- sh -c 'cd /run/secrets/redis && cat "$@"' sh $users | cmp -s - "$work/wanted"; then
-        in_pod "$pod" load-users
-        continue 2
-      fi
-      sleep 1
+  for pod in $pods; do
+    for container in $(k get pod "$pod" --output=jsonpath='{.spec.containers[*].name}'); do
+      load_in "$pod" --container="$container"
     done
-    fail "the pod $pod does not see the new passwords. The passwords that were valid still are." \
-      "Run this again when the pod is well: kubectl describe pod $pod"
   done
+}
+
+load_in() { # POD OPTION: make the server in the container that OPTION names load the passwords
+  for _ in $(seq 120); do
+    # shellcheck disable=SC2086,SC2016 # each user's name is an argument; the pod's shell expands "$@"
+    if k exec "$@" -- sh -c 'cd /run/secrets/redis && cat "$@"' sh $users | cmp -s - "$work/wanted"; then
+      k exec "$@" -- sh /etc/redis/redis.sh load-users
+      return
+    fi
+    sleep 1
+  done
+  fail "the pod $1 does not see the new passwords. The passwords that were valid still are." \
+    "Run this again when the pod is well: kubectl describe pod $1"
 }
 
 restart() { # KIND/NAME WHAT: replace the pods of KIND/NAME
@@ -34,7 +41,7 @@ restart() { # KIND/NAME WHAT: replace the pods of KIND/NAME
 }
 
 k get pod redis-0 >/dev/null 2>&1 || fail "there is no pod redis-0 in the namespace $NAMESPACE, so no password can be rotated"
-pods="$(pods_of redis) $(pods_of redis-sentinel)" || exit
+pods=$(redis_pods) || exit
 read_passwords
 for name in $users; do
   [ -s "$work/users/$name" ] || fail "the secret redis-users has no password for $name; run: make secret"
@@ -44,8 +51,7 @@ for name in $users; do
   mv "$work/new" "$work/users/$name"
 done
 write_secret redis-users "$work/users"
-# shellcheck disable=SC2086 # each pod's name is an argument
-load $pods
+load
 echo "Redis accepts the new passwords, and still the old ones"
 write_services
 # Replace the pods of each service. A new pod is ready only when it has connected to Redis with the new password.
@@ -55,9 +61,8 @@ for name in $services; do
   restart "deployment/$name" "$name"
 done
 echo "every service has connected with its new password"
-if [ "$(pods_of redis-sentinel)" ]; then
-  # The servers and the Sentinels read the passwords with which they connect to each other when they start.
-  restart statefulset/redis-sentinel Sentinel
+if [ "$pods" != redis-0 ]; then
+  # The servers and the Sentinels read the passwords with which they connect to each other only when they start.
   restart statefulset/redis Redis
   echo "every server and every Sentinel has connected with its new password"
 fi
@@ -66,6 +71,5 @@ for name in $users; do
   mv "$work/new" "$work/users/$name"
 done
 write_secret redis-users "$work/users"
-# shellcheck disable=SC2086 # each pod's name is an argument
-load $pods
+load
 echo "Redis accepts the new passwords only"

@@ -56,8 +56,8 @@ prepare() { :; }
 further() { fail "unknown command: $1"; }
 configuration=/etc/redis/valkey.conf
 
-lock_data() { # take the lock of the volume
-  cd /data
+lock_volume() { # FOLDER: enter FOLDER of the volume, and take its lock
+  cd "$1"
   # Each Valkey holds the lock of its volume until it exits. Wait for this lock: after a pod was deleted by force, the pod's
   # Valkey may still run. Without the wait, this old Valkey would acknowledge writes that the new Valkey never reads.
   exec 9>lock
@@ -78,7 +78,7 @@ command=$1
 shift
 case "$command" in
   start)
-    lock_data
+    lock_volume /data
     write_users
     if [ -d restored ] && [ -d appendonlydir ] && [ -z "$(find restored -maxdepth 0 -mmin -15)" ]; then
       # The restore was interrupted before Valkey's restart. A restart days later must not complete that restore.

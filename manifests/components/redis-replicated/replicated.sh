@@ -1,13 +1,13 @@
-# redis.sh reads this file, which the component redis-replicated adds. It changes some functions of redis.sh, and adds commands.
+# redis.sh reads this file, which the component redis-replicated adds. It replaces some functions of redis.sh, and adds commands.
+# The same commands serve both containers of a pod: the server, and the Sentinel, where the variable SERVER is `sentinel`.
 # Further commands of redis.sh:
 #   sentinel     write Sentinel's configuration, and replace this shell with a Sentinel
 #   hand-over    if this server is the primary, make another server the primary, and wait until this has happened
 #   is-primary   succeed if this server is the primary
 
-servers="redis-0 redis-1 redis-2"
-sentinels="redis-sentinel-0 redis-sentinel-1 redis-sentinel-2"
-tls=/run/secrets/redis-tls   # this folder exists if the component redis-tls is used
+pods="redis-0 redis-1 redis-2"   # these are also the names of the pods' Services
 pod=$(uname -n)
+tls=/run/secrets/redis-tls       # this folder exists if TLS is used
 
 join_users() { # FILE...: print each user in the files, with the rights of all its lines; give each service the rights of `services`
   for name in $(sed -n 's/^user \([^ ]*\).*/\1/p' "$users" "$@" | sort -u); do
@@ -21,17 +21,20 @@ join_users() { # FILE...: print each user in the files, with the rights of all i
 }
 
 list_users() { # print the users and their rights, as an ACL file without passwords
-  case $pod in
-    redis-sentinel-*) join_users /etc/redis/sentinel.acl ;;
-    *) join_users "$users" /etc/redis/replicated.acl ;;
-  esac
+  if [ "${SERVER:-}" = sentinel ]; then
+    join_users /etc/redis/sentinel.acl
+  else
+    join_users "$users" /etc/redis/replicated.acl
+  fi
 }
 
-address() { # NAME: print the address of the Service NAME; with TLS print NAME, because the certificate is valid for names
+address() { # POD: print the address of the pod's Service; with TLS print its name, because the certificate is valid for names
   if [ -d "$tls" ]; then
     echo "$1"
   else
-    until found=$(getent hosts "$1"); do sleep 1; done
+    # Add the namespace's domain, because /etc/hosts gives the pod's own name another address, which changes with each pod.
+    domain=$(sed -n 's/^search \([^ ]*\).*/\1/p' /etc/resolv.conf)
+    until found=$(getent hosts "$1.$domain"); do sleep 1; done
     echo "${found%%[[:space:]]*}"
   fi
 }
@@ -43,28 +46,35 @@ cli() { # HOST PORT USER PASSWORD ARGUMENT...: run valkey-cli, for at most 2 s
   REDISCLI_AUTH=$password timeout 2 valkey-cli -h "$host" -p "$port" --user "$user" "$@"
 }
 
-ask_sentinel() { # NAME COMMAND...: send a command to the Sentinel NAME
-  name=$1
+ask_sentinel() { # POD COMMAND...: send a command to the Sentinel in POD
+  host=$1
   shift
-  cli "$name" 26379 operator "$(read_passwords operator | tail -n 1)" SENTINEL "$@"
+  [ "$host" != "$pod" ] || host=127.0.0.1
+  cli "$host" 26379 operator "$(read_passwords operator | tail -n 1)" SENTINEL "$@"
 }
 
 agreed_primary() { # print the address of the primary, if two Sentinels name the same server
   agreed=$(
-    for name in $sentinels; do
+    for name in $pods; do
       ask_sentinel "$name" GET-MASTER-ADDR-BY-NAME primary 2>/dev/null | {
         read -r host && read -r port && [ "$port" = 6379 ] && echo "$host"
       } &
     done | sort | uniq -d
   )
-  [ -z "$agreed" ] || echo "$agreed"
+  [ "$agreed" ] && echo "$agreed"
 }
 
-accepted_password() { # USER NAME:PORT...: print the user's newest password that none of the servers NAME:PORT refuses
+accepted_password() { # USER PORT...: print the user's newest password that no other pod refuses at one of the ports
   user=$1
   shift
   for password in $(read_passwords "$user"); do
-    answers=$(for server; do cli "${server%:*}" "${server#*:}" "$user" "$password" PING 2>&1 & done)
+    answers=$(
+      for name in $pods; do
+        for port; do
+          [ "$name" = "$pod" ] || cli "$name" "$port" "$user" "$password" PING 2>&1 &
+        done
+      done
+    )
     case $answers in *WRONGPASS*) ;; *) break ;; esac
   done
   echo "$password"
@@ -75,13 +85,25 @@ prepare() { # before Valkey starts: find the primary, and write the configuratio
   # the restarts.
   touch /run/valkey/waiting
   me=$(address "$pod")
-  until primary=$(agreed_primary) && [ "$primary" ]; do sleep 1; done
+  until primary=$(agreed_primary); do sleep 1; done
+  replicas=$(for name in $pods; do ask_sentinel "$name" REPLICAS primary; done 2>/dev/null)
+  if [ "$replicas" ]; then
+    # This server may have been the primary until now. Then the Sentinels are about to promote another server, which takes them
+    # some seconds. Meanwhile this server must not be a primary too: a replica that still belongs to it would confirm writes that
+    # the new primary does not have. And a server that has lost its data must never be the primary.
+    waited=0
+    while [ "$primary" = "$me" ] && { [ $waited -lt 15 ] || [ ! -d /data/appendonlydir ]; }; do
+      sleep 1
+      waited=$((waited + 1))
+      primary=$(agreed_primary) || primary=$me
+    done
+  fi
   echo "redis.sh: the primary is $primary"
   {
     cat /etc/redis/valkey.conf /etc/redis/replicated.conf
     echo "replica-announce-ip $me"
     echo "primaryuser replica"
-    echo "primaryauth $(accepted_password replica $(printf '%s:6379 ' $servers))"
+    echo "primaryauth $(accepted_password replica 6379)"
     [ ! -d "$tls" ] || echo "tls-replication yes"
     [ "$primary" = "$me" ] || echo "replicaof $primary 6379"
   } >/run/valkey/valkey.conf   # Sentinel makes Valkey write this file again
@@ -92,11 +114,12 @@ prepare() { # before Valkey starts: find the primary, and write the configuratio
 alive() { [ -e /run/valkey/waiting ] || as probe PING >/dev/null; }
 
 ready() {
-  case $pod in
-    redis-sentinel-*) [ "$(as probe PING)" = PONG ] ;;
+  if [ "${SERVER:-}" = sentinel ]; then
+    [ "$(as probe PING)" = PONG ]
+  else
     # A replica is ready when it has the primary's data. Without this, a rollout would stop the next server too early.
-    *) case $(as probe ROLE | tr '\n' ' ') in "master "* | "slave "*" connected "*) ;; *) return 1 ;; esac ;;
-  esac
+    case $(as probe ROLE | tr '\n' ' ') in "master "* | "slave "*" connected "*) ;; *) return 1 ;; esac
+  fi
 }
 
 is_primary() { [ "$(as operator ROLE | head -n 1)" = master ]; }
@@ -105,17 +128,17 @@ hand_over() {
   # A restore restarts all servers with the restored data. No server may give its old data to another one before.
   if [ -d /data/restored ] || ! is_primary; then return; fi
   me=$(address "$pod")
-  for name in $sentinels $sentinels $sentinels; do   # at most 15 s
-    # The primary stops to accept writes, waits until the replica has all writes, and then becomes a replica itself. Sentinel
+  for name in $pods $pods; do   # at most 15 s
+    # The primary stops accepting writes, waits until the replica has all writes, and then becomes a replica itself. Sentinel
     # refuses if no replica can take over yet.
-    if [ "$(ask_sentinel "$name" FAILOVER primary COORDINATED 2>&1)" = OK ]; then
+    if [ "$(ask_sentinel "$name" FAILOVER primary COORDINATED 2>/dev/null)" = OK ]; then
       for _ in $(seq 40); do
         is_primary || break
         sleep 0.1
       done
     fi
     is_primary || break
-    sleep 1
+    sleep 0.5
   done
   # Until the Sentinels name the new primary, this server tells the services which server it is.
   for _ in $(seq 5); do
@@ -125,9 +148,8 @@ hand_over() {
 }
 
 write_sentinel() { # write Sentinel's configuration, with what Sentinel remembered in it
-  # shellcheck disable=SC2046 # each server is an argument
-  password=$(accepted_password sentinel $(printf '%s:6379 ' $servers) $(printf '%s:26379 ' $sentinels))
-  for name in $servers $sentinels; do echo "$name $(address "$name")"; done >addresses.new
+  for name in $pods; do echo "$name $(address "$name")"; done >addresses.new
+  password=$(accepted_password sentinel 6379 26379)
   {
     if [ -s sentinel.conf ]; then
       # Sentinel writes addresses into its configuration. Replace those that have changed since, because a Service was made again.
@@ -157,7 +179,7 @@ unixsocket /run/valkey/socket
 unixsocketperm 700
 protected-mode no
 aclfile /run/valkey/users.acl
-dir /data
+dir /data/sentinel
 sentinel announce-ip $(sed -n "s/^$pod //p" addresses.new)
 sentinel announce-port 26379
 sentinel down-after-milliseconds primary 2000
@@ -176,10 +198,11 @@ END
 further() { # COMMAND: run a command that redis.sh does not have
   case "$1" in
     sentinel)
-      lock_data
+      mkdir -p /data/sentinel
+      lock_volume /data/sentinel
       write_users
       write_sentinel
-      exec valkey-server /data/sentinel.conf --sentinel
+      exec valkey-server /data/sentinel/sentinel.conf --sentinel
       ;;
     hand-over) hand_over ;;
     is-primary) is_primary ;;
