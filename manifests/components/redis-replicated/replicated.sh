@@ -86,7 +86,7 @@ prepare() { # before Valkey starts: find the primary, and write the configuratio
   touch /run/valkey/waiting
   me=$(address "$pod")
   until primary=$(agreed_primary); do sleep 1; done
-  replicas=$(for name in $pods; do ask_sentinel "$name" REPLICAS primary; done 2>/dev/null)
+  replicas=$(for name in $pods; do ask_sentinel "$name" REPLICAS primary || true; done 2>/dev/null)
   if [ "$replicas" ]; then
     # This server may have been the primary until now. Then the Sentinels are about to promote another server, which takes them
     # some seconds. Meanwhile this server must not be a primary too: a replica that still belongs to it would confirm writes that
