@@ -22,8 +22,8 @@
 --
 -- Why does a batch that is sent twice count only once? A writer sends batch n + 1 only after it has received the reply to batch n
 -- or has given up batch n for good. So there are four cases:
---   a. The same batch arrives again, because its reply was lost. Its sequence number equals that of the last batch, so the script
---      repeats the first reply.
+--   a. The same batch arrives again, because its reply was lost, or because too few replicas had it in time. Its sequence number
+--      equals that of the last batch, so the script repeats the first reply.
 --   b. A batch was stuck on an old connection and arrives after newer batches. Its sequence number is lower than that of the last
 --      batch, so the reply is 'late'.
 --   c. The writer's key is missing: the writer has sent no batch for a day, or Redis has lost the key. The script cannot know
@@ -41,7 +41,13 @@ if last == 'retired' then
 elseif last then
   last = cmsgpack.unpack(last)
   if sequence == last[1] then
-    return last[2] or {'failed', sequence}
+    if not last[2] then
+      return {'failed', sequence}
+    end
+    -- WAIT covers only what its own connection has written. If the writer repeats a batch over a new connection, this write makes
+    -- WAIT cover the first one, too.
+    redis.call('EXPIRE', KEYS[3], DAY)
+    return last[2]
   elseif sequence < last[1] then
     return {'late', sequence}
   end

@@ -276,6 +276,8 @@ class Lane:
         self._name = name
         self._health = store.health
         self._connection = store.connection()
+        self._replication = store.replication
+        self._wait = pack_command(self._replication.wait) if self._replication.wait else b""
         self._round_trip = round_trip
         self._lost = lost
         self._redis_timeout = redis_timeout
@@ -337,15 +339,21 @@ class Lane:
     async def _call(self, hits: int, posts: int, digests: list[bytes]) -> Any:
         connection, writer = self._connection, self._writer
         command: Any = "EVALSHA", _SHA, 5, *_keys(self._name, writer.name), writer.sequence, hits, posts, self._keep, *digests
-        packed = pack_command(command)  # hiredis packs in C; the driver itself packs in Python.
+        packed = pack_command(command) + self._wait  # hiredis packs in C; the driver itself packs in Python.
         await connection.send_packed_command(packed)
         try:
-            return await connection.read_response()
+            reply = await connection.read_response()
         except exceptions.NoScriptError:  # This Redis has not loaded the script yet, or has flushed it.
+            if self._wait:
+                await connection.read_response()
             await connection.send_command("SCRIPT", "LOAD", SCRIPT)
             await connection.read_response()
             await connection.send_packed_command(packed)
-            return await connection.read_response()
+            reply = await connection.read_response()
+        if self._wait and reply[0] == b"counted":
+            writer.doubt()
+            await self._replication.confirm(connection)
+        return reply
 
     async def close(self) -> None:
         """Close the connection. The next batch opens it again."""
@@ -388,7 +396,12 @@ class WriterState:
     def failed(self, error: BaseException, *, sent: bool) -> None:
         """Record that `error` came instead of a reply. The same batch may be sent again."""
         # If Redis replies with an error, the outcome is known: nothing was counted, or a retry gets the reply "failed".
-        self.in_doubt = self.in_doubt or (sent and not isinstance(error, exceptions.ResponseError))
+        if sent and not isinstance(error, exceptions.ResponseError):
+            self.doubt()
+
+    def doubt(self) -> None:
+        """Record that Redis may have counted the batch, and may lose it in a failover."""
+        self.in_doubt = True
 
     def replied(self, reply: list[Any]) -> Verdict:
         """Return what `reply` means."""

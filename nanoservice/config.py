@@ -109,6 +109,15 @@ def host(text: str) -> str:
         raise ValueError("a host name or address alone: no scheme, user or port") from None
 
 
+def addresses(text: str) -> tuple[tuple[str, int], ...]:
+    """Return the hosts and ports in `text`, which has commas between them. An IPv6 address is in brackets."""
+    try:
+        parts = [part.strip().rpartition(":") for part in text.split(",")]
+        return tuple((host(re.sub(r"^\[(.*)\]$", r"\1", name)), integer(1, 65535)(port)) for name, _, port in parts)
+    except ValueError:
+        raise ValueError("host:port of each Sentinel, with commas between them") from None
+
+
 def file(text: str) -> Path:
     """Return `text` as the path of a readable file."""
     try:
@@ -137,6 +146,10 @@ class Config:
     admin_port: int = setting(9090, "port of `/metrics`; 0: any free port; do not expose it to the public", integer(0, 65535))
     redis_host: str = setting("", "host of Redis; default, in development only: an embedded Valkey", host)
     redis_port: int = setting(6379, "port of Redis", integer(1, 65535))
+    redis_sentinels: tuple[tuple[str, int], ...] = setting(
+        (), "instead of a host: `host:port` of each Sentinel, with commas; the primary's name there is `primary`", addresses
+    )
+    redis_replicas: int = setting(0, "number of replicas that must have a write before it is answered", integer(0, 16))
     redis_username: str = setting("", "user in Redis")
     redis_password: Secret | None = setting(None, "password of that user", lambda text: Secret(utf8(text)))
     redis_password_file: Path | None = setting(
@@ -191,8 +204,12 @@ class Config:
                 yield "REDIS_KEY_FILE must be the key of REDIS_CERT_FILE (PEM), without a passphrase"
         if not self.redis_tls and (self.redis_ca_file or self.redis_cert_file or self.redis_key_file):
             yield "REDIS_CA_FILE, REDIS_CERT_FILE and REDIS_KEY_FILE need REDIS_TLS=true"
-        if not self.redis_host and (self.redis_password or self.redis_password_file or self.redis_tls):
-            yield "REDIS_HOST must be set for REDIS_PASSWORD, REDIS_PASSWORD_FILE or REDIS_TLS to have a meaning"
+        if self.redis_host and self.redis_sentinels:
+            yield "REDIS_HOST and REDIS_SENTINELS are both set: keep one"
+        needy = self.redis_password or self.redis_password_file or self.redis_tls or self.redis_replicas
+        if needy and not (self.redis_host or self.redis_sentinels):
+            names = "REDIS_PASSWORD, REDIS_PASSWORD_FILE, REDIS_TLS or REDIS_REPLICAS"
+            yield f"REDIS_HOST or REDIS_SENTINELS must be set for {names} to have a meaning"
 
 
 def variables(config: type[Config]) -> list[tuple[str, Any]]:
@@ -204,7 +221,7 @@ def table(config: type[Config]) -> str:
     """Return the variables of `config` as a Markdown table."""
     rows = ["| variable | default | |", "| --- | --- | --- |"]
     for name, spec in variables(config):
-        default = {"": "", "None": "", "False": "false"}.get(str(spec.default), f"{spec.default}")
+        default = {"": "", "()": "", "None": "", "False": "false"}.get(str(spec.default), f"{spec.default}")
         rows.append(f"| `{name}` | {default} | {spec.metadata['help']} |")
     return "\n".join(rows)
 

@@ -14,6 +14,18 @@ from nanoservice.errors import UnavailableError
 # All exceptions that the driver raises for a broken, busy or unreachable Redis.
 REDIS_ERRORS = (exceptions.RedisError, OSError, TimeoutError)
 
+
+class CauseError(exceptions.RedisError):
+    """Redis cannot serve, for a cause that the chassis found. The text of this error is the cause, without an address."""
+
+
+class TooFewReplicasError(CauseError):
+    """Redis has executed a command, but too few replicas have what it wrote."""
+
+    def __init__(self) -> None:
+        super().__init__("too few replicas have what it wrote")
+
+
 # Errors that say nothing about Redis's health: the handler expects them, or caused them.
 _HANDLER_ERRORS = (exceptions.DataError, exceptions.NoScriptError, exceptions.WatchError)
 
@@ -74,6 +86,8 @@ def _code(error: BaseException) -> str:
 
 def cause(error: BaseException) -> str:
     """Return in a few words why Redis could not serve. Clients see these words, so they contain no address."""
+    if isinstance(error, CauseError):
+        return str(error)
     code, text = _code(error), _text(error)
     if code in _CODES:
         return _CODES[code]
@@ -93,8 +107,9 @@ class Health:
 
     def __init__(self, registry: CollectorRegistry, server: str) -> None:
         self._up = Gauge("redis_up", "Whether Redis answers and does what the service asks of it", registry=registry)
-        self._server = server  # the server's address, for the log
+        self.server = server  # the server's address, for the log
         self.successes = 0  # how often "work" has succeeded
+        self.failures = 0  # how often any activity has failed
         self._refused = False
         self._logged: set[str] = set()  # the causes of this outage that were logged
         self._quiet_until: dict[str, float] = {}
@@ -108,17 +123,19 @@ class Health:
         and the failure is ignored.
         """
         words, now = cause(error), time.monotonic()
+        self.failures += 1
         if seen is not None and seen != self.successes:
             return words
         if not self.reason:
             self._since = now
             self._up.set(0)
         self.reason = words
-        self._refused = self._refused or (activity == "work" and isinstance(error, exceptions.ResponseError))
+        refused = isinstance(error, (exceptions.ResponseError, TooFewReplicasError))
+        self._refused = self._refused or (activity == "work" and refused)
         if words not in self._logged and now >= self._quiet_until.get(words, 0.0):
             self._logged.add(words)
             self._quiet_until[words] = now + _LOG_INTERVAL
-            details = {"redis": self._server, "error": _text(error) or type(error).__name__}
+            details = {"redis": self.server, "error": _text(error) or type(error).__name__}
             _logger.error("Redis fails: %s", words, extra=details)
         return words
 
@@ -133,7 +150,7 @@ class Health:
         if self._logged:
             self._logged.clear()
             seconds = round(time.monotonic() - self._since, 1)
-            _logger.warning("Redis works again", extra={"redis": self._server, "seconds": seconds})
+            _logger.warning("Redis works again", extra={"redis": self.server, "seconds": seconds})
 
     async def watch(self, work: Awaitable[Any]) -> Any:
         """Await `work` and return its result. Raises UnavailableError if Redis fails.
@@ -148,8 +165,8 @@ class Health:
         except REDIS_ERRORS as error:
             if _code(error) == "WRONGTYPE":  # The handler has used a command on a key of another type.
                 raise
-            if str(error) == _POOL_IS_EMPTY:  # Handlers use all connections, which says nothing about Redis.
-                raise UnavailableError("no connection to Redis is free") from error
+            if str(error) == _POOL_IS_EMPTY:  # Handlers use all connections. This alone says nothing about Redis.
+                raise UnavailableError("Redis: " + self.reason if self.reason else "no connection to Redis is free") from error
             raise UnavailableError("Redis: " + self.failed("work", error, seen)) from error
         self.worked("work")
         return result

@@ -36,6 +36,7 @@ class Readiness:
         # Probes have their own connection. If a probe had to wait for a connection that handlers use, a busy service would seem
         # not ready.
         self._connection = store.connection()
+        self._replication = store.replication
         self._checked = -_CACHE_SECONDS
         self._reason = ""
         self._check: asyncio.Task[None] | None = None
@@ -82,6 +83,9 @@ class Readiness:
         await self._connection.connect()
         await self._connection.send_command("PING")
         await self._connection.read_response()
+        if self._replication.wait:  # On a connection that has written nothing, WAIT returns the number of replicas at once.
+            await self._connection.send_command(*self._replication.wait)
+            await self._replication.confirm(self._connection)
 
     async def close(self) -> None:
         """Close the connection to Redis."""

@@ -14,6 +14,11 @@ reports each one that an upgrade removes.
   `AbstractConnection.send_packed_command`, `AbstractConnection.read_response`: they send a command and read its reply over a
   connection that belongs to one lane (hitcounter/counter.py) or one probe (probes.py). Without them each lane needs a client
   with a pool of one connection. Such a client will replace them.
+- `Redis._send_command_parse_response`, `Pipeline._send_command_parse_response`, `Pipeline._execute_pipeline`,
+  `Pipeline._execute_transaction`: they run commands over a given connection, so that WAIT can follow over the same one. Without
+  them `REDIS_REPLICAS` needs a client of one connection.
+- `Connection.host`, `Connection.port`: a connection to the primary sets both each time it is opened. Without them a failover
+  needs new lanes and a new pool.
 - `AbstractConnection.is_connected`, `AbstractConnection.can_read`, `AbstractConnection._writer`: they show whether an idle
   connection can still be used. Without them the first request after an idle connection has died is answered with 503.
 - `SSLConnection._connection_arguments`, `SSLConnection.ssl_context`: they give the arguments of a TLS connection, and the
@@ -25,7 +30,7 @@ import ssl
 from typing import Any, cast
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.client import Pipeline
@@ -35,7 +40,8 @@ from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
 from nanoservice.config import Config
-from nanoservice.health import Health
+from nanoservice.health import CauseError, Health, TooFewReplicasError
+from nanoservice.sentinel import Sentinels
 
 _MAX_POOL_CONNECTIONS = 16
 
@@ -93,7 +99,7 @@ class _DiscreetConnection(AbstractConnection):
         try:
             await super().on_connect_check_health(check_health)
         except exceptions.RedisError as error:
-            if not isinstance(error, _PasswordFileError):
+            if not isinstance(error, (_PasswordFileError, CauseError)):
                 error.args = ()
             raise
 
@@ -107,10 +113,66 @@ class _TlsConnection(SSLConnection):
         return {**super()._connection_arguments(), "server_hostname": self.host.rstrip(".")}
 
 
+class _PrimaryConnection(Connection):
+    """A connection to the primary, which the Sentinels name each time the connection is opened.
+
+    After a failure, each open connection is opened again before its next use, because another server may be the primary now.
+    """
+
+    sentinels: Sentinels
+    health: Health
+    _address: tuple[str, int]
+    _failures: int  # the value of `health.failures` when the connection was opened
+
+    async def connect(self) -> None:
+        seen = self.sentinels.primary, self.health.failures
+        if self.is_connected and seen != (self._address, self._failures):
+            await self.disconnect(nowait=True)
+        if not self.is_connected:
+            self._address = self.host, self.port = await self.sentinels.find()
+            self._failures = self.health.failures
+        await super().connect()  # type: ignore[no-untyped-call] # typed in part
+
+    async def on_connect_check_health(self, check_health: bool = True) -> None:
+        await super().on_connect_check_health(check_health)
+        # The Sentinels may not know yet that this server is not the primary any more.
+        await self.send_command("ROLE")
+        role = await self.read_response()
+        self.sentinels.confirm(self._address, role[0].decode())
+        self.health.server = "{}:{}".format(*self._address)
+
+
+class Replication:
+    """Makes sure that `replicas` replicas have what was written over a connection.
+
+    Send the command `wait` over the same connection after the write, then await `confirm`. `wait` is None if no replica is
+    needed.
+    """
+
+    def __init__(self, replicas: int, timeout: float, registry: CollectorRegistry) -> None:
+        self._replicas = replicas
+        self.wait: tuple[Any, ...] | None = None
+        if replicas:
+            # Redis must reply within the service's own time limit, or the reply would be lost.
+            self.wait = "WAIT", replicas, max(1, int(timeout * 500))
+            self._have = Gauge("redis_replicas", "Replicas that had the last write in time", registry=registry)
+
+    async def confirm(self, connection: AbstractConnection) -> None:
+        """Read the reply to `wait`. Raises TooFewReplicasError if too few replicas have the write."""
+        have = await connection.read_response()
+        self._have.set(have)
+        if have < self._replicas:
+            raise TooFewReplicasError
+
+
 class _WatchedClient(Redis):
-    """A client that reports the outcome of its commands and pipelines to `health`."""
+    """A client that reports the outcome of its commands and pipelines to `health`.
+
+    A command or a pipeline succeeds only when enough replicas have what it wrote.
+    """
 
     health: Health
+    replication: Replication
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         return await self.health.watch(super().execute_command(*args, **options))  # type: ignore[no-untyped-call] # typed in part
@@ -118,11 +180,33 @@ class _WatchedClient(Redis):
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "_WatchedPipeline":
         pipeline = _WatchedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
         pipeline.health = self.health
+        pipeline.replication = self.replication
         return pipeline
+
+    async def _send_command_parse_response(self, conn: Any, command_name: Any, *args: Any, **options: Any) -> Any:
+        reply = await super()._send_command_parse_response(conn, command_name, *args, **options)  # type: ignore[no-untyped-call]
+        await _replicate(self.replication, conn)
+        return reply
 
 
 class _WatchedPipeline(Pipeline):
     health: Health
+    replication: Replication
+
+    async def _send_command_parse_response(self, conn: Any, command_name: Any, *args: Any, **options: Any) -> Any:
+        reply = await super()._send_command_parse_response(conn, command_name, *args, **options)  # type: ignore[no-untyped-call]
+        await _replicate(self.replication, conn)
+        return reply
+
+    async def _execute_transaction(self, connection: Any, commands: Any, raise_on_error: Any) -> Any:
+        replies = await super()._execute_transaction(connection, commands, raise_on_error)
+        await _replicate(self.replication, connection)
+        return replies
+
+    async def _execute_pipeline(self, connection: Any, commands: Any, raise_on_error: bool) -> Any:
+        replies = await super()._execute_pipeline(connection, commands, raise_on_error)
+        await _replicate(self.replication, connection)
+        return replies
 
     async def immediate_execute_command(self, *args: Any, **options: Any) -> Any:
         return await self.health.watch(super().immediate_execute_command(*args, **options))  # type: ignore[no-untyped-call]
@@ -132,23 +216,42 @@ class _WatchedPipeline(Pipeline):
         return await (self.health.watch(done) if self.command_stack else done)
 
 
+async def _replicate(replication: Replication, connection: AbstractConnection) -> None:
+    """Wait until enough replicas have what was written over `connection`. Raises TooFewReplicasError if this takes too long."""
+    if replication.wait:
+        await connection.send_command(*replication.wait)
+        await replication.confirm(connection)
+
+
 class Store:
-    """The Redis that the settings name, or the embedded Valkey at the Unix socket `socket`.
+    """The Redis that the settings or the Sentinels name, or the embedded Valkey at the Unix socket `socket`.
 
     Handlers run commands and pipelines through `client`. If Redis fails, these raise UnavailableError, which is answered with
-    503. `connection()` is for code that needs a connection of its own.
+    503. `connection()` is for code that needs a connection of its own; such code uses `replication` itself.
     """
 
     def __init__(self, config: Config, registry: CollectorRegistry, socket: str | None = None) -> None:
-        self.health = Health(registry, f"{config.redis_host}:{config.redis_port}" if config.redis_host else "embedded")
+        addresses = config.redis_sentinels or ([(config.redis_host, config.redis_port)] if config.redis_host else [])
+        self.health = Health(registry, ",".join(f"{host}:{port}" for host, port in addresses) or "embedded")
+        self.replication = Replication(config.redis_replicas, config.redis_timeout, registry)
         kind, self._options = _options(config, socket)
         self._kind: type[AbstractConnection] = type("Connection", (_DiscreetConnection, kind), {})
+        if config.redis_sentinels:
+            to_sentinel = self._kind
+            sentinels = Sentinels(
+                config.redis_sentinels,
+                lambda host, port: to_sentinel(**self._options | {"host": host, "port": port, "socket_timeout": None}),
+                config.redis_timeout / 2,
+                registry,
+            )
+            shared = {"sentinels": sentinels, "health": self.health}
+            self._kind = type("Connection", (_DiscreetConnection, _PrimaryConnection, kind), shared)
         # If all connections are in use, a handler waits for a free one. It waits no longer than for an answer of Redis.
         pool = BlockingConnectionPool(
             max_connections=_MAX_POOL_CONNECTIONS, timeout=config.redis_timeout, connection_class=self._kind, **self._options
         )
         self.client = cast("_WatchedClient", _WatchedClient.from_pool(pool))  # Closing the client closes the pool.
-        self.client.health = self.health
+        self.client.health, self.client.replication = self.health, self.replication
 
     def connection(self) -> AbstractConnection:
         """Return a new connection, not open yet. Its reads have no time limit: the caller sets one around each exchange."""

@@ -52,12 +52,13 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
     # and uvloop drops signals that arrive while its loop is being created.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
-        config = service.config.read(environ, [] if environ.get("REDIS_HOST") else _embedded_problems())
+        outside = environ.get("REDIS_HOST") or environ.get("REDIS_SENTINELS")
+        config = service.config.read(environ, [] if outside else _embedded_problems())
         logs.configure(config.log_level, config.log_format)
         with (
             inherited_socket(environ) or bind(config.bind_host, config.bind_port, "BIND_PORT") as public,
             bind(config.bind_host, config.admin_port, "ADMIN_PORT") as admin,
-            _embedded_store(config.redis_host) as store,
+            nullcontext() if outside else _embedded_store() as store,
         ):
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                 status = runner.run(_live(service, config, store, public, admin))
@@ -190,10 +191,8 @@ def _embedded_problems() -> list[str]:
     return []
 
 
-def _embedded_store(host: str) -> AbstractContextManager[str | None]:
-    """Return a context that yields the Unix socket of an embedded Valkey, or None if `host` names a Redis."""
-    if host:
-        return nullcontext()
+def _embedded_store() -> AbstractContextManager[str]:
+    """Return a context that yields the Unix socket of an embedded Valkey."""
     from nanoservice import embedded  # noqa: PLC0415 - only development needs it
 
     return embedded.valkey(_DATA_FOLDER)

@@ -22,6 +22,7 @@ OWNERS: dict[str, Callable[[], Any]] = {
     "registry": of("prometheus_client", "registry"),
     "utils": of("prometheus_client", "utils"),
     "AbstractConnection": of("redis.asyncio.connection", "AbstractConnection"),
+    "Connection": lambda: import_module("redis.asyncio").Connection(),
     "Pipeline": lambda: import_module("redis.asyncio").Redis().pipeline(),
     "Redis": lambda: import_module("redis.asyncio").Redis(),
     "SSLConnection": lambda: import_module("redis.asyncio").SSLConnection(),
@@ -88,6 +89,7 @@ def overrides() -> Iterator[tuple[type, type, str]]:
         ("redis", "_WatchedClient", type(OWNERS["Redis"]())),
         ("redis", "_WatchedPipeline", type(OWNERS["Pipeline"]())),
         ("redis", "_DiscreetConnection", OWNERS["AbstractConnection"]()),
+        ("redis", "_PrimaryConnection", OWNERS["AbstractConnection"]()),
         ("redis", "_TlsConnection", type(OWNERS["SSLConnection"]())),
     ):
         overriding: type = of(f"nanoservice.{module}", own)()

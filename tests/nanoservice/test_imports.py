@@ -10,6 +10,7 @@ LAYERS = [
     "errors",
     "config logs answer listen negotiation embedded",
     "health",
+    "sentinel",
     "redis",
     "probes metrics",
     "connection",
@@ -18,6 +19,7 @@ LAYERS = [
     # The last two layers are for tests alone, so no lower layer imports them.
     "testing testing.waiting testing.proxy",
     "testing.valkey testing.served",
+    "testing.replicated",
 ]
 
 

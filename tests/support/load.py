@@ -77,10 +77,14 @@ class Tally:
 
 
 class Load:
-    """Sends GETs, POSTs, and POSTs with keys to `ports` of loopback, over `connections` keep-alive connections."""
+    """Sends GETs, POSTs, and POSTs with keys to `ports` of loopback, over `connections` keep-alive connections.
 
-    def __init__(self, ports: list[int], connections: int, *, most: int = 1_000_000) -> None:
+    Each connection waits `pause` seconds between an answer and its next request.
+    """
+
+    def __init__(self, ports: list[int], connections: int, *, most: int = 1_000_000, pause: float = 0) -> None:
         self.tally = Tally()
+        self.pause = pause
         self._ports = ports
         self._connections = connections
         self._until = 0.0
@@ -147,6 +151,8 @@ class _Client(asyncio.Protocol):
         self._send()
 
     def _send(self) -> None:
+        if self.transport.is_closing():
+            return
         request = self._load.next()
         if request is None:
             self.transport.close()
@@ -169,6 +175,8 @@ class _Client(asyncio.Protocol):
         self._load.tally.add(self._kind, int(head[9:12]), body)
         if b"connection: close" in head.lower():
             self.transport.close()
+        elif self._load.pause:
+            asyncio.get_running_loop().call_later(self._load.pause, self._send)
         else:
             self._send()
 
