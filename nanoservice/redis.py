@@ -27,6 +27,7 @@ reports each one that an upgrade removes.
 """
 
 import ssl
+import time
 from typing import Any, cast
 
 from aiohttp import web
@@ -44,6 +45,8 @@ from nanoservice.health import CauseError, Health, TooFewReplicasError
 from nanoservice.sentinel import Sentinels
 
 _MAX_POOL_CONNECTIONS = 16
+# WAIT asks the replicas once. A replica that connects a moment later answers only the next WAIT.
+_WAIT_MILLISECONDS = 100
 
 
 class _PasswordFileError(exceptions.AuthenticationError):
@@ -137,8 +140,7 @@ class _PrimaryConnection(Connection):
         await super().on_connect_check_health(check_health)
         # The Sentinels may not know yet that this server is not the primary any more.
         await self.send_command("ROLE")
-        role = await self.read_response()
-        self.sentinels.confirm(self._address, role[0].decode())
+        self.sentinels.confirm(self._address, await self.read_response())
         self.health.server = "{}:{}".format(*self._address)
 
 
@@ -152,14 +154,20 @@ class Replication:
     def __init__(self, replicas: int, timeout: float, registry: CollectorRegistry) -> None:
         self._replicas = replicas
         self.wait: tuple[Any, ...] | None = None
+        # Redis must reply within the service's own time limit, or the reply would be lost.
+        self._seconds = timeout / 2
         if replicas:
-            # Redis must reply within the service's own time limit, or the reply would be lost.
-            self.wait = "WAIT", replicas, max(1, int(timeout * 500))
+            self.wait = "WAIT", replicas, max(1, min(_WAIT_MILLISECONDS, int(self._seconds * 1000)))
             self._have = Gauge("redis_replicas", "Replicas that had the last write in time", registry=registry)
 
     async def confirm(self, connection: AbstractConnection) -> None:
-        """Read the reply to `wait`. Raises TooFewReplicasError if too few replicas have the write."""
-        have = await connection.read_response()
+        """Read the reply to `wait`, and repeat `wait` for a while if necessary.
+
+        Raises TooFewReplicasError if too few replicas have the write in time.
+        """
+        until = time.monotonic() + self._seconds - _WAIT_MILLISECONDS / 1000
+        while (have := await connection.read_response()) < self._replicas and time.monotonic() < until:
+            await connection.send_command(*cast("tuple[Any, ...]", self.wait))
         self._have.set(have)
         if have < self._replicas:
             raise TooFewReplicasError
