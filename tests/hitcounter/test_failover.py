@@ -47,9 +47,6 @@ async def test_planned_failover_fails_no_request(store: Replicated, spawn: Spawn
         server.network.delay = 0.001  # as between nodes of one data centre
     await chaos.run([fault] * 3)
     print("\nseconds without an answer:", *(f"{gap:.1f}" for gap in chaos.gaps[fault]))
-    for service in chaos.services:
-        for line in service.log:
-            print(line)
     assert set(chaos.tally.statuses) == {200}
     chaos.tally.check(*chaos.totals())
 
