@@ -8,8 +8,8 @@
 umask 077
 work=$(mktemp -d)
 remove_work_at_exit
-# The users `replica` and `sentinel` exist only with the component redis-replicated. They always get passwords, so that adding this
-# component needs no other step.
+# The users `replica` and `sentinel` exist only with the component redis-replicated. They always get passwords, so that adding
+# this component needs no other step.
 acl=manifests/components/redis-replicated/replicated.acl
 users=$(awk '$1 == "user" && $2 != "default" && !seen[$2]++ { print $2 }' manifests/redis/users.acl $acl)
 services=$(echo "$users" | grep -vx -e probe -e operator -e replica -e sentinel)

@@ -40,7 +40,6 @@ def change_store(one: Deployed, *lines: str) -> None:
     one.namespace.kubectl("patch", "deployment/hitcounter", "--patch", json.dumps(patch))
 
 
-@functools.cache
 def first_node(one: Deployed) -> str:
     """Return the name of the node that has the address of the service's URL."""
     address = one.url.removeprefix("http://").split(":")[0]
