@@ -9,7 +9,7 @@ pods="redis-0 redis-1 redis-2"   # these are also the names of the pods' Service
 pod=$(uname -n)
 tls=/run/secrets/redis-tls       # this folder exists if TLS is used
 
-join_users() { # FILE...: print each user with the rights of all its lines in the files, and each service also with those of `services`
+join_users() { # FILE...: print each user with all its rights in the files; each service also has the rights of `services`
   for name in $(sed -n 's/^user \([^ ]*\).*/\1/p' "$users" "$@" | sort -u); do
     rights=$(sed -n "s/^user $name //p" "$@" | tr '\n' ' ')
     case $name in
