@@ -38,7 +38,7 @@ export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE NODES
 
 # --- Every day ---
 
-.PHONY: help run test test-newest coverage lint format types clean
+.PHONY: help run test test-newest chaos coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -63,6 +63,9 @@ test: $(VENV)/installed ## run all tests that need only this machine
 test-newest: ## run the contract tests with the newest aiohttp and redis-py; these tests may fail
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
 	@VENV=.venv-newest sh scripts/test-newest.sh
+
+chaos: $(VENV)/installed ## break the primary of a replicated store 45 times under load, in 20 minutes; check that no number is lost
+	@$(BIN)/python -m tests.hitcounter.chaos
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report

@@ -277,7 +277,6 @@ class Lane:
         self._health = store.health
         self._connection = store.connection()
         self._replication = store.replication
-        self._wait = pack_command(self._replication.wait) if self._replication.wait else b""
         self._round_trip = round_trip
         self._lost = lost
         self._redis_timeout = redis_timeout
@@ -339,18 +338,20 @@ class Lane:
     async def _call(self, hits: int, posts: int, digests: list[bytes]) -> Any:
         connection, writer = self._connection, self._writer
         command: Any = "EVALSHA", _SHA, 5, *_keys(self._name, writer.name), writer.sequence, hits, posts, self._keep, *digests
-        packed = pack_command(command) + self._wait  # hiredis packs in C; the driver itself packs in Python.
+        packed = pack_command(command)  # hiredis packs in C; the driver itself packs in Python.
+        if wait := self._replication.wait:
+            packed += pack_command(wait)
         await connection.send_packed_command(packed)
         try:
             reply = await connection.read_response()
         except exceptions.NoScriptError:  # This Redis has not loaded the script yet, or has flushed it.
-            if self._wait:
+            if wait:
                 await connection.read_response()
             await connection.send_command("SCRIPT", "LOAD", SCRIPT)
             await connection.read_response()
             await connection.send_packed_command(packed)
             reply = await connection.read_response()
-        if self._wait and reply[0] == b"counted":
+        if wait and reply[0] == b"counted":
             writer.doubt()
             await self._replication.confirm(connection)
         return reply

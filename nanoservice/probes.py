@@ -83,8 +83,8 @@ class Readiness:
         await self._connection.connect()
         await self._connection.send_command("PING")
         await self._connection.read_response()
-        if self._replication.wait:  # On a connection that has written nothing, WAIT returns the number of replicas at once.
-            await self._connection.send_command(*self._replication.wait)
+        if wait := self._replication.wait:  # On a connection that has written nothing, WAIT counts the attached replicas.
+            await self._connection.send_command(*wait)
             await self._replication.confirm(self._connection)
 
     async def close(self) -> None:

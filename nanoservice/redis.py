@@ -27,11 +27,10 @@ reports each one that an upgrade removes.
 """
 
 import ssl
-import time
 from typing import Any, cast
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.client import Pipeline
@@ -41,12 +40,11 @@ from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
 from nanoservice.config import Config
-from nanoservice.health import CauseError, Health, TooFewReplicasError
+from nanoservice.health import CauseError, Health
+from nanoservice.replication import Replication
 from nanoservice.sentinel import Sentinels
 
 _MAX_POOL_CONNECTIONS = 16
-# WAIT asks the replicas once. A replica that connects a moment later answers only the next WAIT.
-_WAIT_MILLISECONDS = 100
 
 
 class _PasswordFileError(exceptions.AuthenticationError):
@@ -123,6 +121,7 @@ class _PrimaryConnection(Connection):
     """
 
     sentinels: Sentinels
+    replication: Replication
     health: Health
     _address: tuple[str, int]
     _failures: int  # the value of `health.failures` when the connection was opened
@@ -140,37 +139,10 @@ class _PrimaryConnection(Connection):
         await super().on_connect_check_health(check_health)
         # The Sentinels may not know yet that this server is not the primary any more.
         await self.send_command("ROLE")
-        self.sentinels.confirm(self._address, await self.read_response())
+        role = await self.read_response()
+        self.sentinels.confirm(self._address, role)
+        await self.replication.begin(self._address, role)
         self.health.server = "{}:{}".format(*self._address)
-
-
-class Replication:
-    """Makes sure that `replicas` replicas have what was written over a connection.
-
-    Send the command `wait` over the same connection after the write, then await `confirm`. `wait` is None if no replica is
-    needed.
-    """
-
-    def __init__(self, replicas: int, timeout: float, registry: CollectorRegistry) -> None:
-        self._replicas = replicas
-        self.wait: tuple[Any, ...] | None = None
-        # Redis must reply within the service's own time limit, or the reply would be lost.
-        self._seconds = timeout / 2
-        if replicas:
-            self.wait = "WAIT", replicas, max(1, min(_WAIT_MILLISECONDS, int(self._seconds * 1000)))
-            self._have = Gauge("redis_replicas", "Replicas that had the last write in time", registry=registry)
-
-    async def confirm(self, connection: AbstractConnection) -> None:
-        """Read the reply to `wait`, and repeat `wait` for a while if necessary.
-
-        Raises TooFewReplicasError if too few replicas have the write in time.
-        """
-        until = time.monotonic() + self._seconds - _WAIT_MILLISECONDS / 1000
-        while (have := await connection.read_response()) < self._replicas and time.monotonic() < until:
-            await connection.send_command(*cast("tuple[Any, ...]", self.wait))
-        self._have.set(have)
-        if have < self._replicas:
-            raise TooFewReplicasError
 
 
 class _WatchedClient(Redis):
@@ -226,8 +198,8 @@ class _WatchedPipeline(Pipeline):
 
 async def _replicate(replication: Replication, connection: AbstractConnection) -> None:
     """Wait until enough replicas have what was written over `connection`. Raises TooFewReplicasError if this takes too long."""
-    if replication.wait:
-        await connection.send_command(*replication.wait)
+    if wait := replication.wait:
+        await connection.send_command(*wait)
         await replication.confirm(connection)
 
 
@@ -241,18 +213,19 @@ class Store:
     def __init__(self, config: Config, registry: CollectorRegistry, socket: str | None = None) -> None:
         addresses = config.redis_sentinels or ([(config.redis_host, config.redis_port)] if config.redis_host else [])
         self.health = Health(registry, ",".join(f"{host}:{port}" for host, port in addresses) or "embedded")
-        self.replication = Replication(config.redis_replicas, config.redis_timeout, registry)
         kind, self._options = _options(config, socket)
         self._kind: type[AbstractConnection] = type("Connection", (_DiscreetConnection, kind), {})
-        if config.redis_sentinels:
-            to_sentinel = self._kind
-            sentinels = Sentinels(
-                config.redis_sentinels,
-                lambda host, port: to_sentinel(**self._options | {"host": host, "port": port, "socket_timeout": None}),
-                config.redis_timeout / 2,
-                registry,
-            )
-            shared = {"sentinels": sentinels, "health": self.health}
+        other = self._kind
+
+        def to(host: str, port: int) -> AbstractConnection:
+            """Return a connection to a Sentinel or to any server, not open yet."""
+            return other(**self._options | {"host": host, "port": port, "socket_timeout": None})
+
+        timeout, with_sentinels = config.redis_timeout, bool(config.redis_sentinels)
+        self.replication = Replication(config.redis_replicas, timeout, registry, to if with_sentinels else None)
+        if with_sentinels:
+            sentinels = Sentinels(config.redis_sentinels, to, timeout / 2, registry)
+            shared = {"sentinels": sentinels, "replication": self.replication, "health": self.health}
             self._kind = type("Connection", (_DiscreetConnection, _PrimaryConnection, kind), shared)
         # If all connections are in use, a handler waits for a free one. It waits no longer than for an answer of Redis.
         pool = BlockingConnectionPool(

@@ -11,6 +11,7 @@ import time
 from enum import Enum, auto
 from pathlib import Path
 
+from nanoservice.sentinel import PRIMARY_NAME
 from nanoservice.testing.replicated import DOWN_AFTER, Peer, Replicated, Server
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.support.load import Load
@@ -30,15 +31,22 @@ class Fault(Enum):
     FROZEN = auto()
     CUT_FROM_SERVERS = auto()  # The services still reach the primary; its replicas and the Sentinels do not.
     CUT_OFF = auto()
+    SUSPECTED = auto()  # Only the Sentinels do not reach the primary: they promote a replica beside a primary that still works.
+    REPLACED = auto()  # A Sentinel is asked for a failover: the same, on purpose.
 
-    def begin(self, server: Server) -> None:
+    def begin(self, server: Server, store: Replicated) -> None:
         if self is Fault.KILLED:
             server.kill()
             server.network.abort()
         elif self is Fault.FROZEN:
             server.freeze()
+        elif self is Fault.REPLACED:
+            assert store.ask(0, "FAILOVER", PRIMARY_NAME)
         else:
-            server.network.cut = frozenset(Peer) - ({Peer.SERVICE} if self is Fault.CUT_FROM_SERVERS else set())
+            cut = {
+                Fault.CUT_FROM_SERVERS: {Peer.REPLICA, Peer.SENTINEL}, Fault.CUT_OFF: set(Peer), Fault.SUSPECTED: {Peer.SENTINEL}
+            }  # fmt: skip
+            server.network.cut = frozenset(cut[self])
 
     def end(self, server: Server) -> None:
         """Let the server come back. It does not know that it is not the primary any more."""
@@ -74,7 +82,7 @@ class Chaos:
         server = await asyncio.to_thread(self.store.primary)
         assert server
         watcher = asyncio.create_task(self._longest_gap())
-        await asyncio.to_thread(fault.begin, server)
+        await asyncio.to_thread(fault.begin, server, self.store)
         await eventually(lambda: asyncio.to_thread(lambda: self.store.primary() not in (None, server)), 20 * SLACK)
         await self.progress()
         watcher.cancel()
@@ -108,7 +116,7 @@ class Chaos:
             await loading
         statuses = await asyncio.gather(*(asyncio.to_thread(service.end) for service in self.services))
         assert statuses == [0, 0]
-        await eventually(lambda: asyncio.to_thread(self.store.is_whole), 60 * SLACK)
+        await eventually(lambda: asyncio.to_thread(self.store.primary), 20 * SLACK)
 
     def totals(self) -> tuple[int, int]:
         """Return the hits and posts that the primary has counted."""
@@ -128,7 +136,7 @@ class Chaos:
 
 
 async def main() -> None:
-    """Let 35 faults happen, one after another."""
+    """Let 45 faults happen, one after another."""
     faults = [*[Fault.KILLED] * 20, *list(Fault)[1:] * 5]
     with tempfile.TemporaryDirectory() as folder, spawning("hitcounter") as spawn:
         async with Replicated(Path(folder) / "store").running() as store:

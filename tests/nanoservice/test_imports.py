@@ -11,6 +11,7 @@ LAYERS = [
     "config logs answer listen negotiation embedded",
     "health",
     "sentinel",
+    "replication",
     "redis",
     "probes metrics",
     "connection",

@@ -183,7 +183,7 @@ dir /data/sentinel
 sentinel announce-ip $(sed -n "s/^$pod //p" addresses.new)
 sentinel announce-port 26379
 sentinel down-after-milliseconds primary 2000
-sentinel failover-timeout primary 10000
+sentinel failover-timeout primary 3000
 sentinel parallel-syncs primary 2
 sentinel auth-user primary sentinel
 sentinel auth-pass primary $password
