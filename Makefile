@@ -37,7 +37,7 @@ DEBIAN_MIRROR ?= http://deb.debian.org/debian
 
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE SERVERS RESTARTS ATTACK_SECONDS DEBIAN_MIRROR
+export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE SERVERS RESTARTS ATTACK_SECONDS DEBIAN_MIRROR NODES
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -210,7 +210,7 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 
 # --- Kubernetes ---
 
-.PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check e2e
+.PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check e2e e2e-nodes e2e-nodes-slow
 
 deploy: ## build and deploy on the current cluster (minikube or kind; any other with REGISTRY=); print the URL
 	@sh scripts/deploy-check.sh
@@ -245,6 +245,15 @@ render-check: $(VENV)/installed ## compare the output of `skaffold render` with 
 e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in their own namespaces and in `monitoring`
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m cluster tests/e2e
+
+NODES ?=             # a command that loses a node of the cluster: see tests/e2e/test_replicated.py
+e2e-nodes: $(VENV)/installed ## run the tests of a replicated Redis and of a lost node, on a cluster of three nodes (NODES=)
+	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
+	@$(PYTEST_SLOW) -m "nodes and not slow" tests/e2e
+
+e2e-nodes-slow: $(VENV)/installed ## run the other tests of a replicated Redis on the same cluster, in about six minutes (NODES=)
+	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
+	@$(PYTEST_SLOW) -m "nodes and slow" tests/e2e
 
 # --- Releases ---
 

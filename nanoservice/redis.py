@@ -180,7 +180,7 @@ class _PrimaryConnection(_DiscreetConnection, Connection):
         # The Sentinels may not know yet that this server is not the primary any more.
         await self.send_command("ROLE")
         role = await self.read_response()
-        self.sentinels.confirm(self._address, role[0].decode())
+        self.sentinels.confirm(self._address, role)
         await self.replication.begin(self._address, role)
         self.health.server = "{}:{}".format(*self._address)
 

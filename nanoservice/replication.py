@@ -1,6 +1,7 @@
 """Make sure that a failover cannot lose a write that was answered."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from redis.asyncio.connection import AbstractConnection
 from nanoservice.health import REDIS_ERRORS, TooFewReplicasError
 from nanoservice.sentinel import Address, NoPrimaryError
 
+# WAIT asks the replicas once. A replica that is attached a moment later answers only the next WAIT.
+_WAIT_MILLISECONDS = 100
 _SURVEY_SECONDS = 2.0  # A replica reports its offset at least once a second.
 
 
@@ -37,7 +40,7 @@ class Replication:
         self._connection = connection
         # For the question whether a replica is a primary. Together with WAIT this must be less than `timeout`.
         self._seconds = timeout * 0.4
-        self._milliseconds = max(1, int(timeout * 500))  # If WAIT took longer than `timeout`, its reply would be lost.
+        self._wait_seconds = timeout / 2  # If WAIT took longer than `timeout`, its reply would be lost.
         self._wanted = replicas
         self._primary: Address | None = None
         self._known: set[Address] = set()  # the replicas that have been attached to this primary
@@ -49,11 +52,17 @@ class Replication:
     @property
     def wait(self) -> tuple[Any, ...] | None:
         """Return the words of the command WAIT."""
-        return ("WAIT", self._wanted, self._milliseconds) if self._replicas else None
+        milliseconds = max(1, min(_WAIT_MILLISECONDS, int(self._wait_seconds * 1000)))
+        return ("WAIT", self._wanted, milliseconds) if self._replicas else None
 
     async def confirm(self, connection: AbstractConnection) -> None:
-        """Read the reply to `wait`. Raises TooFewReplicasError or NoPrimaryError if a failover could lose the write."""
-        have = await connection.read_response()
+        """Read the reply to `wait`, and repeat `wait` for a while if replicas lack the write.
+
+        Raises TooFewReplicasError or NoPrimaryError if a failover could lose the write.
+        """
+        until = time.monotonic() + self._wait_seconds - _WAIT_MILLISECONDS / 1000
+        while (have := await connection.read_response()) < self._wanted and time.monotonic() < until:
+            await connection.send_command("WAIT", self._wanted, _WAIT_MILLISECONDS)
         self._have.set(have)
         if have < self._replicas:
             raise TooFewReplicasError

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
 from redis import exceptions
@@ -13,6 +15,8 @@ from nanoservice.health import REDIS_ERRORS, CauseError, cause
 PRIMARY_NAME = "primary"  # Each Sentinel's configuration has this name: `sentinel monitor primary HOST PORT QUORUM`.
 
 Address = tuple[str, int]
+
+_FOLLOW_SECONDS = 1.0  # Sentinels learn of a planned failover within a second.
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +45,7 @@ class Sentinels:
         self._search: asyncio.Task[Address | str] | None = None
         self._failovers = Counter("redis_failovers", "Times that another server became the primary", registry=registry)
         self.primary: Address | None = None
+        self._successor: tuple[float, Address, Address] | None = None  # when it was learnt, a former primary, and its primary
 
     async def find(self) -> Address:
         """Return the address of the primary. Raises NoPrimaryError if no Sentinel names one in time.
@@ -52,11 +57,21 @@ class Sentinels:
         found = await asyncio.shield(self._search)  # The search continues if one of its callers is cancelled.
         if isinstance(found, str):
             raise NoPrimaryError(found)
+        if self._successor:
+            learnt, former, successor = self._successor
+            if found == former and time.monotonic() < learnt + _FOLLOW_SECONDS:
+                return successor
         return found
 
-    def confirm(self, address: Address, role: str) -> None:
-        """Record the role that the server at `address` reports. Raises NoPrimaryError unless it is a primary."""
-        if role != "master":
+    def confirm(self, address: Address, role: list[Any]) -> None:
+        """Record the role that the server at `address` reports, which is its reply to ROLE.
+
+        Raises NoPrimaryError unless it is a primary. In a planned failover the former primary knows its successor a second before
+        the Sentinels do. So for a second, `find` returns the successor instead of this server.
+        """
+        if role[0] != b"master":
+            if role[0] == b"slave":
+                self._successor = time.monotonic(), address, (role[1].decode(), int(role[2]))
             raise NoPrimaryError("the server that the Sentinels name is not a primary")
         if self.primary not in (None, address):
             self._failovers.inc()

@@ -8,8 +8,11 @@
 umask 077
 work=$(mktemp -d)
 remove_work_at_exit
-users=$(awk '$1 == "user" && $2 != "default" { print $2 }' manifests/redis/users.acl)
-services=$(echo "$users" | grep -vx -e probe -e operator)
+# The users `replica` and `sentinel` exist only with the component redis-replicated. They always get passwords, so that adding
+# this component needs no other step.
+acl=manifests/components/redis-replicated/replicated.acl
+users=$(awk '$1 == "user" && $2 != "default" && !seen[$2]++ { print $2 }' manifests/redis/users.acl $acl)
+services=$(echo "$users" | grep -vx -e probe -e operator -e replica -e sentinel)
 
 new_password() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; echo; }
 

@@ -136,6 +136,9 @@ def test_dry_run_of_deploy_calls_nothing(tmp_path: Path) -> None:
 # --- make secret, make secret-rotate ---
 
 
+REPLICATED = {"probe", "operator", "replica", "sentinel"}  # the users that the component redis-replicated names
+
+
 class Cluster:
     """A copy of the scripts with a users.acl of its own, and a fake kubectl.
 
@@ -153,6 +156,8 @@ class Cluster:
         rm -rf "$0.got/$6" && mkdir -p "$0.got"
         for word; do case $word in --from-file=*) cp -R "${word#*=}" "$0.got/$6" ;; esac; done
         ;;
+      *"get statefulset redis"*) echo 1 ;;
+      *"get pod redis-0"*jsonpath*) echo redis ;;
       *"get deployment hitcounter"*) echo deployment.apps/hitcounter ;;
       *"exec redis-0"*"cat "*) cd "$0.got/redis-users" && shift 10 && cat "$@" ;;
     esac"""
@@ -214,13 +219,13 @@ def test_each_service_gets_its_own_password_whatever_its_name(tmp_path: Path) ->
     assert one.run("secret").returncode == 0
     written = one.written()
     passwords = written.pop("redis-users")
-    assert passwords.keys() == set(names)
+    assert passwords.keys() == {*names, *REPLICATED}
     assert written == {f"{name}-redis": {"password": passwords[name]} for name in names}
-    assert len(set(passwords.values())) == len(names)
+    assert len(set(passwords.values())) == len(passwords)
 
 
 def test_rotation_does_not_wait_for_a_service_that_is_not_deployed(tmp_path: Path) -> None:
-    has = {f"redis-users.{name}": f"{name}\n" for name in ("hitcounter", "second")}
+    has = {f"redis-users.{name}": f"{name}\n" for name in ("hitcounter", "second", *REPLICATED)}
     one = Cluster(tmp_path, "user hitcounter +get\nuser second +get\n", has)
     ended = one.run("secret-rotate")
     assert ended.returncode == 0, ended.stderr
@@ -252,7 +257,8 @@ def test_backup_that_is_interrupted_replaces_no_file(tmp_path: Path, end: str, w
     """kubectl succeeds even if the stream from the pod ends early, so the script itself must notice an incomplete backup."""
     file = tmp_path / "backup.rdb"
     file.write_text("yesterday's")
-    kubectl = played(tmp_path, "kubectl", f"seq 2000 | gzip -c {end}")
+    snapshot = f"seq 2000 | gzip -c {end}"
+    kubectl = played(tmp_path, "kubectl", f'case "$*" in *"get statefulset"*) echo 1 ;; *) {snapshot} ;; esac')
     command = ["make", "backup", f"FILE={file}", f"KUBECTL={kubectl}"]
     assert (subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30).returncode == 0) == whole
     assert file.read_text() == ("".join(f"{number}\n" for number in range(1, 2001)) if whole else "yesterday's")
