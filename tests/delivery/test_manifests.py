@@ -727,7 +727,7 @@ def test_primary_hands_over_before_it_stops(variant: str) -> None:
 
 
 def test_users_of_the_replicated_redis_have_the_rights_that_they_need_and_no_more() -> None:
-    # tests/e2e/test_replicated.py checks that each of these rights is needed and enough.
+    # test_replicated_rights.py checks that these rights are enough.
     lines = [line.split() for name in ("replicated.acl", "sentinel.acl") for line in (COMPONENT / name).read_text().splitlines()]
     for words in (line for line in lines if line and line[0] != "#"):
         rights = words[1:] if words[0] == "services" else words[2:]
