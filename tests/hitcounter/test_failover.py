@@ -35,6 +35,8 @@ async def test_failover_loses_no_answered_number_and_gives_none_twice(store: Rep
 
 async def test_planned_failover_fails_no_request(store: Replicated, spawn: Spawn) -> None:
     class Planned:
+        name = "PLANNED"
+
         def begin(self, server: Server, store: Replicated) -> None:
             assert store.ask(0, "FAILOVER", PRIMARY_NAME, "COORDINATED") == "OK"
 
