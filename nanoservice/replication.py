@@ -25,8 +25,9 @@ class Replication:
     Sentinels may promote a replica although the primary is still alive: it answers them too slowly, or somebody asked for a
     failover. The old primary then accepts writes for a moment, its other replica acknowledges them, and both lose them later. So
     with Sentinels, a write needs all replicas that are attached to the primary. If one of them does not have the write in time,
-    this class asks that replica whether it is a primary now. `connection(host, port)` returns a connection for this question, not
-    open yet; it is None without Sentinels.
+    this class asks that replica whether it is a primary now. A replica that does not answer this question in time counts as lost,
+    so on an overloaded machine such a write may be lost. `connection(host, port)` returns a connection for the question, not open
+    yet; it is None without Sentinels.
     """
 
     def __init__(
