@@ -67,9 +67,9 @@ help: ## list the targets
 run: $(VENV)/can-run ## run the service on port 8080, with a Valkey of its own in .data/ unless REDIS_HOST is set
 	@exec $(BIN)/python -m hitcounter
 
-# Run the tests in two processes: while a test of one process waits, a test of the other process runs.
+# Run the tests in four processes: while a test of one process waits, tests of the other processes run.
 test: $(VENV)/installed ## run all tests that need only this machine
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -n 4 --dist worksteal
 
 test-newest: ## run the contract tests with the newest aiohttp and redis-py; these tests may fail
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
@@ -92,7 +92,7 @@ attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SE
 	@$(PYTEST_SLOW) -m attack tests
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
-	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
+	@$(BIN)/coverage run -m pytest -n 4 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 # shellcheck needs the option --shell, because redis.sh, .ci/steps and the files in scripts/lib/ do not name their shell.
 lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows

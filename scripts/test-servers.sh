@@ -38,6 +38,6 @@ for package in ${SERVERS:-$packages}; do
   locked "$package" "$lock" >"$work/lock"
   fetch "$package"
   ".servers/$package/server" --version
-  REDIS_SERVER=$PWD/.servers/$package/server "$VENV/bin/python" -m pytest -n 2 --dist worksteal tests/hitcounter \
+  REDIS_SERVER=$PWD/.servers/$package/server "$VENV/bin/python" -m pytest -n 4 --dist worksteal tests/hitcounter \
     tests/nanoservice/test_redis.py tests/nanoservice/test_outage.py tests/nanoservice/test_idle.py
 done
