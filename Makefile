@@ -81,7 +81,7 @@ test-servers: $(VENV)/installed ## run the tests of the counter with Redis 6.2, 
 test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
 	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
 
-chaos: $(VENV)/installed ## break the primary of a replicated store 45 times in 20 minutes; no number may be lost
+chaos: $(VENV)/installed ## break the primary of a replicated store 35 times in 15 minutes; no number may be lost
 	@$(BIN)/python -m tests.hitcounter.chaos
 
 # Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
