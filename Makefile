@@ -33,6 +33,7 @@ SUMS ?=              # the expected digest of SHA256SUMS, the file with the chec
 PROXIES ?=           # the folder of the machine's own nginx and haproxy, such as /usr/sbin, for `make test-proxies`
 RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
 ATTACK_SECONDS ?= 10
+ATTACKS ?=           # the attacks of `make attack`, as an expression for pytest's option -k; default: all
 DEBIAN_MIRROR ?= http://deb.debian.org/debian
 
 # The scripts and the tests read these variables from the environment.
@@ -89,7 +90,7 @@ test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test
 	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
 
 attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
-	@$(PYTEST_SLOW) -m attack tests
+	@$(PYTEST_SLOW) -m attack $(if $(ATTACKS),-k '$(ATTACKS)') tests
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 4 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
