@@ -150,11 +150,8 @@ class Connection(BaseProtocol):
     def _forget(self) -> None:
         self._bounds.remove(self)
         self._deaf, self._idle, self._later, self._counted, self._message, self._parser = True, False, b"", 0, None, None
-        if not self._body.is_eof() and self._body.exception() is None:
-            error = web.RequestPayloadError("the connection was closed")
-            self._body.set_exception(error)
-            # A handler that has been woken for data, but has not run yet, finds none and waits again. So wake it again.
-            self._factory.loop.call_soon(self._body.set_exception, error)
+        if not self._body.is_eof():
+            self._fail_body(web.RequestPayloadError("the connection was closed"))
 
     def eof_received(self) -> bool:
         """Return whether the connection stays open for an answer, although the client has closed its side."""
@@ -316,8 +313,15 @@ class Connection(BaseProtocol):
     def _break_body(self) -> None:
         """Read nothing more, and make the handler's reading of the body fail. aiohttp would leave the handler waiting."""
         self._deaf = True
-        if self._body.exception() is None:
-            self._body.set_exception(web.RequestPayloadError("the body is malformed"))
+        self._fail_body(web.RequestPayloadError("the body is malformed"))
+
+    def _fail_body(self, error: Exception) -> None:
+        """Make the reading of the body fail with `error`, or with the error that it has already failed with."""
+        body = self._body
+        error = cast("Exception", body.exception() or error)
+        body.set_exception(error)
+        # A reader that has been woken, but has not run yet, may find no data, and waits again. So wake it again.
+        self._factory.loop.call_soon(body.set_exception, error)
 
     # --- answer ---
 
@@ -395,16 +399,15 @@ class Connection(BaseProtocol):
                 self._counted = 0
                 self._waits()
                 self.read()
-                with contextlib.suppress(web.RequestPayloadError):
+                try:
                     while not body.is_eof():
                         await body.readany()
+                except web.RequestPayloadError as error:
+                    error.__traceback__ = None
             self._finish(keep, factory.now())
         except Exception as error:  # an error of the chassis itself, or of a signal that fails for each response
             factory.failures.log(error)
             self.abort()
-        finally:
-            if (broken := body.exception()) is not None:
-                broken.__traceback__ = None  # It refers to the request, whose memory only the garbage collector would free.
 
     async def _respond(self, message: RawRequestMessage, body: StreamReader) -> tuple[int, str, bool]:
         """Answer a request. Return the status, the template of the route, and whether the connection can stay open."""
@@ -424,7 +427,7 @@ class Connection(BaseProtocol):
                 try:
                     response = await factory.handler(request)
                 except web.HTTPException as error:
-                    response = error
+                    response = error.with_traceback(None)
                 finally:
                     resource = cast("web.Request", request).match_info.route.resource
                     route = resource.canonical if resource is not None else route
@@ -433,6 +436,7 @@ class Connection(BaseProtocol):
             if task.cancelling():
                 raise
             answer = self._failure(error, begun=writer.output_size > 0)
+            error.__traceback__ = None  # It refers to the request, whose memory only the garbage collector would free.
             sent = answer if writer.output_size else await self._send(request, answer)
         return sent.status, route, bool(sent.keep_alive)
 
@@ -549,7 +553,7 @@ class Connection(BaseProtocol):
             return
         if self._busy and not self._discarding and self._body.exception() is None and not self.writing_paused:
             self._deaf = True
-            self._body.set_exception(_SlowBodyError())  # The handler that waits for the body answers 408.
+            self._fail_body(_SlowBodyError())  # The handler that waits for the body answers 408.
         else:
             self.abort()
 

@@ -323,6 +323,18 @@ async def test_reader_of_a_body_ends_if_its_connection_is_aborted_just_after_dat
         await eventually(lambda: not factory._tasks, 5 * SLACK)
 
 
+@pytest.mark.parametrize("path", ["/", "/x"], ids=["the handler reads the body", "the answer is sent"])
+async def test_reader_of_a_body_ends_if_the_body_breaks_just_after_a_chunk(served: Served, path: str) -> None:
+    factory = served.running._factories[0]
+    async with connected(served.port) as wire:
+        await wire.send(request("POST", path, "Transfer-Encoding: chunked"), b"3\r\nabc")
+        await eventually(lambda: factory._tasks, 5 * SLACK)
+        await asyncio.sleep(0.1)  # The task has read "abc", and waits for more.
+        (client,) = factory.connections
+        client.data_received(b"\r\nnonsense\r\n")
+        await eventually(lambda: not factory._tasks, 5 * SLACK)
+
+
 async def test_request_whose_connection_is_aborted_is_freed_without_the_garbage_collector(valkey: Valkey) -> None:
     seen: list[weakref.ref[web.Request]] = []
 
