@@ -68,6 +68,7 @@ _END = b"\r\n\r\n"  # A request head ends with these bytes, and so does a body i
 _PARSE_SECONDS = 0.01  # In one iteration of the event loop, requests that are not small are parsed for this time.
 _HEADER_WEIGHT = 350  # bytes that the Python objects for one header take
 _REQUEST_WEIGHT = 8 << 10  # bytes that aiohttp's objects for one request take, with their task
+_FRAMING_BYTES = 64 << 10  # A body in chunks may take this number of bytes more than twice its size.
 _CHUNK_WEIGHT = 48  # bytes that the Python objects for half a chunk take
 _CLOSE = b"Connection: close\r\n"
 _CONTINUE = "100-continue"
@@ -86,7 +87,7 @@ class Connection(BaseProtocol):
     __slots__ = (
         "_body", "_body_paused", "_bounds", "_busy", "_content", "_counted", "_deaf", "_discarding", "_ended", "_factory",
         "_head", "_idle", "_later", "_left", "_long", "_message", "_min_unsent", "_min_unsent_since", "_only_probes", "_route",
-        "_seam", "_since", "_started", "held", "peername", "sockname",
+        "_seam", "_sent", "_since", "_started", "held", "peername", "sockname",
     )
     # fmt: on
 
@@ -116,8 +117,9 @@ class Connection(BaseProtocol):
         # `_ended`: the client has closed its side. `_deaf`: all further bytes are discarded.
         self._idle, self._ended, self._deaf = True, False, False
         # `_head`: the size of the incomplete head, or of the trailer. `_later`: bytes that are not parsed yet. `_seam`: the last
-        # bytes that were parsed, in which `_END` may begin. `_counted`: the part of `held` for the bytes in `_later`.
-        self._head = self._counted = self.held = 0
+        # bytes that were parsed, in which `_END` may begin. `_sent`: the bytes of a body in chunks, with their framing.
+        # `_counted`: the part of `held` for the bytes in `_later`.
+        self._head = self._counted = self._sent = self.held = 0
         self._later = self._seam = b""
         # the lowest number of unsent bytes seen since writing was paused, and when it was first seen
         self._min_unsent = self._min_unsent_since = math.inf
@@ -256,7 +258,7 @@ class Connection(BaseProtocol):
         if messages:
             message, self._body = messages[0]
             self._message, self._busy = message, True
-            self._head, self._seam = 0, b""
+            self._head, self._sent, self._seam = 0, 0, b""
             if self._body is not EMPTY_PAYLOAD:
                 self._left = None if message.chunked else int(message.headers.get(hdrs.CONTENT_LENGTH, 0))
         else:
@@ -289,7 +291,9 @@ class Connection(BaseProtocol):
         if self._left is None:
             self._seam = (self._seam + piece)[-3:]
             self._head = 0 if self._body.total_bytes > before else self._head + len(piece)
-            if self._head > HEAD_BYTES and not self._body.is_eof():  # a trailer that is too large
+            self._sent += len(piece)
+            too_small = self._sent > 2 * self._body.total_bytes + _FRAMING_BYTES  # Parsing tiny chunks costs much CPU time.
+            if (self._head > HEAD_BYTES or too_small) and not self._body.is_eof():  # or a trailer that is too large
                 self._break_body()
         else:
             self._left -= len(piece)

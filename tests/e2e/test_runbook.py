@@ -383,7 +383,8 @@ _DRY = ("apply", "delete", "patch", "scale", "taint", "undo")
 # test_replicated.py tests, has more than one server.
 _REFUSALS = (
     "must support resize|previous terminated container .* not found|no last revision to roll back to|taint .* not found"
-    '|"(data-)?redis-[12]" not found|services "redis-0" not found|poddisruptionbudgets.policy "redis" not found'
+    r'|"(data-)?redis-[12]" not found|pods "\$pod" not found'
+    '|services "redis-0" not found|poddisruptionbudgets.policy "redis" not found'
 )
 
 

@@ -158,3 +158,11 @@ async def test_client_that_pipelines_and_reads_slowly_is_not_closed(served: Serv
             wire.received = wire.received[-11:]  # too short for a whole status line
             assert await wire.more()
             answers += wire.received.count(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(("size", "status"), [(1, 400), (8, 200)])
+async def test_long_body_in_tiny_chunks_is_refused(served: Served, size: int, status: int) -> None:
+    data = b"%d\r\n%b\r\n" % (size, b"x" * size) * (100_000 // size) + b"0\r\n\r\n"
+    async with connected(served.port) as wire:
+        await wire.send(request("POST", "/", "Transfer-Encoding: chunked"), data)
+        assert (await wire.reply()).status == status
