@@ -384,7 +384,7 @@ _DRY = ("apply", "delete", "patch", "scale", "taint", "undo")
 _REFUSALS = (
     "must support resize|previous terminated container .* not found|no last revision to roll back to|taint .* not found"
     r'|"(data-)?redis-[12]" not found|pods "\$pod" not found'
-    '|services "redis-0" not found|poddisruptionbudgets.policy "redis" not found'
+    '|services "redis-0" not found|poddisruptionbudgets.policy "redis" not found|unknown command: (hand-over|is-primary)'
 )
 
 
