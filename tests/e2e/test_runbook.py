@@ -428,5 +428,5 @@ def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
                 assert re.search(_REFUSALS, str(refused)), command
         if action == "restart":
             ours.await_rollout(command[-1])
-    reads = {"get", "describe", "logs", "port-forward", "exec", "diff", "history", "status"}
+    reads = {"get", "describe", "logs", "port-forward", "exec", "diff", "history", "status", "wait"}
     assert ran == reads | {"restart"} | set(_DRY)
