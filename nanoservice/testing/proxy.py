@@ -72,7 +72,30 @@ def pass_on(request: Request) -> Fate:
     return Fate.PASS
 
 
-class Proxy:
+class Tasks:
+    """The tasks of the connections of a server, `_server`, which is an asynchronous context. Its end cancels the tasks."""
+
+    _server: asyncio.Server
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _keep_task(self) -> None:
+        """Keep the current task until it is done."""
+        task = asyncio.current_task()
+        assert task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+
+
+class Proxy(Tasks):
     """A proxy on a port of loopback, used as an asynchronous context. `fate` decides what happens to each request.
 
     `store` is the port of Redis. The proxy keeps a request with the fate REPEAT_LATE, and sends it again after Redis has executed
@@ -86,6 +109,7 @@ class Proxy:
         fate: Callable[[Request], Fate] = pass_on,
         is_later: Callable[[Request, Request], bool] = lambda kept, request: True,
     ) -> None:
+        super().__init__()
         self._store = store
         self.fate = fate
         self._is_later = is_later
@@ -93,20 +117,12 @@ class Proxy:
         self.repeated: Counter[str] = Counter()
         self._kept: list[Request] = []  # requests to repeat later
         self._stalled: list[Request] = []
-        self._tasks: set[asyncio.Task[None]] = set()
         self._released = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.wait_closed()
 
     async def release(self) -> None:
         """Send the stalled requests to Redis now. Wait for the replies, and discard the replies."""
@@ -115,10 +131,7 @@ class Proxy:
             await self._repeat(request)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._keep_task()
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             async with _connection(self._store) as (store_reader, store_writer):
                 await self._converse(reader, writer, store_reader, store_writer)

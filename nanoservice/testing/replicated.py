@@ -19,6 +19,7 @@ import redis
 
 from nanoservice.embedded import executable
 from nanoservice.sentinel import PRIMARY_NAME
+from nanoservice.testing.proxy import Tasks
 from nanoservice.testing.valkey import Valkey, free_port
 from nanoservice.testing.waiting import SLACK, eventually
 
@@ -35,7 +36,7 @@ class Peer(Enum):
     SENTINEL = auto()
 
 
-class Network:
+class Network(Tasks):
     """The network in front of one server: it listens at the address `host`:`port` and passes bytes to `upstream` on 127.0.0.1.
 
     No bytes pass to or from the peers in `cut`, and their connections stay open. Bytes under way arrive when the cut ends.
@@ -43,24 +44,17 @@ class Network:
     """
 
     def __init__(self, host: str, upstream: int) -> None:
+        super().__init__()
         self.host = host
         self.port = free_port()
         self.cut: frozenset[Peer] = frozenset()
         self.delay = 0.0
         self._upstream = upstream
-        self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, self.host, self.port)
         return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.wait_closed()
 
     def abort(self) -> None:
         """Close all connections, and lose the bytes that are under way."""
@@ -68,10 +62,7 @@ class Network:
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._keep_task()
         subnet = writer.get_extra_info("peername")[0].rpartition(".")[2][:-1]
         peer = {"1": Peer.REPLICA, "2": Peer.SENTINEL}.get(subnet, Peer.SERVICE)
         with contextlib.suppress(OSError, asyncio.CancelledError):  # an OSError if the server is down
