@@ -40,7 +40,7 @@ class Bounded(Protocol):
 
 
 class BoundMetrics:
-    """The metrics of all `Bounds`; the label `port` tells them apart."""
+    """The metrics of all `Bounds`; the label `port` has a value for each."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.open = Gauge("http_connections", "Open connections", ["port"], registry=registry)

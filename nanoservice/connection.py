@@ -52,7 +52,7 @@ from nanoservice.metrics import RequestRecorder
 
 RECEIVE_SECONDS = 10.0  # A request must be complete within this time.
 SEND_SECONDS = 30.0  # A client may leave its answers unread for this time.
-# This is longer than common proxies keep an idle connection to a server. Google's load balancers keep theirs for 600 s.
+# This is longer than common proxies keep an idle connection to a server. Google's load balancers keep one for 600 s.
 KEEPALIVE_SECONDS = 620.0
 
 _KEPT_HEADERS = "Allow", "Retry-After", "WWW-Authenticate"  # These headers of aiohttp's errors are kept.

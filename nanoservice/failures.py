@@ -7,7 +7,7 @@ from types import CodeType
 
 _LOGGED = 3  # The same traceback is logged this number of times in each period.
 _PERIOD = 60.0  # seconds
-_MAX_KINDS = 64  # The number of different tracebacks that are told apart in a period. All others count as one.
+_MAX_KINDS = 64  # The number of different tracebacks that are counted separately in a period. All others count as one.
 
 _Kind = tuple[str, ...]  # the type of the error, and the file and line of each frame
 
