@@ -310,28 +310,25 @@ def test_idle_connections_are_kept_longer_than_proxies_keep_theirs() -> None:
     assert connection.KEEPALIVE_SECONDS > 600
 
 
+BREAKS = {
+    "aborted just after data": ("Content-Length: 1000", b"x", b"y"),
+    "broken just after a chunk": ("Transfer-Encoding: chunked", b"3\r\nabc", b"\r\nnonsense\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
 @pytest.mark.parametrize("path", ["/", "/x"], ids=["the handler reads the body", "the answer is sent"])
-async def test_reader_of_a_body_ends_if_its_connection_is_aborted_just_after_data_has_arrived(served: Served, path: str) -> None:
+async def test_reader_of_a_body_ends_if_the_body_ends_while_the_reader_is_woken(served: Served, path: str, name: str) -> None:
+    header, first, last = BREAKS[name]
     factory = served.running._factories[0]
     async with connected(served.port) as wire:
-        await wire.send(request("POST", path, "Content-Length: 1000"), b"x")
+        await wire.send(request("POST", path, header), first)
         await eventually(lambda: factory._tasks, 5 * SLACK)
         await asyncio.sleep(0.1)  # The task waits for more of the body.
         (client,) = factory.connections
-        client.data_received(b"y")
-        client.abort()
-        await eventually(lambda: not factory._tasks, 5 * SLACK)
-
-
-@pytest.mark.parametrize("path", ["/", "/x"], ids=["the handler reads the body", "the answer is sent"])
-async def test_reader_of_a_body_ends_if_the_body_breaks_just_after_a_chunk(served: Served, path: str) -> None:
-    factory = served.running._factories[0]
-    async with connected(served.port) as wire:
-        await wire.send(request("POST", path, "Transfer-Encoding: chunked"), b"3\r\nabc")
-        await eventually(lambda: factory._tasks, 5 * SLACK)
-        await asyncio.sleep(0.1)  # The task has read "abc", and waits for more.
-        (client,) = factory.connections
-        client.data_received(b"\r\nnonsense\r\n")
+        client.data_received(last)
+        if name.startswith("aborted"):
+            client.abort()
         await eventually(lambda: not factory._tasks, 5 * SLACK)
 
 
