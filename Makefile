@@ -6,12 +6,13 @@ VENV ?= .venv
 override VENV := $(patsubst %/,%,$(VENV))
 BIN := $(VENV)/bin
 UPGRADE ?=           # with UPGRADE=--upgrade, `make lock` locks the newest versions
+FORMAT ?=            # how `make services` prints the services: table (the default), names or json
 
 ENGINE ?=            # docker (with buildx), podman or buildah; if empty, make uses the first of these that it finds
-SERVICE ?= hitcounter
-IMAGE ?= $(SERVICE)
+SERVICE ?=           # the service to work on, such as hitcounter; if empty, `make run` takes the first, other commands take all
+IMAGE ?=             # the name of SERVICE's image; the default is the service's name
 PLATFORMS ?= linux/amd64,linux/arm64
-LAYOUT ?= $(SERVICE).oci
+LAYOUT ?=            # the folder for the OCI layout of SERVICE's image; the default is SERVICE.oci
 WHEELS ?= wheels
 override WHEELS := $(patsubst %/,%,$(WHEELS))
 BUILD_OPTIONS ?=     # more options for the engine's build, such as --build-arg BASE=... for a mirror's image
@@ -38,7 +39,7 @@ export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE
 
 # --- Every day ---
 
-.PHONY: help run test test-newest coverage lint format types clean
+.PHONY: help run services test test-newest coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -53,8 +54,11 @@ help: ## list the targets
 	    '/^# --- / { gsub(/^# --- | ---$$/, ""); group = "\n" $$0 "\n" } \
 	    /^[a-z0-9-]+:.*## / { printf "%s  make %-21s  %s\n", group, $$1, $$2; group = "" }' $(MAKEFILE_LIST)
 
-run: $(VENV)/can-run ## run the service on port 8080, with a Valkey of its own in .data/ unless REDIS_HOST is set
-	@exec $(BIN)/python -m hitcounter
+run: $(VENV)/can-run ## run the first service, or SERVICE, with a Valkey of its own in .data/ unless REDIS_HOST is set
+	@exec sh scripts/run.sh
+
+services: ## list the services and their ports; FORMAT=json prints the names as JSON, for workflows
+	@sh scripts/services.sh $(FORMAT)
 
 # Run the tests in two processes: while a test of one process waits, a test of the other process runs.
 test: $(VENV)/installed ## run all tests that need only this machine
@@ -134,17 +138,17 @@ bench-quick: $(BENCH)/peers ## show that the benchmark runs; write nothing
 wheels: $(VENV)/can-run ## download the packages for images, and check their hashes; builds then need no network
 	@sh scripts/wheels.sh
 
-image: ## build the image of hitcounter (or of the package SERVICE=) and load it into the engine (ENGINE=)
-	@sh scripts/image.sh
+image: ## build the image of each service, or of SERVICE, and load it into the engine (ENGINE=)
+	@sh scripts/each.sh image.sh
 
 image-check: ## build twice with each installed engine, from different copies of the sources; compare the digests
-	@sh scripts/image-check.sh
+	@sh scripts/each.sh image-check.sh
 
-image-multiarch: ## write an OCI layout for amd64 and arm64 to hitcounter.oci/
-	@sh scripts/image-multiarch.sh
+image-multiarch: ## write an OCI layout for amd64 and arm64 to SERVICE.oci/
+	@sh scripts/each.sh image-multiarch.sh
 
 image-digest: ## build for amd64 and arm64, and print the digests
-	@sh scripts/image-digest.sh
+	@sh scripts/each.sh image-digest.sh
 
 # The digest of an image depends on its builder, so releases use a fixed BuildKit. The digest of this BuildKit image was found in
 # three independent public sources before it was pinned.
@@ -180,7 +184,7 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 
 deploy: ## build and deploy on the current cluster (minikube or kind; any other with REGISTRY=); print the URL
 	@sh scripts/deploy-check.sh
-	@sh scripts/image.sh
+	@sh scripts/each.sh image.sh
 	@sh scripts/deploy.sh
 
 undeploy: ## delete everything that `make deploy` made, including the counts
@@ -219,17 +223,17 @@ e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in 
 release-check: ## fail unless the changelog has a section for the version, and TAG, if given, is the version's tag
 	@sh scripts/release-check.sh
 
-release-digest: ## print the digest of the image in hitcounter.oci/, as digest=sha256:...
-	@sh scripts/release-digest.sh
+release-digest: ## print the digest of the image in SERVICE.oci/, as digest=sha256:...
+	@sh scripts/each.sh release-digest.sh
 
-release-compare: ## fail unless the image in hitcounter.oci/ has the digest DIGEST
-	@sh scripts/release-compare.sh
+release-compare: ## fail unless the image in SERVICE.oci/ has the digest DIGEST
+	@sh scripts/each.sh release-compare.sh
 
-sbom: $(VENV)/can-run ## write dist/sbom.spdx.json, the list of contents of hitcounter.oci/; each run writes the same bytes
-	@sh scripts/sbom.sh
+sbom: $(VENV)/can-run ## write dist/sbom.spdx.json, the list of contents of SERVICE.oci/; each run writes the same bytes
+	@sh scripts/each.sh sbom.sh
 
 release-files: sbom ## write the release's files to dist/release/: manifests with the digest, list of contents, checksums
-	@sh scripts/release-files.sh
+	@sh scripts/each.sh release-files.sh
 
 release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 	@sh scripts/release-sums.sh
@@ -237,8 +241,8 @@ release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 release-files-compare: ## fail if the digest of dist/release/SHA256SUMS is not SUMS, or if a file has another checksum
 	@sh scripts/release-files-compare.sh
 
-publish: ## publish the image of hitcounter.oci/ and its list of contents in REPOSITORIES, and read both back
-	@sh scripts/publish.sh
+publish: ## publish the image of SERVICE.oci/ and its list of contents in REPOSITORIES, and read both back
+	@sh scripts/each.sh publish.sh
 
-sign: ## sign the image of hitcounter.oci/ in REPOSITORIES with cosign, as yourself or as the workflow
-	@sh scripts/sign.sh
+sign: ## sign the image of SERVICE.oci/ in REPOSITORIES with cosign, as yourself or as the workflow
+	@sh scripts/each.sh sign.sh

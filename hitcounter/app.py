@@ -8,8 +8,8 @@ from importlib import resources
 
 from aiohttp import hdrs, web
 
-from hitcounter import __version__
 from hitcounter.counter import Counter, Counts
+from nanoservice import __version__
 from nanoservice.answer import Answer
 from nanoservice.config import Config, integer, seconds, setting
 from nanoservice.errors import ProblemError

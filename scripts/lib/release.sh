@@ -1,7 +1,7 @@
 # This file finds a release's version, the repositories to publish it in, and the folder of its files.
 # The file reads SERVICE, REPOSITORIES and DIST.
 
-version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$SERVICE/__init__.py")
+version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' nanoservice/__init__.py)
 folder=$DIST/release
 
 changes() { # print the section of this version in the changelog

@@ -15,12 +15,12 @@ import trustme
 import yaml
 from kubernetes_validate import utils
 
-from hitcounter.app import SERVICE
 from nanoservice import config, probes
 from nanoservice.config import variables
 from nanoservice.server import FINISH_SECONDS
-from nanoservice.service import Service, create_app
+from nanoservice.service import create_app
 from tests.support import ROOT
+from tests.support.services import services
 
 Object = dict[str, Any]
 
@@ -31,7 +31,7 @@ PRODUCTION = [variant for variant in RENDERED if variant.startswith("production"
 ON_A_LAPTOP = [variant for variant in RENDERED if variant not in PRODUCTION]
 WITH_REDIS = [variant for variant in RENDERED if not variant.endswith("redis-outside")]
 CA = trustme.CA()
-SERVICES: dict[str, Service[Any]] = {SERVICE.name: SERVICE}
+SERVICES = services()
 KUBERNETES = [f"1.{minor}" for minor in range(30, 38)]
 
 LABEL = "app.kubernetes.io/"

@@ -20,7 +20,7 @@ import pytest
 from spdx_tools.spdx.parser.parse_anything import parse_file
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
-from hitcounter import __version__ as VERSION
+from nanoservice import __version__ as VERSION
 from nanoservice.testing.waiting import wait_for
 from tests.support import ROOT
 from tests.support.images import WHEELS, Layout, engine, layout, run, sources

@@ -15,13 +15,14 @@ import pytest
 import yaml
 
 from tests.support import ROOT
+from tests.support.services import names
 
 Object = dict[str, Any]
 
 CONFIG: Object = yaml.safe_load((ROOT / "skaffold.yaml").read_text())
 PROFILES: list[Object] = CONFIG["profiles"]
 CONTAINERFILE = (ROOT / "Containerfile").read_text()
-PACKAGES = {path.parent.name for path in ROOT.glob("*/__main__.py")} | {"nanoservice"}
+PACKAGES = {*names(), "nanoservice"}
 
 
 def profiles_of(command: str) -> list[str]:

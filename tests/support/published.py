@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from hitcounter import __version__ as VERSION
+from nanoservice import __version__ as VERSION
 from tests.support.workflows import RELEASE, execute, runs
 
 REGISTRY = os.environ.get("REGISTRY", "").strip()

@@ -1,0 +1,21 @@
+"""The services of this repository, as the tests of delivery see them."""
+
+import functools
+import importlib
+import subprocess
+from typing import Any
+
+from nanoservice.service import Service
+from tests.support import ROOT
+
+
+@functools.cache
+def names() -> list[str]:
+    """Return the names of all services, in the order of their numbers."""
+    return subprocess.check_output(["sh", "scripts/services.sh", "names"], cwd=ROOT, text=True).split()
+
+
+@functools.cache
+def services() -> dict[str, Service[Any]]:
+    """Return a dict from the name of each service to its definition."""
+    return {name: importlib.import_module(f"{name}.app").SERVICE for name in names()}
