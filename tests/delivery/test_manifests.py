@@ -20,7 +20,7 @@ from nanoservice.config import variables
 from nanoservice.server import FINISH_SECONDS
 from nanoservice.service import create_app
 from tests.support import ROOT
-from tests.support.services import services
+from tests.support.services import numbers, services
 
 Object = dict[str, Any]
 
@@ -31,7 +31,7 @@ PRODUCTION = [variant for variant in RENDERED if variant.startswith("production"
 ON_A_LAPTOP = [variant for variant in RENDERED if variant not in PRODUCTION]
 WITH_REDIS = [variant for variant in RENDERED if not variant.endswith("redis-outside")]
 CA = trustme.CA()
-SERVICES = services()
+SERVICES, NUMBERS = services(), numbers()
 KUBERNETES = [f"1.{minor}" for minor in range(30, 38)]
 
 LABEL = "app.kubernetes.io/"
@@ -157,7 +157,7 @@ def test_every_variant_is_rendered() -> None:
 def test_variant_has_only_the_objects_that_these_tests_check(variant: str) -> None:
     # If you add a kind to these lists, add rules for that kind below.
     store = ["ConfigMap", "NetworkPolicy", "Service", "StatefulSet"] if variant in WITH_REDIS else []
-    scaled = ["HorizontalPodAutoscaler", "Ingress"] if variant in PRODUCTION else []
+    scaled = ["HorizontalPodAutoscaler", "Ingress"] * len(SERVICES) if variant in PRODUCTION else []
     service = ["ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service"]
     namespace = ["Namespace", "NetworkPolicy"]
     smoke_test = ["NetworkPolicy"] if variant in ON_A_LAPTOP else []
@@ -425,9 +425,10 @@ def test_services_show_one_port_and_never_the_admin_port(variant: str) -> None:
         assert workload.ports[port["targetPort"]] != config.Config.admin_port
         ports[workload.name] = port | {"type": service["spec"].get("type", "ClusterIP")}
     http = {"name": "http", "port": 80, "targetPort": "http", "type": "ClusterIP"}
-    if variant in ON_A_LAPTOP:
-        http |= {"nodePort": 30080, "type": "NodePort"}
     expected = dict.fromkeys(SERVICES, http)
+    if variant in ON_A_LAPTOP:
+        assert len(set(NUMBERS.values())) == len(NUMBERS)
+        expected = {name: http | {"nodePort": 30080 + number, "type": "NodePort"} for name, number in NUMBERS.items()}
     if variant in WITH_REDIS:
         expected["redis"] = {"name": "redis", "port": 6379, "targetPort": "redis", "type": "ClusterIP"}
     assert ports == expected
@@ -436,14 +437,14 @@ def test_services_show_one_port_and_never_the_admin_port(variant: str) -> None:
 @in_each_variant
 def test_drain_of_a_node_evicts_one_pod_of_a_service_at_a_time_and_never_waits_for_redis(variant: str) -> None:
     budgets = [it["spec"] for it in of_kind(variant, "PodDisruptionBudget")]
-    assert [selected(variant, budget.pop("selector")["matchLabels"]).name for budget in budgets] == list(SERVICES)
+    assert sorted(selected(variant, budget.pop("selector")["matchLabels"]).name for budget in budgets) == sorted(SERVICES)
     assert budgets == [{"maxUnavailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow"}] * len(SERVICES)
 
 
 @of_each_service
 def test_number_of_pods_is_set_by_the_autoscaler_only(workload: Workload) -> None:
     assert "replicas" not in workload.object["spec"]
-    scalers = of_kind(workload.variant, "HorizontalPodAutoscaler")
+    scalers = [it for it in of_kind(workload.variant, "HorizontalPodAutoscaler") if it["metadata"]["name"] == workload.name]
     assert len(scalers) == (workload.variant in PRODUCTION)
     for scaler in (it["spec"] for it in scalers):
         assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": workload.name}
@@ -455,11 +456,16 @@ def test_number_of_pods_is_set_by_the_autoscaler_only(workload: Workload) -> Non
 
 @pytest.mark.parametrize("variant", PRODUCTION)
 def test_ingress_leads_to_an_existing_port(variant: str) -> None:
-    (ingress,) = of_kind(variant, "Ingress")
-    for path in (path for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]):
-        backend = path["backend"]["service"]
-        ports = named(variant, "Service", backend["name"])["spec"]["ports"]
-        assert backend["port"]["name"] in {port["name"] for port in ports}
+    ingresses = of_kind(variant, "Ingress")
+    assert {ingress["metadata"]["name"] for ingress in ingresses} == SERVICES.keys()
+    hosts = [rule["host"] for ingress in ingresses for rule in ingress["spec"]["rules"]]
+    assert len(set(hosts)) == len(hosts)
+    for ingress in ingresses:
+        for path in (path for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]):
+            backend = path["backend"]["service"]
+            assert backend["name"] == ingress["metadata"]["name"]
+            ports = named(variant, "Service", backend["name"])["spec"]["ports"]
+            assert backend["port"]["name"] in {port["name"] for port in ports}
 
 
 @in_each_variant
@@ -492,7 +498,7 @@ def test_network_policies_allow_what_is_needed_and_nothing_else(variant: str) ->
             "policyTypes": both,
             "egress": [
                 {
-                    "to": [{"podSelector": {"matchLabels": {LABEL + "name": name}}} for name in SERVICES],
+                    "to": [{"podSelector": {"matchLabels": {LABEL + "component": "service"}}}],
                     "ports": [{"port": "http"}],
                 },
                 any_dns,

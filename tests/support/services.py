@@ -16,6 +16,13 @@ def names() -> list[str]:
 
 
 @functools.cache
+def numbers() -> dict[str, int]:
+    """Return a dict from the name of each service to its number, from which its ports follow."""
+    _, *rows = subprocess.check_output(["sh", "scripts/services.sh"], cwd=ROOT, text=True).splitlines()
+    return {name: int(port) - 8080 for name, port, *_ in (row.split() for row in rows)}
+
+
+@functools.cache
 def services() -> dict[str, Service[Any]]:
     """Return a dict from the name of each service to its definition."""
     return {name: importlib.import_module(f"{name}.app").SERVICE for name in names()}
