@@ -182,7 +182,7 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 
 .PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check e2e
 
-deploy: ## build and deploy on the current cluster (minikube or kind; any other with REGISTRY=); print the URL
+deploy: ## build and deploy all services, or SERVICE, on the current cluster (may need REGISTRY=); print the URLs
 	@sh scripts/deploy-check.sh
 	@sh scripts/each.sh image.sh
 	@sh scripts/deploy.sh
@@ -193,7 +193,7 @@ undeploy: ## delete everything that `make deploy` made, including the counts
 secret: ## make the missing passwords in the cluster
 	@sh scripts/secret.sh
 
-secret-rotate: ## replace all passwords without a failed request
+secret-rotate: ## replace all passwords, or the password of SERVICE, without a failed request
 	@sh scripts/secret-rotate.sh
 
 backup: ## write a snapshot of Redis's current data to FILE

@@ -8,12 +8,6 @@
 . "${0%/*}/lib/services.sh"
 
 chosen=$(chosen)
-case "$chosen" in
-  *" "* | *"
-"*)
-    [ -z "${IMAGE:-}${LAYOUT:-}" ] || fail "IMAGE= and LAYOUT= name one image, so say of which service: SERVICE=..."
-    ;;
-esac
 for SERVICE in $chosen; do
   export SERVICE
   IMAGE=${IMAGE:-$SERVICE} LAYOUT=${LAYOUT:-$SERVICE.oci} sh "${0%/*}/$1"

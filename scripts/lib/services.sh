@@ -1,7 +1,7 @@
 # This file knows which services the repository has: the folders with a `__main__.py`. Everything else asks this file.
 #
-# Each service has a number: 0, 1, 2 ... Its ports are 8080, 9090 and 5678 plus this number on a laptop, and 30080 plus this number
-# on a node of a laptop's cluster. manifests/minikube/kustomization.yaml has the last of these ports, and so the number.
+# Each service has a number: 0, 1, 2 ... On a laptop its ports are 8080, 9090 and 5678 plus this number. On a node of a laptop's
+# cluster its port is 30080 plus this number. manifests/minikube/kustomization.yaml has this port, and so the number.
 
 number() { # NAME: print the service's number; a service without a node port has the number 0
   [ -f manifests/minikube/kustomization.yaml ] || { echo 0; return; }
@@ -19,11 +19,16 @@ services() { # print the names of all services, in the order of their numbers
 }
 
 chosen() { # print the services to work on: SERVICE if it is set, or all; fail if SERVICE is not a service
-  if [ -z "${SERVICE:-}" ]; then
-    services
-  elif [ -e "$SERVICE/__main__.py" ]; then
+  all=$(services)
+  [ "$all" ] || fail "there is no service: no folder has a __main__.py; to make one: make service NAME=..."
+  if [ "${SERVICE:-}" ]; then
+    [ -e "$SERVICE/__main__.py" ] \
+    || fail "SERVICE=$SERVICE: the services are $(echo "$all" | paste -s -d ' ' -); to make another: make service NAME=..."
     echo "$SERVICE"
+  elif [ "$all" != "${all%
+*}" ] && [ "${IMAGE:-}${LAYOUT:-}" ]; then
+    fail "IMAGE= and LAYOUT= name one image, so say of which service: SERVICE=..."
   else
-    fail "SERVICE=$SERVICE: the services are $(services | paste -s -d ' ' -); to make another: make service NAME=..."
+    echo "$all"
   fi
 }
