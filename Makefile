@@ -6,6 +6,7 @@ VENV ?= .venv
 override VENV := $(patsubst %/,%,$(VENV))
 BIN := $(VENV)/bin
 UPGRADE ?=           # with UPGRADE=--upgrade, `make lock` locks the newest versions
+NAME ?=              # the name of the service that `make service` makes or `make remove` removes, such as likes
 FORMAT ?=            # how `make services` prints the services: table (the default), names or json
 
 ENGINE ?=            # docker (with buildx), podman or buildah; if empty, make uses the first of these that it finds
@@ -39,7 +40,7 @@ export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE
 
 # --- Every day ---
 
-.PHONY: help run services test test-newest coverage lint format types clean
+.PHONY: help run services service remove test test-newest coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -59,6 +60,12 @@ run: $(VENV)/can-run ## run the first service, or SERVICE, with a Valkey of its 
 
 services: ## list the services and their ports; FORMAT=json prints the names as JSON, for workflows
 	@sh scripts/services.sh $(FORMAT)
+
+service: $(VENV)/installed ## make the service NAME, or add what an existing service lacks; needs git and kubectl
+	@$(BIN)/python scripts/service.py add "$(NAME)"
+
+remove: $(VENV)/installed ## remove the service NAME: its files, and its entry in each list; needs git and kubectl
+	@$(BIN)/python scripts/service.py remove "$(NAME)"
 
 # Run the tests in two processes: while a test of one process waits, a test of the other process runs.
 test: $(VENV)/installed ## run all tests that need only this machine

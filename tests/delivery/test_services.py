@@ -1,11 +1,16 @@
 """The services are the folders that have a `__main__.py`, and every command and every list follows from these folders."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support import ROOT
 from tests.support.services import names
@@ -87,3 +92,218 @@ def test_each_service_runs_on_its_own_ports_unless_told_otherwise(three: Path) -
     ):
         assert script("run.sh", cwd=three, VENV=str(three), **environ).stdout == f"{said}\n"
     assert "SERVICE=d: the services are" in script("run.sh", cwd=three, VENV=str(three), SERVICE="d").stderr
+
+
+# --- make service, make remove ---
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy the files of the repository into a git repository of its own, and return its folder."""
+    if not (ROOT / ".git").exists() or not shutil.which("kubectl"):
+        pytest.skip("`make service` needs git and kubectl")
+    folder = tmp_path_factory.mktemp("clone")
+    listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, listed):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    git(folder, "init", "--quiet")
+    commit(folder)
+    return folder
+
+
+@pytest.fixture
+def repository(clone: Path) -> Iterator[Path]:
+    """Yield the folder `clone`, and afterwards remove everything that the test changed there."""
+    yield clone
+    git(clone, "reset", "--quiet", "--hard", "one")
+    git(clone, "clean", "--quiet", "-dfx")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", f"safe.directory={folder}", "-c", "core.hooksPath=/dev/null"]
+    environ = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    return subprocess.run(
+        ["git", "-C", str(folder), *identity, *arguments], env=environ, check=True, text=True, capture_output=True
+    ).stdout
+
+
+def commit(folder: Path) -> None:
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message=one")
+    git(folder, "tag", "one")
+
+
+def service(folder: Path, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    """Run scripts/service.py of `folder`, as make does."""
+    command = [sys.executable, "scripts/service.py", *arguments]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **environ}, text=True, capture_output=True, timeout=120)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return the content of each file in `folder`, except git's own files and byte code."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not {".git", "__pycache__", ".ruff_cache"} & set(path.parts)
+    }
+
+
+def check(folder: Path, *tests: str) -> None:
+    """Run the tools of `make lint`, and these tests, on the repository in `folder`."""
+    tools = Path(sys.executable).parent
+    commands: list[list[str | Path]] = [
+        [tools / "ruff", "check", "--quiet", "."],
+        [tools / "ruff", "format", "--quiet", "--check", "."],
+        [tools / "yamllint", "--strict", "."],
+        [tools / "check-jsonschema", "--quiet", "--builtin-schema=vendor.compose-spec", "compose.yaml"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+    ]
+    for command in commands:
+        ended = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=300)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_no_list_lacks_a_service() -> None:
+    checked = service(ROOT, "check")
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_new_service_is_complete_and_is_removed_completely(repository: Path) -> None:
+    before = tree(repository)
+    made = service(repository, "add", "likes")
+    assert made.returncode == 0, made.stderr
+    assert "made    likes/app.py" in made.stdout
+    assert made.stdout.endswith("curl --request POST http://localhost:8081/\n")
+    git(repository, "add", "--all")
+    check(repository, "tests/likes", "tests/delivery/test_manifests.py", "tests/delivery/test_skaffold.py")
+    complete = tree(repository)
+    again = service(repository, "add", "likes")
+    assert (again.returncode, again.stdout) == (0, "likes exists already and is complete; nothing has changed\n")
+    assert tree(repository) == complete
+    removed = service(repository, "remove", "likes")
+    assert removed.returncode == 0, removed.stderr
+    assert tree(repository) == before
+
+
+def test_ten_services_have_ten_of_everything(repository: Path) -> None:
+    made = [f"made{letter}" for letter in "zyxwvutsr"]
+    for name in made:
+        # Only the last run needs to render the manifests.
+        made_one = service(repository, "add", name, KUBECTL="kubectl" if name == made[-1] else "true")
+        assert made_one.returncode == 0, made_one.stderr
+    every = ["hitcounter", *made]
+    assert script("services.sh", "names", cwd=repository).stdout.split() == every
+    assert script("services.sh", "json", cwd=repository).stdout == f"services={json.dumps(every, separators=(',', ':'))}\n"
+    check(repository, "tests/delivery/test_manifests.py", "-k", "accepts_every_object and 1.34 or only_the_objects or in_redis")
+    for variant in ("minikube", "dev", "production"):
+        objects = list(yaml.safe_load_all((repository / "manifests" / "rendered" / f"{variant}.yaml").read_text()))
+        kinds = [it["kind"] for it in objects if it["metadata"]["name"] in every]
+        assert {kinds.count(kind) for kind in ("Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy")} == {10}
+        node_ports = [it["spec"]["ports"][0].get("nodePort") for it in objects if it["kind"] == "Service"]
+        assert variant == "production" or sorted(filter(None, node_ports)) == list(range(30080, 30090))
+    services = yaml.safe_load((repository / "compose.yaml").read_text())["services"]
+    published = {name: re.findall(r"(\w+)_PORT:-(\d+)", one["ports"][0])[0] for name, one in services.items() if name in every}
+    assert published == {name: (name.upper(), str(8080 + number)) for number, name in enumerate(every)}
+    skaffold = yaml.safe_load((repository / "skaffold.yaml").read_text())
+    assert [artifact["image"] for artifact in skaffold["build"]["artifacts"]] == every
+    targets = [patch["path"] for patch in skaffold["profiles"][0]["patches"] if patch["path"].endswith("target")]
+    assert targets == [f"/build/artifacts/{index}/docker/target" for index in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "a service's name is a DNS label and a Python package at once"),
+        ("Likes", "a service's name is a DNS label and a Python package at once"),
+        ("my-likes", "a service's name is a DNS label and a Python package at once"),
+        ("my_likes", "a service's name is a DNS label and a Python package at once"),
+        ("1likes", "a service's name is a DNS label and a Python package at once"),
+        ("a" * 31, "a service's name is a DNS label and a Python package at once"),
+        ("../likes", "a service's name is a DNS label and a Python package at once"),
+        ("class", "this is a word of Python"),
+        ("json", "Python's standard library has a module of this name"),
+        ("aiohttp", "an installed package has this name"),
+        ("redis", "manifests/redis/ exists already, and is not a service"),
+        ("support", "tests/support/ exists already, and is not a service"),
+        ("nanoservice", "nanoservice/ exists already, and is not a service"),
+        ("operator", "Python's standard library has a module of this name"),
+        ("probe", "manifests/redis/users.acl has a user of this name already"),
+        ("dist", ".gitignore names this folder"),
+    ],
+)
+def test_name_that_cannot_be_used_is_refused_with_the_reason(repository: Path, name: str, words: str) -> None:
+    before = tree(repository)
+    refused = service(repository, "add", name)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith(f"make: NAME={name}: ")
+    assert words in refused.stderr
+    assert tree(repository) == before
+
+
+def test_failure_half_way_leaves_the_tree_as_it_was(repository: Path, tmp_path: Path) -> None:
+    before = tree(repository)
+    failing = tmp_path / "kubectl"
+    failing.write_text("#!/bin/sh\nexit 1\n")
+    failing.chmod(0o755)
+    for kubectl in (str(failing), "no-such-kubectl"):
+        failed = service(repository, "add", "likes", KUBECTL=kubectl)
+        assert failed.returncode == 1
+        assert "so nothing has changed" in failed.stderr
+        assert ("kubectl is needed" in failed.stderr) == (kubectl == "no-such-kubectl")
+        assert tree(repository) == before
+    # One file cannot be written, so the files that were changed already have to be restored.
+    blocking = repository / "manifests" / "redis" / ".users.acl.new"
+    blocking.mkdir()
+    assert service(repository, "add", "likes").returncode == 1
+    blocking.rmdir()
+    assert tree(repository) == before
+
+
+def test_only_service_and_unknown_service_are_not_removed(repository: Path) -> None:
+    before = tree(repository)
+    assert "this is the only service" in service(repository, "remove", "hitcounter").stderr
+    assert "NAME=likes: the services are hitcounter" in service(repository, "remove", "likes").stderr
+    assert tree(repository) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "said"),
+    [
+        (".dockerignore", "!likes", ".dockerignore has no line for likes: !likes"),
+        ("pyproject.toml", '    "likes/",', 'pyproject.toml has no line for likes: "likes/",'),
+        ("manifests/services/kustomization.yaml", "  - ../likes", "kustomization.yaml has no line for likes: - ../likes"),
+        ("skaffold.yaml", "        - likes", "skaffold.yaml has no line for likes: - likes"),
+        (
+            "skaffold.yaml",
+            "      - {op: add, path: /build/artifacts/1/docker/network, value: none}   # likes",
+            "skaffold.yaml has no line for likes: - {op: add, path: /build/artifacts/N/docker/network, value: none}   # likes",
+        ),
+    ],
+)
+def test_line_that_is_missing_is_named_and_added_again(repository: Path, file: str, line: str, said: str) -> None:
+    assert service(repository, "add", "likes").returncode == 0
+    complete = tree(repository)
+    text = (repository / file).read_text()
+    assert text.count(f"{line}\n") == 1
+    (repository / file).write_text(text.replace(f"{line}\n", ""))
+    found = service(repository, "check")
+    assert (found.returncode, found.stderr.count(" has no ")) == (1, 1)
+    assert said in found.stderr
+    assert "make service NAME=... adds what is missing" in found.stderr
+    assert service(repository, "add", "likes").returncode == 0
+    assert tree(repository) == complete
+
+
+def test_numbers_of_the_other_services_stay_when_one_is_removed(repository: Path) -> None:
+    for name in ("likes", "orders"):
+        assert service(repository, "add", name).returncode == 0
+    assert service(repository, "remove", "likes").returncode == 0
+    assert service(repository, "check").returncode == 0
+    listed = script("services.sh", cwd=repository).stdout
+    assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [("hitcounter", "80"), ("orders", "82")]
+    assert "/build/artifacts/1/docker/target, value: dev}   # orders" in (repository / "skaffold.yaml").read_text()
+    assert service(repository, "add", "likes").returncode == 0  # it gets the lowest number that is free
+    listed = script("services.sh", cwd=repository).stdout
+    assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [("hitcounter", "80"), ("likes", "81"), ("orders", "82")]

@@ -1,0 +1,357 @@
+"""Make or remove a service, or check that every list of the repository has every service.
+
+Usage: service.py add NAME | remove NAME | check
+
+`add` copies the files of scripts/template/, in which the service is called `starter`. It also adds an entry to each list that a
+tool cannot compute: a copy of the entry of the last service, with the new name and the next free ports. If the service exists
+already, `add` adds only the entries that are missing. `remove` deletes the service's files and entries.
+
+The script works on a copy of the repository. Only if everything has succeeded, it changes the files of the repository itself.
+The script needs git, which knows the files of the repository, ruff beside the running Python, and kubectl (KUBECTL).
+"""
+
+import keyword
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TEMPLATE = Path("scripts/template")
+FOLDERS = {"starter": "{}", "starter_tests": "tests/{}", "manifests": "manifests/{}"}  # a folder of the template, and its place
+USERS = "manifests/redis/users.acl"
+
+# The first line of each entry that a service has in a list. An entry continues over all lines that are indented further.
+ENTRIES = {
+    ".dockerignore": ["!NAME"],
+    "pyproject.toml": [r'    "NAME/",', r'    "NAME",', r"NAME = \[.*"],
+    USERS: ["user NAME .*"],
+    "manifests/services/kustomization.yaml": [r"  - \.\./NAME"],
+    "manifests/minikube/kustomization.yaml": [r"  - target: {kind: Service, name: NAME}"],
+    "manifests/production/kustomization.yaml": ["  - name: NAME"],
+    "skaffold.yaml": ["    - image: NAME", "  - resourceName: NAME", "        - NAME", "      - .*# NAME"],
+    "compose.yaml": ["  NAME:", "  NAME-dev:", "  NAME-tls:"],
+}
+# In these files each service has a document of its own.
+DOCUMENTS = ["manifests/production/autoscaler.yaml", "manifests/production/ingress.yaml"]
+# The places where an entry has a port that follows from the service's number.
+PORTS = {"nodePort, value: {}": 30080, "localPort: {}": 8080, ":-{}}": 8080}
+ZEROS = "sha256:" + "0" * 64
+
+
+class RefusalError(Exception):
+    """The reason why nothing was done."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command, and return the exit status."""
+    os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        match arguments:
+            case ["add", name]:
+                add(name)
+            case ["remove", name]:
+                remove(name)
+            case ["check"]:
+                if wrong := missing(Path()):
+                    raise RefusalError("\n".join([*wrong, "make service NAME=... adds what is missing"]))
+            case _:
+                print(__doc__, file=sys.stderr)
+                return os.EX_USAGE
+    except RefusalError as refusal:
+        print(f"make: {refusal}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def add(name: str) -> None:
+    """Make the service `name`, or complete it."""
+    new = not Path(name, "__main__.py").exists()
+    if new:
+        check_name(name)
+    changed = transact(lambda root: write(root, name, new))
+    if not changed:
+        print(f"{name} exists already and is complete; nothing has changed")
+        return
+    print("\n".join(changed))
+    number = numbers(Path())[name]
+    print(
+        f"\n{name} is there. Its code is in {name}/app.py. To run it: make run SERVICE={name}\n"
+        f"Then, in another terminal: curl --request POST http://localhost:{8080 + number}/"
+    )
+
+
+def check_name(name: str) -> None:
+    """Raise RefusalError unless `name` can be the name of a new service."""
+    if not re.fullmatch(r"[a-z][a-z0-9]{1,29}", name):
+        raise RefusalError(
+            f"NAME={name}: a service's name is a DNS label and a Python package at once,"
+            " so it has 2 to 30 lower-case letters and digits, and begins with a letter"
+        )
+    if keyword.iskeyword(name) or keyword.issoftkeyword(name):
+        raise RefusalError(f"NAME={name}: this is a word of Python")
+    if name in sys.stdlib_module_names:
+        raise RefusalError(f"NAME={name}: Python's standard library has a module of this name, which the service would replace")
+    for place in FOLDERS.values():
+        if Path(place.format(name)).exists():
+            raise RefusalError(f"NAME={name}: {place.format(name)}/ exists already, and is not a service")
+    sys.path = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
+    if find_spec(name):
+        raise RefusalError(f"NAME={name}: an installed package has this name, and the service would replace it")
+    if re.search(rf"^user {name} ", Path(USERS).read_text(), re.MULTILINE):
+        raise RefusalError(f"NAME={name}: {USERS} has a user of this name already")
+    if not subprocess.run(["git", "check-ignore", "--quiet", f"{name}/"], check=False).returncode:
+        raise RefusalError(f"NAME={name}: .gitignore names this folder, so git would not keep the service")
+
+
+def write(root: Path, name: str, new: bool) -> None:
+    """Write the files and the entries of the service `name` into the copy `root` of the repository."""
+    if new:
+        for folder, place in FOLDERS.items():
+            for source in (root / TEMPLATE / folder).rglob("*"):
+                target = root / place.format(name) / source.relative_to(root / TEMPLATE / folder)
+                if source.is_file():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_text(re.sub(r"\bstarter\b", name, source.read_text()))
+        folders = [root / FOLDERS[folder].format(name) for folder in ("starter", "starter_tests")]
+        # The order of the imports depends on the name.
+        ruff = str(Path(sys.executable).parent / "ruff")
+        run(root, ruff, "check", "--quiet", "--fix", *map(str, folders))
+        run(root, ruff, "format", "--quiet", *map(str, folders))
+    if not re.search(rf"^user {name} ", (root / USERS).read_text(), re.MULTILINE):
+        with (root / USERS).open("a") as users:
+            users.write((root / TEMPLATE / "users.acl").read_text().replace("starter", name))
+    known = numbers(root)
+    pattern = [other for other in known if other != name][-1]
+    number = known[name] if name in nodes(root) else min(set(range(len(known) + 1)) - set(nodes(root).values()))
+    for file in ENTRIES:
+        path = root / file
+        lines = path.read_text().splitlines()
+        there = {key(first_line, name) for first_line in first_lines(lines, file, name)}
+        for first in reversed(first_lines(lines, file, pattern)):
+            if file == USERS or key(first, pattern) in there:
+                continue
+            begin, end = extent(lines, lines.index(first))
+            copied = [renamed(line, pattern, name, known[pattern], number) for line in lines[begin:end]]
+            lines[end:end] = ["", *copied] if begin and not lines[begin - 1] else copied
+        path.write_text("\n".join(renumbered(lines)) + "\n")
+    for file in DOCUMENTS:
+        path = root / file
+        if not document(path, name):
+            text = document(path, pattern).lstrip("#").partition("apiVersion:")
+            path.write_text(path.read_text() + "---\napiVersion:" + renamed(text[2], pattern, name, 0, 0))
+    finish(root, [name])
+
+
+def remove(name: str) -> None:
+    """Remove the service `name`."""
+    known = list(numbers(Path()))
+    if name not in known:
+        raise RefusalError(f"NAME={name}: the services are {' '.join(known)}")
+    if len(known) == 1:
+        raise RefusalError(f"NAME={name}: this is the only service; first make another: make service NAME=...")
+
+    def change(root: Path) -> None:
+        for place in FOLDERS.values():
+            shutil.rmtree(root / place.format(name), ignore_errors=True)
+        for file in ENTRIES:
+            lines = (root / file).read_text().splitlines()
+            for first in first_lines(lines, file, name):
+                begin, end = extent(lines, lines.index(first))
+                if begin and not lines[begin - 1] and (end == len(lines) or not lines[end]):
+                    begin -= 1  # one of the two empty lines
+                del lines[begin:end]
+            (root / file).write_text("\n".join(renumbered(lines)) + "\n")
+        for file in DOCUMENTS:
+            comment, texts = documents(root / file)
+            kept = [text for text in texts if not re.search(rf"^  name: {name}$", text, re.MULTILINE)]
+            (root / file).write_text(comment + "---\n".join(kept))
+        finish(root, [])
+
+    print("\n".join(transact(change)))
+    command = ["git", "grep", "--untracked", "-lw", name]
+    named = subprocess.run(command, check=False, text=True, capture_output=True).stdout.split()
+    print(
+        f"\n{name} is removed. If a cluster still runs it: kubectl delete"
+        " deployment,service,configmap,networkpolicy,poddisruptionbudget,horizontalpodautoscaler,ingress"
+        f" --selector=app.kubernetes.io/name={name}"
+    )
+    if named:
+        print(f"These files still name {name}: {' '.join(named)}")
+
+
+def missing(root: Path) -> list[str]:
+    """Return a sentence for each entry that a list lacks, and for each user in Redis whose service does not exist."""
+    names, found = list(numbers(root)), []
+    for file, regexes in ENTRIES.items():
+        lines = (root / file).read_text().splitlines()
+        entries = {name: {key(first, name) for first in first_lines(lines, file, name)} for name in names}
+        for name in names:
+            # Another service shows how the line has to look. If no service has the line, show its pattern.
+            lacking = {line.replace("\0", name) for line in set().union(*entries.values()) - entries[name] if file != USERS}
+            for regex in (regex.replace("NAME", name) for regex in regexes):
+                if not any(re.fullmatch(regex, line) for line in [*lines, *lacking]):
+                    lacking.add(regex)
+            found += [f"{file} has no line for {name}: {line.strip()}" for line in sorted(lacking)]
+    found += [f"{file} has no document for {name}" for file in DOCUMENTS for name in names if not document(root / file, name)]
+    users = re.findall("^user ([a-z0-9]+) ", (root / USERS).read_text(), re.MULTILINE)
+    unknown = set(users) - {*names, "default", "probe", "operator"}
+    return [*found, *(f"{USERS} has the user {user}, but there is no {user}/__main__.py" for user in sorted(unknown))]
+
+
+# --- the text of a list ---
+
+
+def first_lines(lines: list[str], file: str, name: str) -> list[str]:
+    """Return the first line of each entry that the service `name` has in `lines`, the content of `file`."""
+    regexes = [regex.replace("NAME", name) for regex in ENTRIES[file]]
+    return [line for line in lines if any(re.fullmatch(regex, line) for regex in regexes)]
+
+
+def key(first: str, name: str) -> str:
+    """Return the first line of an entry without what differs between two services."""
+    return re.sub(rf"\b{name}\b", "\0", re.sub("artifacts/[0-9]+", "artifacts/N", first))
+
+
+def extent(lines: list[str], begin: int) -> tuple[int, int]:
+    """Return the indexes of the first line of an entry and of the line after its last."""
+    depth, end = len(lines[begin]) - len(lines[begin].lstrip()), begin + 1
+    while end < len(lines) and len(lines[end]) - len(lines[end].lstrip()) > depth:
+        end += 1
+    return begin, end
+
+
+def renamed(text: str, old: str, new: str, old_number: int, number: int) -> str:
+    """Return `text` with the name and the ports of another service. An image that was not built yet has the digest of zeros."""
+    text = re.sub(rf"(?<!namespace: )\b{old}(?![a-z0-9])", new, text).replace(f"{old.upper()}_", f"{new.upper()}_")
+    text = re.sub("(?<=digest: )sha256:[0-9a-f]{64}", ZEROS, text)
+    for form, first in PORTS.items():
+        text = text.replace(form.replace("{}", str(first + old_number)), form.replace("{}", str(first + number)))
+    return text
+
+
+def renumbered(lines: list[str]) -> list[str]:
+    """Return the lines of skaffold.yaml with the index that each service has in the list of artifacts; others as they are."""
+    order = [match[1] for line in lines if (match := re.fullmatch("    - image: ([a-z0-9]+)", line))]
+    name = ""
+    for number, line in enumerate(lines):
+        if match := re.fullmatch("      - .*# ([a-z0-9]+)", line):
+            name = match[1]
+        if name in order:
+            lines[number] = re.sub("(?<=/build/artifacts/)[0-9]+", str(order.index(name)), line)
+    return lines
+
+
+def documents(path: Path) -> tuple[str, list[str]]:
+    """Return the comment at the head of a YAML file, and the text of each of its documents."""
+    text = path.read_text()
+    begin = text.index("apiVersion:")
+    return text[:begin], text[begin:].split("---\n")
+
+
+def document(path: Path, name: str) -> str:
+    """Return the text of the document about `name`, or an empty string."""
+    return next((text for text in documents(path)[1] if re.search(rf"^  name: {name}$", text, re.MULTILINE)), "")
+
+
+def nodes(root: Path) -> dict[str, int]:
+    """Return a dict from the name of each service that has a node port to its number."""
+    text = (root / "manifests/minikube/kustomization.yaml").read_text()
+    found = re.findall(r"{kind: Service, name: ([a-z0-9]+)}(?:\n    .*)*?/nodePort, value: (\d+)", text)
+    return {name: int(port) - 30080 for name, port in found}
+
+
+def numbers(root: Path) -> dict[str, int]:
+    """Return a dict from the name of each service to its number, in the order of the numbers."""
+    listed = subprocess.check_output(["sh", "scripts/services.sh", "table"], cwd=root, text=True).splitlines()[1:]
+    return {name: int(port) - 8080 for name, port, *_ in map(str.split, listed)}
+
+
+# --- a copy of the repository ---
+
+
+def finish(root: Path, added: list[str]) -> None:
+    """Render the manifests of the copy, and check that no list lacks a service."""
+    run(root, "sh", "scripts/manifests.sh", "manifests/rendered")
+    if wrong := missing(root):
+        raise RefusalError("\n".join(wrong))
+
+
+def run(root: Path, *command: str) -> None:
+    """Run a command in `root`. Raise RefusalError with its output if it fails."""
+    environ = {"KUBECTL": "kubectl", **os.environ}
+    try:
+        ended = subprocess.run(command, check=False, cwd=root, env=environ, text=True, capture_output=True)
+    except FileNotFoundError:
+        raise RefusalError(f"{command[0]} is needed; install the development packages: make test") from None
+    if ended.returncode:
+        hint = "" if shutil.which(environ["KUBECTL"]) else "\nmake: kubectl is needed: https://kubernetes.io/docs/tasks/tools/"
+        raise RefusalError(f"{' '.join(command)} has failed, so nothing has changed\n{ended.stdout}{ended.stderr}{hint}".rstrip())
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """Return the content of each file below `root`."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def transact(change: Callable[[Path], None]) -> list[str]:
+    """Apply `change` to a copy of the repository. If it succeeds, change the repository in the same way, or not at all.
+
+    Return a line for each file that was made, changed or deleted.
+    """
+    try:
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        raise RefusalError("this command needs git, and a clone of the repository") from None
+    with tempfile.TemporaryDirectory(prefix="service-") as folder:
+        root = Path(folder)
+        for name in filter(None, listed):
+            if Path(name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(name, root / name)
+        before = files(root)
+        change(root)
+        for cache in [*root.rglob("__pycache__"), *root.rglob(".ruff_cache")]:
+            shutil.rmtree(cache)
+        after = files(root)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    try:
+        for name in changed:
+            put(name, after.get(name))
+    except BaseException:
+        for name in changed:
+            put(name, before.get(name))
+        raise
+    kind = {(False, True): "made", (True, True): "changed", (True, False): "deleted"}
+    return [f"{kind[name in before, name in after]:8}{name}" for name in sorted(changed)]
+
+
+def put(name: str, content: bytes | None) -> None:
+    """Replace the file `name` atomically, or delete it, and then delete the folders that became empty."""
+    path = Path(name)
+    if content is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.new")
+        new.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, new)
+        new.replace(path)
+        return
+    path.unlink(missing_ok=True)
+    for cache in path.parent.glob("__pycache__"):
+        shutil.rmtree(cache)
+    while path.parent != Path() and path.parent.is_dir() and not any(path.parent.iterdir()):
+        path = path.parent
+        path.rmdir()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
