@@ -24,16 +24,16 @@ REGISTRY ?=          # the registry that the cluster pulls from, such as registr
 VALKEY ?=            # an image that replaces the manifests' image of Valkey, as name:tag
 FILE ?=              # the file of a snapshot of Redis
 
-REPOSITORIES ?=      # where to publish, such as "ghcr.io/me/hitcounter docker.io/me/hitcounter"; manifests use the first
+REGISTRIES ?=        # where to publish, such as "ghcr.io/me docker.io/me"; manifests use the first; images have their service's name
 DIST ?= dist
 ORAS ?=              # the path of an oras to use; if empty, Go builds oras
 TAG ?=               # the tag of the release, such as v0.1.0
-DIGEST ?=            # the expected digest of the image
+DIGESTS ?=           # the expected digest of each image, as `make release-digest` prints them: {"hitcounter":"sha256:..."}
 SUMS ?=              # the expected digest of SHA256SUMS, the file with the checksums of a release's files
 
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE
+export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -189,7 +189,7 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 
 .PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check e2e
 
-deploy: ## build and deploy all services, or SERVICE, on the current cluster (may need REGISTRY=); print the URLs
+deploy: ## build and deploy all services, or SERVICE, on the current cluster; print the URLs
 	@sh scripts/deploy-check.sh
 	@sh scripts/each.sh image.sh
 	@sh scripts/deploy.sh
@@ -230,17 +230,17 @@ e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in 
 release-check: ## fail unless the changelog has a section for the version, and TAG, if given, is the version's tag
 	@sh scripts/release-check.sh
 
-release-digest: ## print the digest of the image in SERVICE.oci/, as digest=sha256:...
-	@sh scripts/each.sh release-digest.sh
+release-digest: ## print the digest of each image in SERVICE.oci/, as digests={"SERVICE":"sha256:..."}
+	@sh scripts/release-digest.sh
 
-release-compare: ## fail unless the image in SERVICE.oci/ has the digest DIGEST
+release-compare: ## fail unless each image in SERVICE.oci/ has its digest in DIGESTS
 	@sh scripts/each.sh release-compare.sh
 
-sbom: $(VENV)/can-run ## write dist/sbom.spdx.json, the list of contents of SERVICE.oci/; each run writes the same bytes
+sbom: $(VENV)/can-run ## write dist/SERVICE.spdx.json, the list of contents of SERVICE.oci/; each run writes the same bytes
 	@sh scripts/each.sh sbom.sh
 
-release-files: sbom ## write the release's files to dist/release/: manifests with the digest, list of contents, checksums
-	@sh scripts/each.sh release-files.sh
+release-files: sbom ## write the release's files to dist/release/: manifests with digests, lists of contents, checksums
+	@sh scripts/release-files.sh
 
 release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 	@sh scripts/release-sums.sh
@@ -248,8 +248,8 @@ release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 release-files-compare: ## fail if the digest of dist/release/SHA256SUMS is not SUMS, or if a file has another checksum
 	@sh scripts/release-files-compare.sh
 
-publish: ## publish the image of SERVICE.oci/ and its list of contents in REPOSITORIES, and read both back
+publish: ## publish each image of SERVICE.oci/ and its list of contents in REGISTRIES, and read both back
 	@sh scripts/each.sh publish.sh
 
-sign: ## sign the image of SERVICE.oci/ in REPOSITORIES with cosign, as yourself or as the workflow
+sign: ## sign each image of SERVICE.oci/ in REGISTRIES with cosign, as yourself or as the workflow
 	@sh scripts/each.sh sign.sh
