@@ -24,7 +24,7 @@ REGISTRY ?=          # the registry that the cluster pulls from, such as registr
 VALKEY ?=            # an image that replaces the manifests' image of Valkey, as name:tag
 FILE ?=              # the file of a snapshot of Redis
 
-REGISTRIES ?=        # where to publish, such as "ghcr.io/me docker.io/me"; manifests use the first; images have their service's name
+REGISTRIES ?=        # where to publish, such as "ghcr.io/me docker.io/me"; the manifests use the first
 DIST ?= dist
 ORAS ?=              # the path of an oras to use; if empty, Go builds oras
 TAG ?=               # the tag of the release, such as v0.1.0

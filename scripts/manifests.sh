@@ -1,8 +1,8 @@
 #!/bin/sh
 # Render each variant of the manifests into one plain file in FOLDER, to read or to apply without Kustomize.
 # Usage: manifests.sh FOLDER
-# The script reads KUBECTL and RELEASE. If RELEASE (SERVICE=NAME@DIGEST, for each service) is set, the files are for a release, and
-# name these images.
+# The script reads KUBECTL and RELEASE. If RELEASE (SERVICE=NAME@DIGEST, for each service) is set, the files are for a release,
+# and name these images.
 . "${0%/*}/lib/base.sh"
 [ $# = 1 ] || usage
 folder=$1

@@ -1,11 +1,14 @@
 """The services are the folders that have a `__main__.py`, and every command and every list follows from these folders."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 import yaml
 
 from tests.support import ROOT
+from tests.support.pages import steps
 from tests.support.services import names
 
 
@@ -307,3 +311,63 @@ def test_numbers_of_the_other_services_stay_when_one_is_removed(repository: Path
     assert service(repository, "add", "likes").returncode == 0  # it gets the lowest number that is free
     listed = script("services.sh", cwd=repository).stdout
     assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [("hitcounter", "80"), ("likes", "81"), ("orders", "82")]
+
+
+# --- docs/second-service.md ---
+
+
+def act(folder: Path, command: str) -> str:
+    """Run a command of the page in `folder`, with the packages of this test's environment, and return its whole output.
+
+    `make test` runs the tests of the new service only.
+    """
+    make = f"make --no-print-directory VENV={sys.prefix} -o {sys.prefix}/can-run -o {sys.prefix}/installed"
+    command = command.replace("make ", f"{make} ").replace(".venv/bin/", f"{sys.prefix}/bin/")
+    outer = {name: text for name, text in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    environ = {**outer, "PYTEST_ADDOPTS": "-p no:cacheprovider tests/likes", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b"}
+    environ |= {"GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b", "GIT_CONFIG_GLOBAL": os.devnull}
+    ended = subprocess.run(["bash", "-c", command], cwd=folder, env=environ, text=True, capture_output=True, timeout=600)
+    assert ended.returncode == 0, f"{command}\n{ended.stdout}{ended.stderr}"
+    return ended.stdout + ended.stderr
+
+
+@contextlib.contextmanager
+def running(folder: Path, command: str) -> Iterator[str]:
+    """Run the command of the page that keeps running, yield the first line of its output, and stop it as Ctrl-C does."""
+    environ = {**os.environ, "VENV": sys.prefix, "SERVICE": command.partition("SERVICE=")[2]}
+    with subprocess.Popen(
+        ["sh", "scripts/run.sh"], cwd=folder, env=environ, text=True, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout
+        try:
+            yield process.stdout.readline()
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+            process.communicate(timeout=30)
+
+
+def test_commands_of_the_page_work_in_the_order_of_the_page(repository: Path) -> None:
+    page = repository / "docs" / "second-service.md"
+    made, listed, served, asked, tested = steps(page, "On this machine")
+    for step in (made, listed, tested, *steps(page, "Change what it does")):
+        if step is tested:
+            with running(repository, served.command) as line:
+                assert all(text in line for text in served.seen)
+                assert all(text in act(repository, asked.command) for text in asked.seen)
+        began = time.monotonic()
+        said = act(repository, step.command)
+        print(f"{step.command}: {time.monotonic() - began:.1f} s")
+        assert all(text in said for text in step.seen), said
+    (removed,) = steps(page, "How do I remove a service?")
+    assert removed.seen[0] in act(repository, removed.command)
+    assert not git(repository, "diff", "--name-only", "one").split()
+
+
+def test_person_opens_three_files_and_forty_lines_to_change_what_a_new_service_does() -> None:
+    """The page names the three files. The lines are those of the code that are neither blank, imports nor docstrings."""
+    page = (ROOT / "docs" / "second-service.md").read_text()
+    opened = re.findall(r"^\| `((?:tests/)?likes/[\w.]+)` \|", page, re.MULTILINE)
+    assert len(opened) == 3
+    source = (ROOT / "scripts" / "template" / "starter" / "app.py").read_text()
+    code = [line for line in source.splitlines() if line.strip() and not re.match(r'\s*(import|from|#|""")', line)]
+    assert len(code) <= 40
