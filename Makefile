@@ -40,7 +40,7 @@ export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE
 
 # --- Every day ---
 
-.PHONY: help run services service remove test test-newest coverage lint format types clean
+.PHONY: help run services service remove rename-project test test-newest coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -66,6 +66,9 @@ service: $(VENV)/installed ## make the service NAME, or add what an existing ser
 
 remove: $(VENV)/installed ## remove the service NAME: its files, and its entry in each list; needs git and kubectl
 	@$(BIN)/python scripts/service.py remove "$(NAME)"
+
+rename-project: $(VENV)/installed ## name namespace, labels, Compose project and the images' folder NAME; needs git and kubectl
+	@$(BIN)/python scripts/service.py rename-project "$(NAME)"
 
 # Run the tests in two processes: while a test of one process waits, a test of the other process runs.
 test: $(VENV)/installed ## run all tests that need only this machine
@@ -123,6 +126,7 @@ update: $(VENV)/installed ## take newer versions (of packages, only those publis
 	@sh scripts/update-actions.sh
 	@sh scripts/update-changes.sh
 
+# hitcounter: begin
 # --- Benchmark ---
 
 .PHONY: bench bench-quick
@@ -137,6 +141,7 @@ bench: $(BENCH)/peers ## compare the service with its peers in 6 minutes; write 
 
 bench-quick: $(BENCH)/peers ## show that the benchmark runs; write nothing
 	@$(BENCH)/bin/python -m bench.run --quick
+# hitcounter: end
 
 # --- Image ---
 

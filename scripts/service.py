@@ -1,10 +1,13 @@
-"""Make or remove a service, or check that every list of the repository has every service.
+"""Make or remove a service, rename the project, or check that every list of the repository has every service.
 
-Usage: service.py add NAME | remove NAME | check
+Usage: service.py add NAME | remove NAME | rename-project NAME | check
 
 `add` copies the files of scripts/template/, in which the service is called `starter`. It also adds an entry to each list that a
 tool cannot compute: a copy of the entry of the last service, with the new name and the next free ports. If the service exists
-already, `add` adds only the entries that are missing. `remove` deletes the service's files and entries.
+already, `add` adds only the entries that are missing. `remove` deletes the service's files and entries, and what goes with the
+service: files, lines between the comments `NAME: begin` and `NAME: end`, and lines of texts that describe it. Where another text
+uses the service as an example, `remove` names another service instead.
+`rename-project` gives another name to the namespace, the labels, the Compose project and the images' folder in the registry.
 
 The script works on a copy of the repository. Only if everything has succeeded, it changes the files of the repository itself.
 The script needs git, which knows the files of the repository, ruff beside the running Python, and kubectl (KUBECTL).
@@ -42,6 +45,42 @@ ENTRIES = {
 DOCUMENTS = ["manifests/production/autoscaler.yaml", "manifests/production/ingress.yaml"]
 # The places where an entry has a port that follows from the service's number.
 PORTS = {"nodePort, value: {}": 30080, "localPort: {}": 8080, ":-{}}": 8080}
+# hitcounter: begin
+# What goes with the service, besides its own folders.
+BELONGINGS = [
+    "bench",
+    "docs/how-a-request-is-counted.md",
+    # These tests need the counts of hitcounter, and a container engine or a cluster.
+    "tests/delivery/test_compose.py",
+    "tests/delivery/test_image_runs.py",
+    "tests/e2e/conftest.py",
+    "tests/e2e/test_backup.py",
+    "tests/e2e/test_changes.py",
+    "tests/e2e/test_crashes.py",
+    "tests/e2e/test_deploy.py",
+    "tests/e2e/test_inner_loop.py",
+    "tests/e2e/test_policies.py",
+    "tests/e2e/test_release.py",
+    "tests/e2e/test_runbook.py",
+    "tests/e2e/test_variants.py",
+]
+# hitcounter: end
+UNTOUCHED = re.compile(r"CHANGELOG\.md|LICENSE|manifests/rendered/.*|requirements.*\.txt|.*\.(svg|sum|lock)|.*-lock\.json")
+# The project's name follows one of these texts. Elsewhere the same word is the name of a service.
+BEFORE_PROJECT = [
+    r"\bnamespace(?:=\"?|: ?\"?|/| )",
+    r"NAMESPACE(?:=| \?= ?)",
+    r"part-of(?:\"?: ?\"?|=)",
+    r"--field-manager=",
+    r"^module ",
+    r"\"there ",
+    r"OWNER/",
+    r"&& cd ",
+    r"buildx (?:rm|create)(?: --\S+)* ",
+    r"RUN = f\"",
+    r"^ *\"?name\"?: \"?(?=\S+\n(?:build:|  labels:\n    app.kubernetes.io/part-of|\n# |  \"build\"))",
+]
+PROJECT = f"(?m:(?P<before>{'|'.join(BEFORE_PROJECT)}))"
 ZEROS = "sha256:" + "0" * 64
 
 
@@ -59,6 +98,8 @@ def main(arguments: list[str]) -> int:
                 add(name)
             case ["remove", name]:
                 remove(name)
+            case ["rename-project", name]:
+                rename_project(name)
             case ["check"]:
                 if wrong := missing(Path()):
                     raise RefusalError("\n".join([*wrong, "make service NAME=... adds what is missing"]))
@@ -147,7 +188,7 @@ def write(root: Path, name: str, new: bool) -> None:
         if not document(path, name):
             text = document(path, pattern).lstrip("#").partition("apiVersion:")
             path.write_text(path.read_text() + "---\napiVersion:" + renamed(text[2], pattern, name, 0, 0))
-    finish(root, [name])
+    finish(root)
 
 
 def remove(name: str) -> None:
@@ -159,8 +200,13 @@ def remove(name: str) -> None:
         raise RefusalError(f"NAME={name}: this is the only service; first make another: make service NAME=...")
 
     def change(root: Path) -> None:
-        for place in FOLDERS.values():
-            shutil.rmtree(root / place.format(name), ignore_errors=True)
+        before = files(root)
+        goes_with = globals().get("BELONGINGS", []) if f"# {name}: begin" in Path(__file__).read_text() else []
+        for place in [*(place.format(name) for place in FOLDERS.values()), *goes_with]:
+            if (root / place).is_dir():
+                shutil.rmtree(root / place)
+            else:
+                (root / place).unlink(missing_ok=True)
         for file in ENTRIES:
             lines = (root / file).read_text().splitlines()
             for first in first_lines(lines, file, name):
@@ -173,7 +219,8 @@ def remove(name: str) -> None:
             comment, texts = documents(root / file)
             kept = [text for text in texts if not re.search(rf"^  name: {name}$", text, re.MULTILINE)]
             (root / file).write_text(comment + "---\n".join(kept))
-        finish(root, [])
+        forget(root, name, next(other for other in known if other != name), before)
+        finish(root)
 
     print("\n".join(transact(change)))
     command = ["git", "grep", "--untracked", "-lw", name]
@@ -185,6 +232,90 @@ def remove(name: str) -> None:
     )
     if named:
         print(f"These files still name {name}: {' '.join(named)}")
+
+
+def rename_project(new: str) -> None:
+    """Name the namespace, the labels, the Compose project and the images' folder in the registry `new`."""
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", new):
+        raise RefusalError(f"NAME={new}: a project's name is a DNS label of at most 40 letters, digits and hyphens")
+    old = project(Path())
+    if new == old:
+        print(f"the project's name is {new} already; nothing has changed")
+        return
+
+    def change(root: Path) -> None:
+        services = "|".join(numbers(root))
+        for path in texts(root):
+            text = re.sub(rf"{PROJECT}{old}(?![a-z0-9])", rf"\g<before>{new}", path.read_text())
+            # The manifests and the scripts name the images' folder in the example registry.
+            if path.relative_to(root).parts[0] in ("manifests", "scripts"):
+                text = re.sub(rf"(?<=registry\.example\.com/)({old}/)?(?=({services})\b|\$\{{image)", f"{new}/", text)
+            if text != path.read_text():
+                path.write_text(text)
+        finish(root)
+
+    print("\n".join(transact(change)))
+    print(
+        f"\nThe project's name is {new}. A cluster that runs it has the old namespace until: make undeploy NAMESPACE={old}\n"
+        "To keep its data, make a backup first, and restore it in the new namespace."
+    )
+
+
+def project(root: Path) -> str:
+    """Return the project's name, which is the name of its namespace."""
+    found = re.search("^  name: (.+)$", (root / "manifests/namespace/namespace.yaml").read_text(), re.MULTILINE)
+    if not found:
+        raise RefusalError("manifests/namespace/namespace.yaml has no name")
+    return found[1]
+
+
+def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
+    """Remove from all texts what they say about the service `name`, and name the service `other` in their examples instead.
+
+    `before` has the content of each file before files were deleted.
+    """
+    deleted = before.keys() - files(root).keys()
+    code = "".join(path.read_text() for path in texts(root) if path.suffix in (".py", ".sh"))
+    kept = {Path(file).name for file in files(root)}
+    words = {re.escape(file) for file in deleted}
+    words |= {re.escape(Path(file).name) for file in deleted if Path(file).name not in kept and "_" in Path(file).name}
+    words |= {rf"{Path(file).parts[0]}/" for file in deleted if not (root / Path(file).parts[0]).exists()}
+    # A metric or a message that only the deleted code has.
+    source = "".join(content.decode() for file, content in before.items() if file in deleted and file.startswith(f"{name}/"))
+    words |= {metric for metric in re.findall(r"\"([a-z]+_[a-z_]+)\"", source) if metric not in code}
+    gone = re.compile(rf"(?<![\w-])(?:{'|'.join(sorted(words, key=len, reverse=True))})") if words else re.compile(r"(?!)")
+    for path in texts(root):
+        text = re.sub(rf"(?m)^.*\b{name}: begin\b(?:.*\n)+?.*\b{name}: end\b.*\n", "", path.read_text())
+        if path.suffix == ".md" and path.parts[-2] != "template":
+            text = "".join(line for line in text.splitlines(keepends=True) if not gone.search(line))
+        # Only what is not the project's name is the name of the service.
+        hidden = re.sub(rf"{PROJECT}{name}(?![a-z0-9])", "\\g<before>\0", text)
+        text = re.sub(rf"(?<![a-z0-9]){name}(?![a-z0-9])", other, hidden).replace("\0", name)
+        text = text.replace(f"{name.upper()}_", f"{other.upper()}_")
+        if text != path.read_text():
+            path.write_text(text)
+    drop_dead_links(root)
+    ruff = str(Path(sys.executable).parent / "ruff")
+    run(root, ruff, "check", "--quiet", "--fix", ".")
+    run(root, ruff, "format", "--quiet", ".")
+
+
+def drop_dead_links(root: Path) -> None:
+    """Delete the lines of Markdown texts that link to a file that does not exist."""
+    for path in (path for path in texts(root) if path.suffix == ".md"):
+        lines = path.read_text().splitlines(keepends=True)
+        alive = [
+            line
+            for line in lines
+            if all((path.parent / target).exists() for target in re.findall(r"\]\((?!https?://|mailto:)([\w./-]+)", line))
+        ]
+        if alive != lines:
+            path.write_text("".join(alive))
+
+
+def texts(root: Path) -> list[Path]:
+    """Return the files that people wrote and that are texts."""
+    return [path for name in files(root) if not UNTOUCHED.fullmatch(name) and b"\0" not in (path := root / name).read_bytes()]
 
 
 def missing(root: Path) -> list[str]:
@@ -277,7 +408,7 @@ def numbers(root: Path) -> dict[str, int]:
 # --- a copy of the repository ---
 
 
-def finish(root: Path, added: list[str]) -> None:
+def finish(root: Path) -> None:
     """Render the manifests of the copy, and check that no list lacks a service."""
     run(root, "sh", "scripts/manifests.sh", "manifests/rendered")
     if wrong := missing(root):

@@ -16,6 +16,7 @@ import yaml
 
 from nanoservice.testing.waiting import SLACK, wait_for
 from tests.support import ROOT
+from tests.support.services import project
 
 
 def played(folder: Path, name: str, script: str) -> str:
@@ -27,8 +28,12 @@ def played(folder: Path, name: str, script: str) -> str:
 
 
 def copied(folder: Path) -> Path:
-    """Copy the scripts, and the files that they read and write, into `folder`. Return the copied folder of scripts."""
+    """Copy the scripts, and the files that they read and write, into `folder`, with one service. Return the folder of scripts."""
     shutil.copytree(ROOT / "manifests", folder / "manifests")
+    (folder / "manifests" / "minikube" / "kustomization.yaml").write_text(
+        "  - target: {kind: Service, name: hitcounter}\n    patch: |-\n"
+        "      - {op: add, path: /spec/ports/0/nodePort, value: 30080}\n"
+    )
     (folder / "hitcounter").mkdir()
     (folder / "hitcounter" / "__main__.py").touch()
     return Path(shutil.copytree(ROOT / "scripts", folder / "scripts"))
@@ -100,7 +105,7 @@ def test_engine_whose_images_minikube_cannot_load_is_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("command", ["deploy-check", "deploy", "undeploy"])
-@pytest.mark.parametrize(("label", "taken"), [("hitcounter", True), ("", False), ("another", False)])
+@pytest.mark.parametrize(("label", "taken"), [(project(), True), ("", False), ("another", False)])
 def test_foreign_namespace_is_left_alone(tmp_path: Path, command: str, label: str, taken: bool) -> None:
     kubectl = played(tmp_path, "kubectl", cluster(label=label))
     ended = ran(copied(tmp_path) / f"{command}.sh", KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""))

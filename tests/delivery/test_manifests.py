@@ -20,7 +20,7 @@ from nanoservice.config import variables
 from nanoservice.server import FINISH_SECONDS
 from nanoservice.service import create_app
 from tests.support import ROOT
-from tests.support.services import numbers, services
+from tests.support.services import numbers, project, services
 
 Object = dict[str, Any]
 
@@ -299,7 +299,7 @@ def test_image_never_moves(workload: Workload) -> None:
 @of_each_workload
 def test_workload_and_its_pods_have_the_recommended_labels(workload: Workload) -> None:
     component = "service" if workload.name in SERVICES else "store"
-    expected = {"name": workload.name, "component": component, "part-of": "hitcounter"}
+    expected = {"name": workload.name, "component": component, "part-of": project()}
     assert workload.labels == workload.object["metadata"]["labels"] == {LABEL + key: value for key, value in expected.items()}
 
 
@@ -542,7 +542,7 @@ def test_claim_is_the_same_whichever_kustomize_renders_it(variant: str) -> None:
     # template, so the rendered template must be the same as the template in the file.
     templates = redis(variant).object["spec"]["volumeClaimTemplates"]
     assert templates == yaml.safe_load(STATEFULSET.read_text())["spec"]["volumeClaimTemplates"]
-    assert [claim["metadata"]["labels"] for claim in templates] == [{LABEL + "part-of": "hitcounter"}]
+    assert [claim["metadata"]["labels"] for claim in templates] == [{LABEL + "part-of": project()}]
 
 
 def check_sizes(store: Workload, conf: str, compose: str) -> None:

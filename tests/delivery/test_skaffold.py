@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.support import ROOT
-from tests.support.services import names, numbers
+from tests.support.services import names, numbers, project
 
 Object = dict[str, Any]
 
@@ -152,7 +152,7 @@ def test_smoke_test_s_job_fits_the_namespace_and_its_network_policy() -> None:
 def test_secrets_are_made_before_the_deployment() -> None:
     (hook,) = CONFIG["deploy"]["kubectl"]["hooks"]["before"]
     script = hook["host"]["command"][-1]
-    assert re.search(r"^make secret NAMESPACE=hitcounter$", script, re.MULTILINE)
+    assert re.search(rf"^make secret NAMESPACE={project()}$", script, re.MULTILINE)
     assert (ROOT / re.findall(r"--kustomize=(\S+)", script)[0] / "kustomization.yaml").exists()
     (namespace,) = (it["metadata"]["name"] for it in rendered(CONFIG) if it["kind"] == "Namespace")
     assert set(re.findall(r"namespace[ /](\w+) -", script)) == {namespace}

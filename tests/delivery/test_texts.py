@@ -7,6 +7,7 @@ import pytest
 
 from nanoservice.testing.served import Served
 from tests.support import ROOT
+from tests.support.services import names
 
 TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 of_each_text = pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
@@ -24,7 +25,7 @@ def test_files_exist(text: Path) -> None:
     content = text.read_text()
     # A path in backquotes starts at the repository's root. A link starts at the folder of the text that contains the link. A text
     # may name a test file without its folder.
-    named = re.findall(r"`((?:\.ci|bench|docs|hitcounter|image|manifests|nanoservice|tests)/[\w./-]+)`", content)
+    named = re.findall(rf"`((?:\.ci|bench|docs|{'|'.join(names())}|image|manifests|nanoservice|tests)/[\w./-]+)`", content)
     linked = re.findall(r"\]\((?!https?://)([\w./-]+)\)", content)
     # `likes` is the service that the texts make as an example.
     missing = [name for name in named if not (ROOT / name).exists() and "/likes/" not in name]
@@ -77,7 +78,7 @@ def test_details_of_the_runbook_are_those_of_the_code() -> None:
     """The runbook's table of causes quotes the `detail` that a client gets."""
     table = (ROOT / "docs" / "operations.md").read_text().partition("\n| `detail` |")[2].partition("\n\n")[0]
     details = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
-    code = "".join(path.read_text() for folder in ("nanoservice", "hitcounter") for path in (ROOT / folder).glob("*.py"))
+    code = "".join(path.read_text() for folder in ("nanoservice", *names()) for path in (ROOT / folder).glob("*.py"))
     assert details
     for detail in details:
         words = re.sub(r"^Redis:? |: \.\.\.$|: it may have been counted$", "", detail)
@@ -99,8 +100,8 @@ def test_messages_of_the_runbook_are_those_of_the_code() -> None:
     messages = {message for message in messages if not message.startswith((*_FOREIGN, "kubectl ", "make "))}
     assert "Redis works again" in messages
     sources = [*ROOT.glob("scripts/**/*.sh"), ROOT / "manifests" / "redis" / "redis.sh"]
-    sources += [path for folder in ("nanoservice", "hitcounter") for path in (ROOT / folder).glob("*.py")]
-    code = "".join(path.read_text() for path in sources).replace("$name", "hitcounter")
+    sources += [path for folder in ("nanoservice", *names()) for path in (ROOT / folder).glob("*.py")]
+    code = "".join(path.read_text() for path in sources).replace("$name", names()[0])
     for message in messages:
         for part in re.split(r": |\.\.\.|\b[A-Z]{3,}\b", message):  # compare only the parts between names and values
             assert part.strip() in code, message

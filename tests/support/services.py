@@ -5,6 +5,8 @@ import importlib
 import subprocess
 from typing import Any
 
+import yaml
+
 from nanoservice.service import Service
 from tests.support import ROOT
 
@@ -26,3 +28,9 @@ def numbers() -> dict[str, int]:
 def services() -> dict[str, Service[Any]]:
     """Return a dict from the name of each service to its definition."""
     return {name: importlib.import_module(f"{name}.app").SERVICE for name in names()}
+
+
+@functools.cache
+def project() -> str:
+    """Return the name of the project, which is the name of its namespace."""
+    return str(yaml.safe_load((ROOT / "manifests" / "namespace" / "namespace.yaml").read_text())["metadata"]["name"])
