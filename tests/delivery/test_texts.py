@@ -30,7 +30,7 @@ def test_files_exist(text: Path) -> None:
     # `likes` is the service that the texts make as an example.
     missing = [name for name in named if not (ROOT / name).exists() and "/likes/" not in name]
     missing += [name for name in linked if not (text.parent / name).exists()]
-    tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    tests = {path.name for folder in ("tests", "scripts/template") for path in (ROOT / folder).rglob("test_*.py")}
     missing += set(re.findall(r"\btest_\w+\.py\b", content)) - tests
     assert not missing
 
