@@ -275,19 +275,38 @@ def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
     `before` has the content of each file before files were deleted.
     """
     deleted = before.keys() - files(root).keys()
-    code = "".join(path.read_text() for path in texts(root) if path.suffix in (".py", ".sh"))
     kept = {Path(file).name for file in files(root)}
+    tests = "|".join(re.escape(Path(file).name) for file in deleted if "/test_" in file and Path(file).name not in kept)
     words = {re.escape(file) for file in deleted}
-    words |= {re.escape(Path(file).name) for file in deleted if Path(file).name not in kept and "_" in Path(file).name}
-    words |= {rf"{Path(file).parts[0]}/" for file in deleted if not (root / Path(file).parts[0]).exists()}
-    # A metric or a message that only the deleted code has.
+    words |= {rf"{Path(file).parts[0]}/" for file in deleted if not (root / Path(file).parts[0]).exists()} | {tests or "(?!)"}
+    folders = {"nanoservice", "scripts", "manifests", *numbers(root)}
+    sources = [path for path in texts(root) if path.suffix in (".py", ".sh") and path.relative_to(root).parts[0] in folders]
+    code = "".join(path.read_text() for path in sources)
     source = "".join(content.decode() for file, content in before.items() if file in deleted and file.startswith(f"{name}/"))
     words |= {metric for metric in re.findall(r"\"([a-z]+_[a-z_]+)\"", source) if metric not in code}
-    gone = re.compile(rf"(?<![\w-])(?:{'|'.join(sorted(words, key=len, reverse=True))})") if words else re.compile(r"(?!)")
+
+    def is_gone(line: str) -> bool:
+        """Return whether a line of a text names a file, metric, make target or message that is gone."""
+        quoted = [part.strip() for text in re.findall("`([^`]+)`", line) if " " in text for part in re.split(r": |\.\.\.", text)]
+        quoted = [re.sub("^Redis:? ", "", part) for part in quoted if len(part) > 3]
+        return bool(gone.search(line)) or any(part in source and part not in code for part in quoted)
+
+    targets = set(re.findall(r"(?m)^([a-z0-9-]+):", before["Makefile"].decode()))
+    makefile = re.sub(rf"(?m)^.*\b{name}: begin\b(?:.*\n)+?.*\b{name}: end\b.*\n", "", (root / "Makefile").read_text())
+    words |= {rf"make {target}\b(?!-)" for target in targets - set(re.findall(r"(?m)^([a-z0-9-]+):", makefile))}
+    gone = re.compile(rf"(?<![\w-])(?:{'|'.join(sorted(words, key=len, reverse=True))})")
     for path in texts(root):
         text = re.sub(rf"(?m)^.*\b{name}: begin\b(?:.*\n)+?.*\b{name}: end\b.*\n", "", path.read_text())
         if path.suffix == ".md" and path.parts[-2] != "template":
-            text = "".join(line for line in text.splitlines(keepends=True) if not gone.search(line))
+            if tests:  # a mention of a test is not worth a line
+                text = re.sub(rf" \(`(?:{tests})`[^)]*\)", "", text)
+                text = re.sub(rf"`(?:{tests})`, (?=`)|(?<=`), `(?:{tests})`", "", text)
+                text = re.sub(rf"\| `(?:{tests})` \|$", "| no test provokes this |", text, flags=re.MULTILINE)
+            rows = [re.match(r"\| \[(.+?)\]\(#([\w-]+)\)", line) for line in text.splitlines() if is_gone(line)]
+            text = "".join(line for line in text.splitlines(keepends=True) if not is_gone(line))
+            for heading, anchor in (row.groups() for row in rows if row):  # a row of an index: its section goes, too
+                text = re.sub(rf"(?ms)^### {re.escape(heading)}\n.*?(?=^##)", "", text)
+                text = re.sub(rf"(?m)^.*\]\(#{anchor}\).*\n", "", text)
         # Only what is not the project's name is the name of the service.
         hidden = re.sub(rf"{PROJECT}{name}(?![a-z0-9])", "\\g<before>\0", text)
         text = re.sub(rf"(?<![a-z0-9]){name}(?![a-z0-9])", other, hidden).replace("\0", name)
@@ -296,7 +315,7 @@ def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
             path.write_text(text)
     drop_dead_links(root)
     ruff = str(Path(sys.executable).parent / "ruff")
-    run(root, ruff, "check", "--quiet", "--fix", ".")
+    run(root, ruff, "check", "--quiet", "--fix", "--exit-zero", ".")
     run(root, ruff, "format", "--quiet", ".")
 
 

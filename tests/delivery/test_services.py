@@ -301,16 +301,50 @@ def test_line_that_is_missing_is_named_and_added_again(repository: Path, file: s
 
 
 def test_numbers_of_the_other_services_stay_when_one_is_removed(repository: Path) -> None:
-    for name in ("likes", "orders"):
+    for name in ("likes", "visits"):
         assert service(repository, "add", name).returncode == 0
     assert service(repository, "remove", "likes").returncode == 0
     assert service(repository, "check").returncode == 0
     listed = script("services.sh", cwd=repository).stdout
-    assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [("hitcounter", "80"), ("orders", "82")]
-    assert "/build/artifacts/1/docker/target, value: dev}   # orders" in (repository / "skaffold.yaml").read_text()
+    assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [("hitcounter", "80"), ("visits", "82")]
+    assert "/build/artifacts/1/docker/target, value: dev}   # visits" in (repository / "skaffold.yaml").read_text()
     assert service(repository, "add", "likes").returncode == 0  # it gets the lowest number that is free
     listed = script("services.sh", cwd=repository).stdout
-    assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [("hitcounter", "80"), ("likes", "81"), ("orders", "82")]
+    assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [("hitcounter", "80"), ("likes", "81"), ("visits", "82")]
+
+
+# hitcounter: begin
+def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> None:
+    for arguments in (("add", "orders"), ("remove", "hitcounter"), ("rename-project", "shop")):
+        ended = service(repository, *arguments)
+        assert ended.returncode == 0, ended.stderr
+    git(repository, "add", "--all")
+    assert git(repository, "grep", "--cached", "-lI", "hitcounter").split() == ["CHANGELOG.md"]
+    assert not (repository / "bench").exists()
+    assert script("services.sh", "names", cwd=repository).stdout == "orders\n"
+    rendered = list(yaml.safe_load_all((repository / "manifests" / "rendered" / "production.yaml").read_text()))
+    assert {it["metadata"].get("namespace", it["metadata"]["name"]) for it in rendered} == {"shop"}
+    images = [it["spec"]["template"]["spec"]["containers"][0]["image"] for it in rendered if it["kind"] == "Deployment"]
+    assert images == [f"registry.example.com/shop/orders@sha256:{'0' * 64}"]
+    assert yaml.safe_load((repository / "compose.yaml").read_text())["name"] == "shop"
+    check(
+        repository, "tests/orders", "tests/delivery/test_manifests.py", "tests/delivery/test_skaffold.py",
+        "tests/delivery/test_texts.py", "tests/delivery/test_columns.py", "tests/delivery/test_deploy_played.py",
+        "tests/delivery/test_workflows.py", "tests/delivery/test_scripts.py",
+    )  # fmt: skip
+    again = service(repository, "rename-project", "shop")
+    assert again.stdout == "the project's name is shop already; nothing has changed\n"
+
+
+@pytest.mark.parametrize("name", ["", "Shop", "my_shop", "-shop", "shop-", "a" * 41])
+def test_project_s_name_is_a_dns_label(repository: Path, name: str) -> None:
+    before = tree(repository)
+    refused = service(repository, "rename-project", name)
+    assert (refused.returncode, refused.stderr.count("a project's name is a DNS label")) == (1, 1)
+    assert tree(repository) == before
+
+
+# hitcounter: end
 
 
 # --- docs/second-service.md ---
