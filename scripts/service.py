@@ -201,7 +201,9 @@ def remove(name: str) -> None:
 
     def change(root: Path) -> None:
         before = files(root)
-        goes_with = globals().get("BELONGINGS", []) if f"# {name}: begin" in Path(__file__).read_text() else []
+        # Only the example has more than what `add` made.
+        example = f"# {name}: begin\n" in Path(__file__).read_text()
+        goes_with = globals()["BELONGINGS"] if example else []
         for place in [*(place.format(name) for place in FOLDERS.values()), *goes_with]:
             if (root / place).is_dir():
                 shutil.rmtree(root / place)
@@ -219,7 +221,8 @@ def remove(name: str) -> None:
             comment, texts = documents(root / file)
             kept = [text for text in texts if not re.search(rf"^  name: {name}$", text, re.MULTILINE)]
             (root / file).write_text(comment + "---\n".join(kept))
-        forget(root, name, next(other for other in known if other != name), before)
+        if example:
+            forget(root, name, next(other for other in known if other != name), before)
         finish(root)
 
     print("\n".join(transact(change)))
