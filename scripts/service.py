@@ -62,6 +62,7 @@ BELONGINGS = [
     "tests/e2e/test_policies.py",
     "tests/e2e/test_release.py",
     "tests/e2e/test_runbook.py",
+    "tests/e2e/test_services.py",
     "tests/e2e/test_variants.py",
 ]
 # hitcounter: end
