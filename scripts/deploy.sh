@@ -41,7 +41,12 @@ fi
 # Make the namespace first, because secret.sh writes into the namespace. The manifests below add the namespace's Pod Security
 # labels and its network policy.
 namespace_exists || k create --filename=- >&2 <<END
-{apiVersion: v1, kind: Namespace, metadata: {name: "$NAMESPACE", labels: {app.kubernetes.io/part-of: hitcounter}}}
+apiVersion: v1
+kind: Namespace
+metadata:
+  name: "$NAMESPACE"
+  labels:
+    app.kubernetes.io/part-of: hitcounter
 END
 sh "${0%/*}/secret.sh" >&2
 k apply --server-side --force-conflicts --kustomize="$work" \
