@@ -29,7 +29,7 @@ def played(folder: Path, name: str, script: str) -> str:
 
 def copied(folder: Path) -> Path:
     """Copy the scripts, and the files that they read and write, into `folder`, with one service. Return the folder of scripts."""
-    shutil.copytree(ROOT / "manifests", folder / "manifests")
+    shutil.copytree(ROOT / "manifests", folder / "manifests", ignore=shutil.ignore_patterns(".*"))
     (folder / "manifests" / "minikube" / "kustomization.yaml").write_text(
         "  - target: {kind: Service, name: hitcounter}\n    patch: |-\n"
         "      - {op: add, path: /spec/ports/0/nodePort, value: 30080}\n"
