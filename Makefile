@@ -5,6 +5,7 @@ PYTHON ?=            # the Python to use, 3.11 or newer; if empty, make uses the
 VENV ?= .venv
 override VENV := $(patsubst %/,%,$(VENV))
 BIN := $(VENV)/bin
+SERVERS ?=           # packages of tests/servers/requirements.in; with them, `make test-servers` tests only with their servers
 UPGRADE ?=           # with UPGRADE=--upgrade, `make lock` locks the newest versions
 NAME ?=              # the name of the service that `make service` makes or `make remove` removes, such as likes
 FORMAT ?=            # how `make services` prints the services: table (the default), names or json
@@ -31,16 +32,22 @@ TAG ?=               # the tag of the release, such as v0.1.0
 DIGESTS ?=           # the expected digest of each image, as `make release-digest` prints them: {"hitcounter":"sha256:..."}
 SUMS ?=              # the expected digest of SHA256SUMS, the file with the checksums of a release's files
 
+PROXIES ?=           # the folder of the machine's own nginx and haproxy, such as /usr/sbin, for `make test-proxies`
+RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
+ATTACK_SECONDS ?= 10
+DEBIAN_MIRROR ?= http://deb.debian.org/debian
+
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE
+export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE SERVERS RESTARTS ATTACK_SECONDS DEBIAN_MIRROR NODES
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 # --- Every day ---
 
-.PHONY: help run services service remove rename-project test test-newest coverage lint format types clean
+.PHONY: help run services service remove rename-project test test-newest test-servers test-clock test-proxies attack chaos
+.PHONY: coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -49,6 +56,11 @@ $(VENV)/can-run: requirements.txt requirements-dev.txt
 # Most other targets need the development packages as well as the service's packages.
 $(VENV)/installed: $(VENV)/can-run
 	@sh scripts/install.sh $@
+
+# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
+DEBIAN := .tools/debian
+$(DEBIAN)/proxies/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ nginx-light haproxy
 
 help: ## list the targets
 	@awk -F ':.*## ' \
@@ -78,6 +90,22 @@ test-newest: ## run the contract tests with the newest aiohttp and redis-py; the
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
 	@VENV=.venv-newest sh scripts/test-newest.sh
 
+test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2, Redis 8 and Valkey 8 (or SERVERS=)
+	@sh scripts/test-servers.sh
+
+test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
+	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
+
+chaos: $(VENV)/installed ## break the primary of a replicated store 45 times in 20 minutes; no number may be lost
+	@$(BIN)/python -m tests.hitcounter.chaos
+
+# Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
+test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test the service behind nginx and HAProxy
+	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
+
+attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
+	@$(PYTEST_SLOW) -m attack tests
+
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
@@ -106,7 +134,7 @@ types: $(VENV)/installed ## check types
 	@$(BIN)/mypy
 
 clean: ## remove all files that these commands made, except the counts in .data/ and the images in an engine
-	rm -rf $(VENV) $(VENV).lock .venv-* wheels wheels.new *.oci dist .tools
+	rm -rf $(VENV) $(VENV).lock .venv-* wheels wheels.new *.oci dist .tools .servers
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -132,15 +160,22 @@ update: $(VENV)/installed ## take newer versions (of packages, only those publis
 .PHONY: bench bench-quick
 
 BENCH := .venv-bench
+BEFORE ?=            # another checkout of this repository, to compare its hitcounter with this one's
 
-$(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt
-	@sh scripts/install.sh $@
+# The image has the Python of Debian 13, which was built with optimisation. A Python that was not is half as fast.
+$(DEBIAN)/bench/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ python3.13-venv wrk nginx-light libnginx-mod-http-lua webdis
 
-bench: $(BENCH)/peers ## compare the service with its peers in 6 minutes; write bench/results.md and bench/results.svg
-	@$(BENCH)/bin/python -m bench.run
+$(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt $(if $(PYTHON),,$(DEBIAN)/bench/done)
+	@PYTHON=$(or $(PYTHON),$(abspath $(DEBIAN)/bench/bin/python3.13)) sh scripts/install.sh $@
+
+RUN_BENCH = DEBIAN_ROOT=$(if $(PYTHON),,$(abspath $(DEBIAN)/bench)) BEFORE=$(BEFORE) $(BENCH)/bin/python -m bench.run
+
+bench: $(BENCH)/peers ## compare the service with its peers in 15 minutes; write bench/results.md and bench/results.svg
+	@$(RUN_BENCH)
 
 bench-quick: $(BENCH)/peers ## show that the benchmark runs; write nothing
-	@$(BENCH)/bin/python -m bench.run --quick
+	@$(RUN_BENCH) --quick
 # hitcounter: end
 
 # --- Image ---
@@ -192,7 +227,7 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 
 # --- Kubernetes ---
 
-.PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check e2e
+.PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check e2e e2e-nodes e2e-nodes-slow
 
 deploy: ## build and deploy all services, or SERVICE, on the current cluster; print the URLs
 	@sh scripts/deploy-check.sh
@@ -227,6 +262,15 @@ render-check: $(VENV)/installed ## compare the output of `skaffold render` with 
 e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in their own namespaces and in `monitoring`
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m cluster tests/e2e
+
+NODES ?=             # a command that loses a node of the cluster: see tests/e2e/test_replicated.py
+e2e-nodes: $(VENV)/installed ## run the tests of a replicated Redis and of a lost node, on a cluster of three nodes (NODES=)
+	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
+	@$(PYTEST_SLOW) -m "nodes and not slow" tests/e2e
+
+e2e-nodes-slow: $(VENV)/installed ## run the other tests of a replicated Redis on the same cluster, in about six minutes (NODES=)
+	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
+	@$(PYTEST_SLOW) -m "nodes and slow" tests/e2e
 
 # --- Releases ---
 

@@ -1,4 +1,4 @@
-"""Send GETs over keep-alive connections: in a closed loop to measure throughput, in an open loop to measure latency.
+"""Send GETs over keep-alive connections: in a closed loop to check the answers, in an open loop to measure latency.
 
 This client shares one core with Redis, and must use less CPU time for a request than the server under test. So the client is a
 bare asyncio protocol, which parses only the parts of an answer that the benchmark needs.
@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, cast
 
-_REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n"
+_REQUEST = b"GET %b HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n"
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 _NUMBER = re.compile(rb"\d+")
@@ -22,10 +22,11 @@ _OPENED_AT_ONCE = 50  # connections; few, because a server with a short backlog 
 
 
 class Load:
-    """Sends requests to `port` of loopback over `connections` connections, and counts their outcomes."""
+    """Sends requests for `path` to `port` of loopback over `connections` connections, and counts their outcomes."""
 
-    def __init__(self, port: int, connections: int) -> None:
+    def __init__(self, port: int, connections: int, path: str) -> None:
         self._port = port
+        self.request = _REQUEST % path.encode()
         self._connections = connections
         self._closed_loop = False
         self._sent = 0
@@ -182,7 +183,7 @@ class _Client(asyncio.Protocol):
     def send(self, intended: float) -> None:
         self.busy = True
         self._intended = intended
-        self.transport.write(_REQUEST)
+        self.transport.write(self._load.request)
 
     def data_received(self, data: bytes) -> None:
         if self._received:

@@ -2,35 +2,49 @@
 
 import os
 import platform
+import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from importlib import metadata
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 SERVICE = "hitcounter"
-EVERYSEC, DICT = f"{SERVICE}, appendfsync everysec", f"{SERVICE}, a dict for Redis"
-FLASK, FASTAPI, AIOHTTP, GO = (
+EVERYSEC, DICT, BEFORE = f"{SERVICE}, appendfsync everysec", f"{SERVICE}, a dict for Redis", f"{SERVICE}, before"
+FLASK, FASTAPI, AIOHTTP, GO, NGINX, WEBDIS = (
     "Flask, gunicorn (starting code)",
     "FastAPI, uvicorn, redis-py",
     "aiohttp, redis-py",
     "Go net/http, go-redis",
+    "nginx, Lua",
+    "webdis",
 )
 
-Figures = dict[str, float]  # the figures of one server in one round
-Rounds = dict[str, list[Figures]]  # for each server, its figures in each round
+WINDOW_BEGINS, WINDOW_ENDS = 0.3, 0.95  # seconds after wrk's start
+
+Figures = dict[str, float]  # some figures of one server
+
+
+@dataclass
+class Results:
+    """All figures of a run."""
+
+    windows: dict[tuple[str, int], list[Figures]] = field(default_factory=dict)  # by server and number of connections
+    rounds: dict[str, list[Figures]] = field(default_factory=dict)  # by server, when it runs alone
+
+    @property
+    def connections(self) -> list[int]:
+        """Return the numbers of connections, in ascending order."""
+        return sorted({number for _, number in self.windows})
+
 
 _COLUMNS = (
-    ("requests/s", "rate", "{:,.0f}"),
-    ("CPU µs/request", "cpu", "{:.1f}"),
     ("Redis commands/request", "commands", "{:.3f}"),
     ("p50 ms", "p50", "{:.2f}"),
     ("p99 ms", "p99", "{:.2f}"),
     ("at requests/s", "half", "{:,.0f}"),
-    ("errors at 256", "errors_256", "{:.2%}"),
-    ("errors at 1,000", "errors_1000", "{:.2%}"),
     ("duplicates", "duplicates", "{:.2%}"),
     ("Pss MB", "pss", "{:.1f}"),
     ("Pss MB after 1,000", "pss_1000", "{:.1f}"),
@@ -38,29 +52,36 @@ _COLUMNS = (
 )
 
 _ABOUT = """\
-The figures are medians of {rounds} interleaved rounds of {names} servers; each round starts each server again.
-The server runs alone on one core; the load and Redis run on another core.
-Redis is Valkey with `appendonly yes`, and with `appendfsync always` unless the server's name says otherwise.
+wrk sends the load: a closed loop over keep-alive connections, on another core than the servers.
+Redis runs on the core of wrk.
+It is Valkey with `appendonly yes`, and with `appendfsync always` unless the server's name says otherwise.
 All traffic is on loopback.
-A target's ratio is computed within each round, and the median of these ratios is compared with the limit.
 
-- requests/s, CPU, commands and duplicates are measured in a closed loop over 64 keep-alive connections.
-  After a warm-up, the loop runs for {seconds:g} s in each round.
-- CPU is the user and system time of the server's process tree, from `/proc`.
+All {names} servers run at the same time on one core, and wrk loads one of them after the other for a window of {window:g} s.
+There are {windows} windows for each server and each number of connections.
+The ratio of two servers is computed within each round of windows, where both saw the same machine.
+A ratio is shown as the median of these ratios, with their 10th and 90th percentile.
+
+- CPU is the processor time of the server's threads, from `/proc/PID/task/*/schedstat`, for each request.
+- The number of requests in a window is the difference between the counts in Redis at its beginning and its end.
+  With a dict for Redis, it is the difference between the numbers in two answers.
+- errors are wrk's socket errors and answers other than 200.
+
+Each server also runs alone, in {rounds} rounds, whose medians are shown.
+
 - duplicates are answers whose number was already in an earlier answer.
 - Redis commands are calls from `INFO commandstats`.
   A script call counts as one command; the commands that `count.lua` itself calls are left out.
-- p50 and p99 are latencies in an open loop at half the requests/s of the same round.
+- p50 and p99 are latencies in an open loop over 64 connections, at half the requests/s of the closed loop.
   The latency of a request begins when the request is due, so it includes waiting for a connection or for slow earlier requests.
-- errors are the share of requests that were not answered with 200, in a closed loop over 256 and over 1,000 connections.
 - Pss is the memory of the process tree, from `/proc/PID/smaps_rollup`, after 64 and after 1,000 connections.
   Memory that a server shares with other running processes counts only in part.
-  If the server ran alone, its Pss would be higher.
-- start-up is the time from the process's start to its first 200 from `/`, while Redis runs.
+- start-up is the time from the process's start to its first 200, while Redis runs.
 
 The peers (`bench/peers/`) are set up as their documentation recommends.
 Their access logs are off.
 gunicorn has one worker with 16 threads, uvicorn has uvloop and httptools, and aiohttp runs on asyncio's own loop.
+nginx has one worker and a pool of 1,000 connections to Redis, and webdis has one thread; both are Debian's packages.
 redis-py and go-redis have their default pools.
 The pool of redis-py raises an error if more than 100 connections are needed.
 This explains most errors of the servers that use redis-py.
@@ -89,42 +110,72 @@ class Target:
         return f"| {self.text} | {'at least' if self.at_least else 'at most'} {self.limit:g} | {measured} | {verdict} |"
 
 
-def targets(rounds: Rounds) -> list[Target]:
+def ratios(results: Results, over: str, under: str, connections: int, figure: str = "cpu") -> list[float]:
+    """Return the ratio of two servers' figures in each round of windows, or nothing if one of them was not measured."""
+    pairs = zip(results.windows.get((over, connections), []), results.windows.get((under, connections), []), strict=False)
+    return [a[figure] / b[figure] for a, b in pairs if figure in a and figure in b]
+
+
+def targets(results: Results) -> list[Target]:
     """Return the targets, each with its measured figure."""
 
-    def ratio(figure: str, over: str, under: str) -> float | None:
-        if over not in rounds or under not in rounds:
-            return None
-        return median(a[figure] / b[figure] for a, b in zip(rounds[over], rounds[under], strict=True))
+    def ratio(over: str, under: str, connections: int = 64, figure: str = "cpu") -> float | None:
+        found = ratios(results, over, under, connections, figure)
+        return median(found) if found else None
 
-    def own(figure: str) -> list[float]:
-        return [figures[figure] for figures in rounds[SERVICE]]
+    def own(figure: str, name: str = SERVICE) -> float | None:
+        found = [figures[figure] for figures in results.rounds.get(name, []) if figure in figures]
+        return median(found) if found else None
 
-    synced = ratio("rate", SERVICE, EVERYSEC)
+    after, before = own("p50_open"), own("p50_open", BEFORE)
+    cpu = "CPU per request"
     return [
-        Target("the starting code's CPU per request, divided by the service's", ratio("cpu", FLASK, SERVICE), 12, at_least=True),
-        Target("FastAPI's CPU per request, divided by the service's", ratio("cpu", FASTAPI, SERVICE), 7, at_least=True),
-        Target("the service's CPU per request, divided by its CPU per request with a dict", ratio("cpu", SERVICE, DICT), 1.2),
-        Target("the service's CPU per request, divided by Go's", ratio("cpu", SERVICE, GO), 1.1),
-        Target("Redis commands per request at 64 connections", median(own("commands")), 0.1),
-        Target("errors at 1,000 connections, in all rounds", sum(own("failed_1000")), 0),
-        Target("throughput with `appendfsync always`, divided by throughput with `everysec`", synced, 0.9, at_least=True),
-        Target("Pss in MB at 64 connections", median(own("pss")), 45),
-        Target("Pss in MB after 1,000 connections", median(own("pss_1000")), 45),
+        Target(f"{cpu} of the starting code, divided by the service's", ratio(FLASK, SERVICE), 14, at_least=True),
+        Target(f"{cpu} of FastAPI, divided by the service's", ratio(FASTAPI, SERVICE), 7.5, at_least=True),
+        Target(f"{cpu} of the service, divided by Go's", ratio(SERVICE, GO), 0.65),
+        Target(f"{cpu} of the service, divided by Go's, at 1,000 connections", ratio(SERVICE, GO, 1000), 0.55),
+        Target(f"{cpu} of the service, divided by that of nginx with Lua", ratio(SERVICE, NGINX), 1),
+        Target(f"{cpu} of the service, divided by that of webdis", ratio(SERVICE, WEBDIS), 1),
+        Target(f"{cpu} of the service, divided by its own with a dict", ratio(SERVICE, DICT), 1.6),
+        Target("Redis commands per request", own("commands"), 0.1),
+        Target("errors at 1,000 connections", sum(figures["failed"] for figures in results.windows[SERVICE, 1000]), 0),
+        Target("throughput with `appendfsync always`, by that with `everysec`", ratio(SERVICE, EVERYSEC, 64, "rate"), 0.9, True),
+        Target("p50 at 16,000 requests/s, divided by that before", after / before if after and before else None, 0.5),
+        Target("Pss in MB", own("pss"), 42),
+        Target("Pss in MB after 1,000 connections", own("pss_1000"), 45),
     ]
 
 
-def table(rounds: Rounds) -> str:
-    """Return the medians as a Markdown table."""
-    rows = [["server", *(title for title, _, _ in _COLUMNS)], ["---"] * (len(_COLUMNS) + 1)]
-    for name, measured in rounds.items():
-        rows.append([name, *(form.format(_median(measured, key)) if key in measured[0] else "-" for _, key, form in _COLUMNS)])
-    return _rows(rows)
+def tables(results: Results) -> str:
+    """Return all figures as Markdown tables."""
+    names, numbers = list(results.rounds), results.connections
+    titles = ["server", *(f"{number:,}" for number in numbers)]
+
+    def by_connections(title: str, figure: str, form: str) -> str:
+        rows = [[name, *(_format(form, results.windows[name, number], figure) for number in numbers)] for name in names]
+        return f"## {title}, by connections\n\n{_rows(titles, rows)}"
+
+    compared = [
+        [name, *(_spread(ratios(results, name, SERVICE, number)) for number in numbers)] for name in names if name != SERVICE
+    ]
+    alone = []
+    for name, measured in results.rounds.items():
+        alone.append([name, *(_format(form, measured, key) for _, key, form in _COLUMNS)])
+    return "\n\n".join(
+        [
+            by_connections("CPU µs per request", "cpu", "{:.1f}"),
+            f"## CPU per request, divided by the service's\n\n{_rows(titles, compared)}",
+            by_connections("Requests per second", "rate", "{:,.0f}"),
+            by_connections("Errors", "errors", "{:.2%}"),
+            "## Each server alone\n\n" + _rows(["server", *(title for title, _, _ in _COLUMNS)], alone),
+            f"## Targets\n\nWithout another number, a figure is at 64 connections.\n\n{target_table(results)}",
+        ]
+    )
 
 
-def target_table(rounds: Rounds) -> str:
+def target_table(results: Results) -> str:
     """Return the targets as a Markdown table."""
-    return "\n".join(["| target | | measured | |", "| --- | --- | --- | --- |", *map(str, targets(rounds))])
+    return "\n".join(["| target | | measured | |", "| --- | --- | --- | --- |", *map(str, targets(results))])
 
 
 def machine(versions: dict[str, str]) -> str:
@@ -134,13 +185,19 @@ def machine(versions: dict[str, str]) -> str:
     packages = ("aiohttp", "redis", "hiredis", "uvloop", "flask", "gunicorn", "fastapi", "uvicorn", "httptools")
     versions = {"Python": platform.python_version(), **{name: metadata.version(name) for name in packages}, **versions}
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
+    built = f"Python's build: {platform.python_implementation()} {sys.version}"
     hardware = f"Machine: {model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}."
-    return f"{hardware}\n" + textwrap.fill(f"Versions: {named}.", 130, break_on_hyphens=False)
+    return f"{hardware}\n{built}.\n" + textwrap.fill(f"Versions: {named}.", 130, break_on_hyphens=False)
 
 
-def markdown(rounds: Rounds, seconds: float, conditions: str, profile: str) -> str:
+def markdown(results: Results, conditions: str, profile: str) -> str:
     """Return the text of results.md."""
-    about = _ABOUT.format(rounds=len(rounds[SERVICE]), names=len(rounds), seconds=seconds)
+    about = _ABOUT.format(
+        names=len(results.rounds),
+        window=WINDOW_ENDS - WINDOW_BEGINS,
+        windows=len(next(iter(results.windows.values()))),
+        rounds=len(results.rounds[SERVICE]),
+    )
     return f"""\
 # The last run of `make bench`
 
@@ -148,11 +205,7 @@ def markdown(rounds: Rounds, seconds: float, conditions: str, profile: str) -> s
 
 ![CPU per request and requests per second of each server](results.svg)
 
-{table(rounds)}
-
-## Targets
-
-{target_table(rounds)}
+{tables(results)}
 
 ## How it was measured
 
@@ -168,14 +221,15 @@ cProfile makes functions in Python look more expensive than functions in C.
 """
 
 
-def svg(rounds: Rounds) -> str:
+def svg(results: Results) -> str:
     """Return the picture, which has a panel of bars for each main figure and is readable on light and dark backgrounds."""
-    panels = (("CPU per request, µs (less is better)", "cpu"), ("requests per second (more is better)", "rate"))
+    panels = (("CPU per request at 64 connections, µs (less is better)", "cpu"), ("requests per second (more is better)", "rate"))
+    windows = {name: results.windows[name, 64] for name in results.rounds}
     parts, top = [], 24
     for title, key in panels:
         parts.append(f'<text class="title" x="0" y="{top}">{escape(title)}</text>')
-        most = max(_median(measured, key) for measured in rounds.values())
-        for name, measured in rounds.items():
+        most = max(_median(measured, key) for measured in windows.values())
+        for name, measured in windows.items():
             top += 24
             value = _median(measured, key)
             width = 400 * value / most
@@ -196,5 +250,19 @@ def _median(measured: list[Figures], key: str) -> float:
     return median(figures[key] for figures in measured)
 
 
-def _rows(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def _format(form: str, measured: list[Figures], key: str) -> str:
+    """Return the median of a figure as a text, or a dash if the figure was not measured."""
+    found = [figures for figures in measured if key in figures]
+    return form.format(_median(found, key)) if found else "-"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Return the median of some ratios, with their 10th and 90th percentile if there are enough."""
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values) or "-"
+    cuts = quantiles(values, n=10, method="inclusive")
+    return f"{median(values):.2f} ({cuts[0]:.2f} to {cuts[8]:.2f})"
+
+
+def _rows(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows))

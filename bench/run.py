@@ -1,6 +1,7 @@
 """Compare the service with its peers: `make bench`, or `make bench-quick` to check that the benchmark runs.
 
-The benchmark needs two cores: the first runs only the server under test, the second runs this process (the load) and Redis.
+The benchmark needs two cores: the first runs only the servers under test, the second runs the load (wrk, or this process) and
+Redis.
 """
 
 import argparse
@@ -35,9 +36,15 @@ from nanoservice import embedded
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PEERS = HERE / "peers"
+# The root of the Debian whose programs are used: wrk, nginx with its Lua module, webdis. `make bench` unpacks one.
+DEBIAN = Path(os.environ.get("DEBIAN_ROOT") or "/")
 CONNECTIONS = 64
+HITS = "{hitcounter}:hits"
+OPEN_RATE = 16_000  # requests per second of the open loop in which two versions of the service are compared
 # count.lua calls these commands inside Redis. The service itself sends none of them, so they do not count as sent commands.
 INSIDE_SCRIPT = {name.lower() for name in re.findall(r"redis\.call\('(\w+)'", SCRIPT)}
+# wrk runs for whole seconds only. A window begins when the connections are open, and ends before wrk closes them.
+WRK_SECONDS = 1
 # This program runs the service under cProfile. The profile does not include the start of Python and the imports.
 PROFILED = """
 import cProfile, os, sys
@@ -49,45 +56,65 @@ cProfile.run("main(SERVICE, os.environ, [])", sys.argv[1])
 
 @dataclass(frozen=True)
 class Plan:
-    """The number of rounds, and the length of each part of a run in seconds."""
+    """The number of windows and rounds, and the length of each part of a round in seconds."""
 
-    rounds: int  # the highest number of rounds
-    limit: float  # a round begins only if it will probably end before this time
-    warm: float
+    windows: int  # for each server and each number of connections
+    connections: tuple[int, ...]
+    rounds: int
     closed: float
     open: float
-    crowd: float  # the length of each load over 256 or 1,000 connections
     profile: float
 
 
-FULL = Plan(rounds=5, limit=320, warm=0.5, closed=2.0, open=2.0, crowd=1.0, profile=5.0)
-QUICK = Plan(rounds=1, limit=50, warm=0.1, closed=0.4, open=0.3, crowd=0.2, profile=0.5)
+FULL = Plan(windows=16, connections=(1, 64, 256, 1000), rounds=3, closed=1.0, open=2.0, profile=5.0)
+QUICK = Plan(windows=1, connections=(64, 1000), rounds=1, closed=0.3, open=0.3, profile=0.5)
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server under test. The word `PORT` in its command stands for the port that the server listens on."""
+    """A server under test. The words `PORT`, `FOLDER` and the like in its command are replaced: see `Process`."""
 
     name: str
     command: list[str]
+    key: str | None = None  # the key in Redis that counts the requests; None if there is none
+    path: str = "/"
     fsync: str = "always"
     counts_in_script: bool = False
-    throughput_only: bool = False
+    source: Path = ROOT
+    config: Path | None = None
 
 
-def servers(go: Path | None) -> Iterator[Server]:
+def servers(go: Path | None, before: Path | None) -> Iterator[Server]:
     """Yield the servers. Servers to compare are neighbours in this order, so that the conditions between them differ least."""
     python = sys.executable
     gunicorn = [python, "-m", "gunicorn", "--worker-class", "gthread", "--threads", "16", "--bind", "127.0.0.1:PORT"]
     uvicorn = [python, "-m", "uvicorn", "--no-access-log", "--log-level", "warning", "--port", "PORT"]
-    yield Server(report.EVERYSEC, [python, "-m", "hitcounter"], "everysec", counts_in_script=True, throughput_only=True)
-    yield Server(report.SERVICE, [python, "-m", "hitcounter"], counts_in_script=True)
+    if before:
+        yield Server(report.BEFORE, [python, "-m", "hitcounter"], HITS, counts_in_script=True, source=before)
+    yield Server(report.EVERYSEC, [python, "-m", "hitcounter"], HITS, fsync="everysec", counts_in_script=True)
+    yield Server(report.SERVICE, [python, "-m", "hitcounter"], HITS, counts_in_script=True)
     yield Server(report.DICT, [python, str(PEERS / "dict_app.py")])
+    if nginx := program("nginx", DEBIAN / "usr/lib/nginx/modules/ngx_http_lua_module.so"):
+        yield Server(
+            report.NGINX, [nginx, "-e", "stderr", "-p", "FOLDER", "-c", "CONFIG"], "nginx:hits", config=PEERS / "nginx.conf"
+        )
+    if webdis := program("webdis"):
+        yield Server(report.WEBDIS, [webdis, "CONFIG"], "webdis:hits", path="/INCR/webdis:hits", config=PEERS / "webdis.json")
     if go:
-        yield Server(report.GO, [str(go)])
-    yield Server(report.AIOHTTP, [python, str(PEERS / "aiohttp_app.py")])
-    yield Server(report.FASTAPI, [*uvicorn, "fastapi_app:app"])
-    yield Server(report.FLASK, [*gunicorn, "flask_app:app"])
+        yield Server(report.GO, [str(go)], "go:hits")
+    yield Server(report.AIOHTTP, [python, str(PEERS / "aiohttp_app.py")], "aiohttp:hits")
+    yield Server(report.FASTAPI, [*uvicorn, "fastapi_app:app"], "fastapi:hits")
+    yield Server(report.FLASK, [*gunicorn, "flask_app:app"], "flask:hits")
+
+
+def program(name: str, *needs: Path) -> str | None:
+    """Return the path of a program of Debian. If it or one of the files that it needs is missing, print this and return None."""
+    found = shutil.which(name, path=f"{DEBIAN}/bin:{os.environ['PATH']}:/usr/sbin")
+    missing = [str(file) for file in needs if not file.exists()]
+    if found and not missing:
+        return found
+    print(f"{name} is skipped: {' and '.join(missing) or 'it'} is missing (bench/README.md says how to install it)")
+    return None
 
 
 def build_go(folder: Path) -> Path | None:
@@ -109,29 +136,44 @@ def build_go(folder: Path) -> Path | None:
 class Process:
     """A running server."""
 
-    def __init__(self, command: list[str], core: int, redis_port: int, log: Path) -> None:
+    def __init__(self, server: Server, core: int, redis_port: int, data: Path) -> None:
         self.port = free_port()
+        self.path = server.path
+        folder = Path(tempfile.mkdtemp(dir=data))
+        replaced = {"PORT": str(self.port), "FOLDER": str(folder), "CONFIG": str(folder / "config")}
+        if server.config:
+            text = server.config.read_text()
+            for name, value in (("port", self.port), ("redis_port", redis_port), ("folder", folder), ("root", DEBIAN)):
+                text = text.replace(f"{{{name}}}", str(value))
+            (folder / "config").write_text(text)
+        environ = {"PYTHONPATH": f"{server.source}:{PEERS}", "BIND_HOST": "127.0.0.1", "REDIS_HOST": "127.0.0.1"}
         ports = {"BIND_PORT": str(self.port), "ADMIN_PORT": "0", "REDIS_PORT": str(redis_port)}
-        environ = {"PYTHONPATH": f"{ROOT}:{PEERS}", "BIND_HOST": "127.0.0.1", "REDIS_HOST": "127.0.0.1"}
+        log = folder / "log"
         began = time.monotonic()
         with log.open("wb") as output:
             self._popen = subprocess.Popen(
-                [part.replace("PORT", str(self.port)) for part in command],
-                env=environ | ports, cwd=log.parent, stdout=output, stderr=output, start_new_session=True,
+                [replaced.get(part, part.replace("PORT", str(self.port))) for part in server.command],
+                env={"PATH": os.environ["PATH"]} | environ | ports, cwd=folder, stdout=output, stderr=output,
+                start_new_session=True,
                 preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # noqa: PLW1509 - this process has no other thread
             )  # fmt: skip
-        while not self._answers():
+        while self.ask() is None:
             if self._popen.poll() is not None or time.monotonic() - began > 30:
                 self.end()
-                raise SystemExit(f"bench: {command} does not answer:\n{log.read_text()[-2000:]}")
+                raise SystemExit(f"bench: {server.command} does not answer:\n{log.read_text()[-2000:]}")
             time.sleep(0.002)
         self.start_seconds = time.monotonic() - began
 
-    def _answers(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5) as client:
-            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            return client.recv(64).startswith(b"HTTP/1.1 200 ")
-        return False
+    def ask(self, client: socket.socket | None = None) -> int | None:
+        """Count a hit, over `client` or a new connection, and return its number, or None if the server does not answer."""
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            used = client or stack.enter_context(socket.create_connection(("127.0.0.1", self.port), 5))
+            used.sendall(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % self.path.encode())
+            head, _, body = used.recv(65536).partition(b"\r\n\r\n")
+            if head.startswith(b"HTTP/1.1 200 "):
+                found = re.search(rb"\d+", body or used.recv(65536))
+                return int(found[0]) if found else None
+        return None
 
     def tree(self) -> list[Path]:
         """Return the folder in /proc of each of the server's processes."""
@@ -142,8 +184,9 @@ class Process:
         return found
 
     def cpu(self) -> float:
-        """Return the seconds of user and system time that the server's processes have used, including finished processes."""
-        return sum(cpu_of(folder) for folder in self.tree())
+        """Return the seconds of processor time that the threads of the server's processes have used."""
+        threads = [thread for folder in self.tree() for thread in folder.glob("task/*/schedstat")]
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
     def pss(self) -> float:
         """Return the memory (Pss) of the server's processes in MB."""
@@ -167,7 +210,7 @@ def free_port() -> int:
 
 def load(process: Process, connections: int, how: Callable[[Load], Any]) -> Load:
     """Send requests to the server in the way that `how` chooses, and return the finished load with its figures."""
-    it = Load(process.port, connections)
+    it = Load(process.port, connections, process.path)
     gc.disable()  # A pause of this process's garbage collector would look like a slow answer of the server.
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(how(it))
@@ -183,12 +226,6 @@ def commands(store: "redis.Redis", server: Server) -> int:
     return sum(calls for name, calls in stats.items() if name not in ours)
 
 
-def cpu_of(folder: Path) -> float:
-    """Return the seconds of user and system time of a process (its folder in /proc) and of its finished children."""
-    ticks = (folder / "stat").read_text().rpartition(")")[2].split()[11:15]
-    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-
-
 def busy(core: int) -> float:
     """Return the seconds of user and system time that all processes together have used on the core."""
     found = re.search(rf"^cpu{core} (\d+) (\d+) (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
@@ -196,55 +233,106 @@ def busy(core: int) -> float:
     return sum(map(int, found.groups())) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(server: Server, plan: Plan, core: int, stores: dict[str, "redis.Redis"], folder: Path) -> report.Figures:
-    """Start the server, measure all its figures, and stop it."""
+def wrk(process: Process, connections: int, mark: Callable[[], Any] = lambda: None) -> tuple[list[Any], int, int]:
+    """Run wrk over `connections`. Return what `mark` returned at both ends of a window, the number of requests, and of errors."""
+    command = [str(program("wrk")), "-t1", f"-c{connections}", f"-d{WRK_SECONDS}s", "--timeout=10s"]
+    began = time.monotonic()
+    with subprocess.Popen([*command, f"http://127.0.0.1:{process.port}{process.path}"], stdout=subprocess.PIPE, text=True) as run:
+        marks = []
+        for at in (report.WINDOW_BEGINS, report.WINDOW_ENDS):
+            time.sleep(max(0.0, began + at - time.monotonic()))
+            marks.append(mark())
+        text, _ = run.communicate()
+    answers = re.search(r"(\d+) requests in", text)
+    if run.returncode or not answers:
+        raise SystemExit(f"bench: wrk failed: {text}")
+    lost = sum(map(int, re.findall(r"(?:connect|read|write|timeout) (\d+)", text)))
+    refused = re.search(r"responses: (\d+)", text)
+    return marks, int(answers[1]) + lost, lost + (int(refused[1]) if refused else 0)
+
+
+def window(server: Server, process: Process, connections: int, core: int, store: "redis.Redis") -> report.Figures:
+    """Measure one window of a closed loop. Redis has the number of requests; where it has not, the server answers it."""
+    # Under a load, a connection that is open already gets its answer sooner than a new one.
+    client = socket.create_connection(("127.0.0.1", process.port), 5)
+
+    def mark() -> tuple[float, int, float, float]:
+        number = int(store.get(server.key) or 0) if server.key else process.ask(client) or 0  # type: ignore[arg-type] # not async
+        return time.monotonic(), number, process.cpu(), busy(core)
+
+    with client:
+        (begins, ends), sent, failed = wrk(process, connections, mark)
+    seconds, requests, cpu, all_cpu = (end - begin for begin, end in zip(begins, ends, strict=True))
+    figures = {"failed": failed, "errors": failed / max(1, sent), "others": max(0.0, all_cpu - cpu) / seconds}
+    if requests < 1:
+        return figures
+    return figures | {"rate": requests / seconds, "cpu": cpu / requests * 1e6}
+
+
+def windows(
+    tested: list[Server], plan: Plan, core: int, stores: dict[str, "redis.Redis"], data: Path
+) -> Iterator[tuple[str, int, report.Figures]]:
+    """Run all servers at the same time, measure one of them after the other, and yield each window's figures.
+
+    A server without load uses no time. So the windows of two servers are close together, and see the same machine.
+    """
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for server in tested:
+            processes.append(Process(server, core, port_of(stores[server.fsync]), data))
+            stack.callback(processes[-1].end)
+        for number in range(plan.windows):
+            for connections in plan.connections:
+                for server, process in zip(tested, processes, strict=True):
+                    figures = window(server, process, connections, core, stores[server.fsync])
+                    yield server.name, connections, figures
+                    text = (
+                        f"{figures['rate']:,.0f} requests/s, {figures['cpu']:.1f} µs each" if "rate" in figures else "only errors"
+                    )
+                    print(f"{number + 1}. {connections:4} {server.name}: {text}", flush=True)
+
+
+def port_of(store: "redis.Redis") -> int:
+    return int(store.connection_pool.connection_kwargs["port"])
+
+
+def alone(server: Server, rate: float, plan: Plan, core: int, stores: dict[str, "redis.Redis"], data: Path) -> report.Figures:
+    """Start the server alone, measure the figures that a load of wrk does not show, and stop the server.
+
+    `rate` is the number of requests per second that the server has carried over 64 connections.
+    """
     store = stores[server.fsync]
-    redis_folder = Path(f"/proc/{store.info('server')['process_id']}")
-    (own_core,) = os.sched_getaffinity(0)
-
-    def used() -> tuple[float, float, float, int]:
-        cpu, load_cpu = process.cpu(), cpu_of(redis_folder) + time.process_time()
-        return cpu, busy(core) - cpu, busy(own_core) - load_cpu, commands(store, server)
-
-    process = Process(server.command, core, store.connection_pool.connection_kwargs["port"], folder / "server.log")
+    process = Process(server, core, port_of(store), data)
     try:
-        full = load(process, CONNECTIONS, lambda it: it.closed(plan.closed, plan.warm, used))
+        full = load(process, CONNECTIONS, lambda it: it.closed(plan.closed, 0.1, lambda: commands(store, server)))
         if not full.answered:
             raise SystemExit(f"bench: {server.name} answers no request: {full.errors}")
-        cpu, others, others_at_load, sent = (end - start for start, end in zip(*full.marks, strict=True))
         figures = {
             "start": process.start_seconds,
-            "rate": full.answered / full.seconds,
-            "cpu": cpu / full.answered * 1e6,
-            "others": max(0.0, others) / full.seconds,
-            "others_at_load": max(0.0, others_at_load) / full.seconds,
-            "commands": sent / full.answered,
+            "commands": (full.marks[1] - full.marks[0]) / full.answered,
             "duplicates": full.duplicates / len(full.numbers),
             "pss": process.pss(),
         }
-        if server.throughput_only:
-            return figures
-        half = load(process, CONNECTIONS, lambda it: it.open(plan.open, figures["rate"] / 2))
-        cuts = quantiles((seconds * 1000 for seconds in half.latencies), n=100)
-        figures |= {"half": figures["rate"] / 2, "p50": cuts[49], "p99": cuts[98]}
-        for crowd in (256, 1000):
-            it = load(process, crowd, lambda it: it.closed(plan.crowd))
-            figures[f"errors_{crowd}"] = it.failed / (it.failed + len(it.numbers))
-            figures[f"failed_{crowd}"] = it.failed
+        for key, wanted in (("", rate / 2), ("_open", OPEN_RATE)):
+            if not key or (server.name in (report.SERVICE, report.BEFORE) and rate > OPEN_RATE):
+                half = load(process, CONNECTIONS, lambda it: it.open(plan.open, wanted))  # noqa: B023 - called at once
+                cuts = quantiles((seconds * 1000 for seconds in half.latencies), n=100, method="inclusive")
+                figures |= {f"half{key}": wanted, f"p50{key}": cuts[49], f"p99{key}": cuts[98]}
+        wrk(process, 1000)
         return figures | {"pss_1000": process.pss()}
     finally:
         process.end()
 
 
-def profile(plan: Plan, core: int, store: "redis.Redis", folder: Path) -> str:
+def profile(plan: Plan, core: int, store: "redis.Redis", data: Path) -> str:
     """Return the service's functions as a Markdown table, ordered by their own time, the longest first."""
-    command = [sys.executable, "-c", PROFILED, str(folder / "profile")]
-    process = Process(command, core, store.connection_pool.connection_kwargs["port"], folder / "server.log")
+    server = Server("the service under cProfile", [sys.executable, "-c", PROFILED, str(data / "profile")])
+    process = Process(server, core, port_of(store), data)
     try:
         it = load(process, CONNECTIONS, lambda it: it.closed(plan.profile))
     finally:
         process.end()
-    stats: dict[Any, Any] = pstats.Stats(str(folder / "profile")).stats  # type: ignore[attr-defined] # not in typeshed
+    stats: dict[Any, Any] = pstats.Stats(str(data / "profile")).stats  # type: ignore[attr-defined] # not in typeshed
     total = sum(own for _, _, own, _, _ in stats.values())
     rows = ["| share | calls/request | function |", "| ---: | ---: | --- |"]
     for (file, line, name), (_, calls, own, _, _) in sorted(stats.items(), key=lambda item: -item[1][2])[:20]:
@@ -265,6 +353,20 @@ def sync_ms(folder: Path) -> float:
     return median(times) * 1000
 
 
+def versions_of(store: "redis.Redis", go: Path | None) -> dict[str, str]:
+    """Return the versions of the programs that take part and are not Python packages."""
+    versions = {"Valkey": store.info("server").get("valkey_version", "?")}
+    for name, option in (("wrk", "-v"), ("nginx", "-v")):
+        if found := program(name):
+            ended = subprocess.run([found, option], capture_output=True, text=True, check=False)
+            if number := re.search(r"\d+\.\d+\.\d+", ended.stdout + ended.stderr):
+                versions[name] = number[0]
+    if go:
+        built = subprocess.check_output(["go", "version", "-m", go], text=True)
+        versions["Go"], versions["go-redis"] = re.findall(r"(?:: go|go-redis/v9\tv)(\S+)", built)
+    return versions
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="run one short round, to check that all parts work; write nothing")
@@ -274,6 +376,8 @@ def main() -> int:
     if len(cores) < 2:
         print("bench: the benchmark needs Linux and two cores", file=sys.stderr)
         return 1
+    if not program("wrk"):
+        return 1
     # Raise the limit on open files: this process and each server need a file descriptor for each of 1,000 connections.
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 1 << 16) if limit > 0 else 1 << 16, limit))
@@ -282,6 +386,8 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=data)))
         go = build_go(folder)
+        before = Path(os.environ["BEFORE"]).absolute() if os.environ.get("BEFORE") else None
+        tested = list(servers(go, before))
         core = cores[0]
         os.sched_setaffinity(0, {cores[1]})
         stores = {}
@@ -291,38 +397,28 @@ def main() -> int:
                 embedded.valkey(folder / fsync, "--port", str(port), "--bind", "127.0.0.1", "--appendfsync", fsync)
             )
             stores[fsync] = redis.Redis(port=port)
-        rounds: report.Rounds = {}
-        began = time.monotonic()
+        results = report.Results()
+        for name, connections, figures in windows(tested, plan, core, stores, folder):
+            results.windows.setdefault((name, connections), []).append(figures)
         for number in range(plan.rounds):
-            if number and (time.monotonic() - began) * (number + 1) / number > plan.limit:
-                print(f"there is time for only {number} rounds: this machine is busy")
-                break
-            for server in servers(go):
-                figures = measure(server, plan, core, stores, folder)
-                rounds.setdefault(server.name, []).append(figures)
-                rate, cpu = figures["rate"], figures["cpu"]
-                print(f"{number + 1}. {server.name}: {rate:,.0f} requests/s, {cpu:.1f} µs each", flush=True)
+            for server in tested:
+                rate = median(figures["rate"] for figures in results.windows[server.name, CONNECTIONS])
+                results.rounds.setdefault(server.name, []).append(alone(server, rate, plan, core, stores, folder))
+                print(f"{number + 1}. {server.name} alone", flush=True)
         profiled = profile(plan, core, stores["always"], folder)
-        versions = {"Valkey": stores["always"].info("server").get("valkey_version", "?")}
-        if go:
-            built = subprocess.check_output(["go", "version", "-m", go], text=True)
-            versions["Go"], versions["go-redis"] = re.findall(r"(?:: go|go-redis/v9\tv)(\S+)", built)
-        others, others_at_load = (
-            median(figures[key] for measured in rounds.values() for figures in measured) for key in ("others", "others_at_load")
-        )
+        others = median(figures["others"] for measured in results.windows.values() for figures in measured)
         conditions = (
-            f"{report.machine(versions)}\n"
+            f"{report.machine(versions_of(stores['always'], go))}\n"
             f"A sync of a small write took {sync_ms(folder):.2f} ms (median).\n"
-            f"During the rounds, other processes used {others:.0%} of the server's core and {others_at_load:.0%} of the other "
-            "core (medians).\n"
-            "On a quiet machine both shares are 0%; the higher they are, the less reliable the figures are."
+            f"During the windows, other processes used {others:.0%} of the servers' core (median).\n"
+            "On a quiet machine this share is 0%; the higher it is, the less reliable the figures are."
         )
-    print(f"\n{report.table(rounds)}\n\n{report.target_table(rounds)}\n\n{conditions}\n\n{profiled}")
+    print(f"\n{report.tables(results)}\n\n{conditions}\n\n{profiled}")
     if quick:
         print("\nThis was a quick run: its figures mean little, and no file was written.")
     else:
-        (HERE / "results.md").write_text(report.markdown(rounds, plan.closed, conditions, profiled))
-        (HERE / "results.svg").write_text(report.svg(rounds))
+        (HERE / "results.md").write_text(report.markdown(results, conditions, profiled))
+        (HERE / "results.svg").write_text(report.svg(results))
     return 0
 
 

@@ -22,16 +22,17 @@
 --
 -- Why does a batch that is sent twice count only once? A writer sends batch n + 1 only after it has received the reply to batch n
 -- or has given up batch n for good. So there are four cases:
---   a. The same batch arrives again, because its reply was lost. Its sequence number equals that of the last batch, so the script
---      repeats the first reply.
+--   a. The same batch arrives again, because its reply was lost, or because too few replicas had it in time. Its sequence number
+--      equals that of the last batch, so the script repeats the first reply.
 --   b. A batch was stuck on an old connection and arrives after newer batches. Its sequence number is lower than that of the last
 --      batch, so the reply is 'late'.
 --   c. The writer's key is missing: the writer has sent no batch for a day, or Redis has lost the key. The script cannot know
 --      whether it counted this batch before, so the reply is 'unknown'. The writer knows whether it sent the batch before, and
---      takes a new name in any case. The script retires the old name. Otherwise a delayed first batch of that name would create
---      the key again. A delayed duplicate of this batch would then be counted a second time.
+--      takes a new name in any case. The script retires the old name. Otherwise a delayed first batch of the old name could
+--      create the key again, and the script would then count a delayed duplicate of a batch that was counted already.
 --   d. A batch has the sequence number 1, and its writer has no key. The writer is new, so the batch is counted. Only here can a
---      batch count twice: a duplicate of a first batch is delayed for more than a day, and Redis has deleted the writer's key.
+--      batch count twice: a duplicate of a first batch is delayed for more than a day, by Redis's clock, and Redis has deleted
+--      the writer's key.
 local DAY = 86400
 local sequence = tonumber(ARGV[1])
 
@@ -41,7 +42,13 @@ if last == 'retired' then
 elseif last then
   last = cmsgpack.unpack(last)
   if sequence == last[1] then
-    return last[2] or {'failed', sequence}
+    if not last[2] then
+      return {'failed', sequence}
+    end
+    -- WAIT covers only what its own connection has written. If the writer repeats a batch over a new connection, this write makes
+    -- WAIT cover the first one, too.
+    redis.call('EXPIRE', KEYS[3], DAY)
+    return last[2]
   elseif sequence < last[1] then
     return {'late', sequence}
   end
@@ -55,7 +62,7 @@ local function text(number) return string.format('%.0f', number) end   -- tostri
 local totals = {}
 for i = 1, 2 do
   local digits = redis.call('GET', KEYS[i]) or '0'
-  if not (digits == '0' or digits:find('^[1-9]%d*$')) or #digits > 15 then   -- Lua's numbers are exact up to 2^53.
+  if not (digits == '0' or digits:find('^[1-9]%d*$')) or #digits > 15 then   -- Lua's numbers are exact up to 16 digits (2^53).
     return redis.error_reply('ERR ' .. KEYS[i] .. ' does not hold a count')
   end
   totals[i] = digits + ARGV[i + 1]
@@ -70,23 +77,24 @@ if keyed then
   local now = time[1] * 1000000 + time[2]
   local eldest = now - DAY * 1000000
   newest = math.max(now, redis.call('ZRANGE', KEYS[5], -1, -1, 'WITHSCORES')[2] or 0)
-  -- If the clock was set back, the newest key has a later time than now. Redis must not delete it before it is a day old.
-  life = DAY + math.floor((newest - now) / 1000000)
-  -- One call forgets at most 1,000 keys, so that no call takes long. An expired key that is still there is ignored.
+  -- If the clock was set back, the newest key has a time in the future. Redis must keep `answers` and `order` until a day after
+  -- that time.
+  life = DAY + math.ceil((newest - now) / 1000000)
+  -- One call forgets at most 1,000 expired keys, so that no call takes long. The code below ignores expired keys that remain.
   expired = redis.call('ZRANGE', KEYS[5], '-inf', text(eldest), 'BYSCORE', 'LIMIT', 0, 1000)
   for i = 5, #ARGV do
     local answer = redis.call('HGET', KEYS[4], ARGV[i])
     local came = answer and redis.call('ZSCORE', KEYS[5], ARGV[i])
     if came and tonumber(came) > eldest then
       local whole, content = pcall(cmsgpack.unpack, answer)
-      -- An answer without a version was stored before answers had versions. It has the format of version 1.
+      -- An answer without a version was stored by an older script. Its format is that of version 1.
       local known = whole and type(content) == 'table' and type(content[2]) == 'number' and (content[3] or 1) == 1
       answers[ARGV[i]] = known and {content[1], content[2]} or {-1, -1}
     end
   end
 end
 
--- If the user lacks a right and a write below fails, this value stays. It means that the batch failed half-way.
+-- A write below fails if the user lacks a right. Then this value stays, and shows that the batch failed half-way.
 redis.call('SET', KEYS[3], cmsgpack.pack({sequence}), 'EX', DAY)
 
 redis.call('INCRBY', KEYS[1], ARGV[2])
@@ -105,7 +113,7 @@ if keyed then
       new = new + 1
       answer = {hits, posts + new}
       answers[ARGV[i]] = answer
-      -- Write the order first, so that no failure leaves a digest only in the hash. Such a digest would never be forgotten.
+      -- Write to `order` first, so that no failure leaves a digest only in `answers`. Such a digest would never be forgotten.
       redis.call('ZADD', KEYS[5], text(newest + i), ARGV[i])
       redis.call('HSET', KEYS[4], ARGV[i], cmsgpack.pack({answer[1], answer[2], 1}))
     end

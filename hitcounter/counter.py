@@ -47,6 +47,8 @@ _LINGER_SECONDS = 0.001  # While some lanes are busy, a new batch grows for this
 # The back-off before each retry of a batch. The last value repeats. Each wait is a random 50 to 100 % of its value.
 _BACKOFF_SECONDS = 0.05, 0.1, 0.2, 0.4
 
+_SHUTDOWN = "this process is shutting down"
+
 _logger = logging.getLogger(__name__)
 
 
@@ -116,7 +118,7 @@ class Counter:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for batch in self._queue:
-            self._give_up(batch, "this process cannot count it")
+            self._give_up(batch, _SHUTDOWN)
         self._queue.clear()
         for lane in self._lanes:
             await lane.close()
@@ -168,10 +170,13 @@ class Counter:
             batch = self._queue.popleft()
             try:
                 await self._count(batch, lane)
+            except asyncio.CancelledError:
+                self._give_up(batch, _SHUTDOWN)
+                raise
             except Exception:  # A bug must fail only this batch, not stop the lane.
                 _logger.exception("a batch failed")
                 await lane.close()  # The connection may still deliver a reply to this batch.
-            finally:  # This runs also when the lane is cancelled.
+            finally:
                 self._give_up(batch, "this process cannot count it")
 
     async def _count(self, batch: Batch, lane: Lane) -> None:
@@ -276,6 +281,7 @@ class Lane:
         self._name = name
         self._health = store.health
         self._connection = store.connection()
+        self._replication = store.replication
         self._round_trip = round_trip
         self._lost = lost
         self._redis_timeout = redis_timeout
@@ -338,23 +344,36 @@ class Lane:
         connection, writer = self._connection, self._writer
         command: Any = "EVALSHA", _SHA, 5, *_keys(self._name, writer.name), writer.sequence, hits, posts, self._keep, *digests
         packed = pack_command(command)  # hiredis packs in C; the driver itself packs in Python.
+        if wait := self._replication.wait:
+            packed += pack_command(wait)
         await connection.send_packed_command(packed)
         try:
-            return await connection.read_response()
+            reply = await connection.read_response()
         except exceptions.NoScriptError:  # This Redis has not loaded the script yet, or has flushed it.
+            if wait:
+                await connection.read_response()
             await connection.send_command("SCRIPT", "LOAD", SCRIPT)
             await connection.read_response()
             await connection.send_packed_command(packed)
-            return await connection.read_response()
+            reply = await connection.read_response()
+        if wait and reply[0] == b"counted":
+            writer.doubt()
+            await self._replication.confirm(connection)
+        return reply
 
     async def close(self) -> None:
         """Close the connection. The next batch opens it again."""
         await self._connection.disconnect(nowait=True)
 
 
+def hits_key(name: str) -> str:
+    """Return the key that holds the number of hits of the service `name`."""
+    return f"{{{name}}}:hits"
+
+
 def _keys(name: str, writer: str) -> tuple[str, ...]:
     """Return the script's keys. The braces are a hash tag, which keeps all keys in one slot."""
-    return f"{{{name}}}:hits", f"{{{name}}}:posts", f"{{{name}}}:writer:{writer}", f"{{{name}}}:answers", f"{{{name}}}:order"
+    return hits_key(name), f"{{{name}}}:posts", f"{{{name}}}:writer:{writer}", f"{{{name}}}:answers", f"{{{name}}}:order"
 
 
 class Verdict(Enum):
@@ -388,7 +407,12 @@ class WriterState:
     def failed(self, error: BaseException, *, sent: bool) -> None:
         """Record that `error` came instead of a reply. The same batch may be sent again."""
         # If Redis replies with an error, the outcome is known: nothing was counted, or a retry gets the reply "failed".
-        self.in_doubt = self.in_doubt or (sent and not isinstance(error, exceptions.ResponseError))
+        if sent and not isinstance(error, exceptions.ResponseError):
+            self.doubt()
+
+    def doubt(self) -> None:
+        """Record that Redis may have counted the batch, and may lose it in a failover."""
+        self.in_doubt = True
 
     def replied(self, reply: list[Any]) -> Verdict:
         """Return what `reply` means."""

@@ -28,7 +28,8 @@ def packages(root: Path, metadata: Path) -> None:
     for unpacked in root.rglob("dist-packages"):
         shutil.rmtree(unpacked / "bin", ignore_errors=True)  # commands, which contain the path of the builder's Python
         for folder in unpacked.glob("*.dist-info"):
-            # pip needs these files to remove a package. The image has no pip, and RECORD has the hashes of unstripped libraries.
+            # pip reads these files when it removes a package, but the image has no pip. RECORD would also be wrong: it has the
+            # hashes of the libraries before they are stripped.
             for name in ("INSTALLER", "RECORD", "REQUESTED"):
                 (folder / name).unlink(missing_ok=True)
             shutil.copytree(folder, metadata / folder.relative_to(root))
@@ -42,7 +43,7 @@ def packages(root: Path, metadata: Path) -> None:
 
 
 def service(name: str, root: Path, library: Path, standard_library: Path) -> None:
-    """Put the service `name` under `root`, and the byte code of the standard library modules that it imports under `library`.
+    """Put the service `name` under `root`. Under `library`, put byte code of the standard library modules that it imports.
 
     `standard_library` is the folder with the image's standard library, which may be for another architecture. To find out what
     the service imports, this function runs the service with this machine's standard library.
@@ -51,8 +52,8 @@ def service(name: str, root: Path, library: Path, standard_library: Path) -> Non
     # With this link, every service has the same entry point, without a shell. Only this link depends on the service's name.
     (app / "__main__.py").symlink_to(f"{name}/__main__.py")
     # The base ships no byte code, and Python writes byte code of each module that it imports. So the byte code shows which
-    # modules the service imports. Modules that are frozen into Python need no byte code. The service looks up
-    # Redis's name before its first answer, and the first look-up imports another module. So this module is compiled, too.
+    # modules the two commands below import. (Modules that are frozen into Python need no byte code.) The second command imports
+    # a module that `--help` does not need: the service imports it before its first answer, when it looks up Redis's name.
     for command in ([str(app), "--help"], ["-c", f"import {_IMPORTED_AT_FIRST_DNS_LOOKUP}"]):
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     for imported in sorted(_STANDARD_LIBRARY.rglob("__pycache__/*.pyc")):

@@ -3,14 +3,18 @@
 This module borrows names from aiohttp, which documents `StreamResponse` for streaming but not as a base class for other ways to
 write. tests/nanoservice/test_borrowed.py reports each one that an upgrade removes.
 
-- `StreamResponse.prepare`, `StreamResponse.write_eof`: aiohttp calls both methods of the response that a handler returns.
-  Without them nothing is sent. `web.Response` will replace them once its cost no longer matters.
-- `StreamResponse._keep_alive`: the value is None, or False after `force_close()`; aiohttp reads it after the answer. Without it
-  aiohttp keeps or closes the connection contrary to the answer's `Connection` header.
+- `StreamResponse.prepare`, `StreamResponse.write_eof`: the chassis and handlers call both methods of a response. Without them
+  nothing is sent. `web.Response` will replace them once its cost no longer matters.
+- `StreamResponse.force_close`, `StreamResponse.keep_alive`: aiohttp documents both. Without them nobody can close a connection
+  after an answer.
+- `StreamResponse.enable_compression`: aiohttp documents it, and `Answer` refuses the call. Without it the override can go.
+- `StreamResponse._cookies`: it holds the cookies that were set after the answer was made. Without it they are not sent.
+- `BaseRequest._prepare_hook`: it runs the signals `on_response_prepare`. Without it these signals miss an `Answer`.
 - `BaseRequest.writer`, `AbstractStreamWriter.write_eof`: they write to the socket. Without them an answer needs several writes.
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from email.utils import formatdate
@@ -20,7 +24,11 @@ from http import HTTPStatus
 from aiohttp import HttpVersion10, web
 from aiohttp.abc import AbstractStreamWriter
 
-_STATUS_LINE = {status: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus}
+from nanoservice.errors import Lines, header_lines
+
+_STATUS_LINE = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus}
+_ONE_LINE = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)?")
+_CLOSE = b"Connection: close\r\n"
 
 
 @lru_cache(maxsize=1)
@@ -29,40 +37,82 @@ def _date_line(now: int) -> bytes:
     return f"Date: {formatdate(now, usegmt=True)}\r\n".encode("ascii")
 
 
+def check_lines(lines: bytes) -> None:
+    """Raise ValueError unless `lines` can be sent: at most one header line, or what `header_lines` returned.
+
+    Several lines in plain bytes are refused, because a value with a line break may have added the second line.
+    """
+    if type(lines) is not Lines and not _ONE_LINE.fullmatch(lines):
+        raise ValueError("lines must be one header line, or what header_lines() returned")
+
+
+def encode(status: int, lines: bytes, body: bytes | None, connection: bytes = b"", *, whole: bool = True) -> bytes:
+    """Return an answer as it is sent, with the header lines `lines` and `connection`; its body only if `whole`."""
+    start = _STATUS_LINE[status] + _date_line(int(time.time())) + lines
+    if body is None:
+        return b"%b%b\r\n" % (start, connection)
+    return b"%bContent-Length: %d\r\n%b\r\n%b" % (start, len(body), connection, body if whole else b"")
+
+
 class Answer(web.StreamResponse):
     """A response whose head and body are sent in one write.
 
-    aiohttp's Response builds a header map, runs signals and serialises the headers. This is a quarter of the cost of a small
-    request. This class writes bytes through `request.writer`, and honours HEAD, HTTP/1.0 and `Connection: close`. `lines` are
-    further header lines, each with CR LF at its end. If `body` is None (for HEAD and 204), no Content-Length is sent.
+    aiohttp's Response builds a header map and serialises the headers. This is a quarter of the cost of a small request. This
+    class writes bytes through `request.writer`, and honours HEAD, HTTP/1.0 and `Connection: close`. `lines` are further header
+    lines (see `check_lines`). If `body` is None (for HEAD and 204), no Content-Length is sent. A header or cookie that is set
+    later, by a middleware or a signal `on_response_prepare`, replaces the lines of its name. Compression is refused.
     """
 
     def __init__(self, body: bytes | None, lines: bytes = b"", *, status: int = 200) -> None:
+        check_lines(lines)
+        if status not in _STATUS_LINE:
+            raise ValueError(f"{status} is not a status that HTTP defines")
         super().__init__(status=status)
         self._content = body
         self._lines = lines
+        self._closing = False
+        self._alive: bool | None = None
+
+    @property
+    def keep_alive(self) -> bool | None:
+        """Return whether the connection stays open after this answer; None before `prepare`."""
+        return False if self._closing else self._alive
+
+    def force_close(self) -> None:
+        """Close the connection after this answer."""
+        self._closing = True
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
         """Write the whole answer to `request`. A second call writes nothing, because the writer is closed by then."""
-        self._keep_alive = request.keep_alive and self._keep_alive is None
-        body = self._content
-        head = _STATUS_LINE[self.status] + _date_line(int(time.time())) + self._lines  # type: ignore[index]
-        if body is not None:
-            head += b"Content-Length: %d\r\n" % len(body)
-        if not self._keep_alive:
-            head += b"Connection: close\r\n"
-        elif request.version == HttpVersion10:
-            head += b"Connection: keep-alive\r\n"
-        await request.writer.write_eof(head + b"\r\n" + (body if body and request.method != "HEAD" else b""))
+        await request._prepare_hook(self)
+        self._alive = request.keep_alive and not self._closing
+        await request.writer.write_eof(self.encode(request.version == HttpVersion10, whole=request.method != "HEAD"))
         return request.writer
+
+    def encode(self, http_1_0: bool = False, *, whole: bool = True) -> bytes:
+        """Return the answer as it is sent; its body only if `whole`."""
+        lines = self._changed_lines() if self.headers or self._cookies else self._lines
+        connection = b"Connection: keep-alive\r\n" if http_1_0 else b""
+        return encode(self.status, lines, self._content, _CLOSE if self.keep_alive is False else connection, whole=whole)
+
+    def _changed_lines(self) -> bytes:
+        kept = (line for line in self._lines.splitlines(keepends=True) if line.partition(b":")[0].decode() not in self.headers)
+        added = [header_lines({name: value}) for name, value in self.headers.items()]
+        added += [header_lines({"Set-Cookie": cookie.OutputString()}) for cookie in (self._cookies or {}).values()]
+        return b"".join((*kept, *added))
+
+    def enable_compression(self, force: object = None, strategy: object = None) -> None:
+        """Raise TypeError, because an answer is written without changes."""
+        raise TypeError("an Answer cannot be compressed: return a web.Response")
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing, because `prepare` has written everything."""
 
 
-def json_answer(content: object, lines: bytes = b"", *, subtype: bytes = b"json", status: int = 200) -> Answer:
+def json_answer(content: object, headers: Mapping[str, str] | None = None, *, subtype: str = "json", status: int = 200) -> Answer:
     """Return `content` as a JSON answer of the media type `application/SUBTYPE`."""
-    return Answer(json.dumps(content).encode() + b"\n", b"Content-Type: application/%b\r\n" % subtype + lines, status=status)
+    lines = header_lines({"Content-Type": f"application/{subtype}", **(headers or {})})
+    return Answer(json.dumps(content).encode() + b"\n", lines, status=status)
 
 
 def problem(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> Answer:
@@ -70,8 +120,7 @@ def problem(status: int, detail: str = "", headers: Mapping[str, str] | None = N
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
     if detail:
         content["detail"] = detail
-    lines = "".join(f"{name}: {value}\r\n" for name, value in {"Cache-Control": "no-store", **(headers or {})}.items())
-    answer = json_answer(content, lines.encode("latin-1"), subtype=b"problem+json", status=status)
+    answer = json_answer(content, {"Cache-Control": "no-store", **(headers or {})}, subtype="problem+json", status=status)
     if status == 413:
         answer.force_close()  # The rest of the body will not be read.
     return answer

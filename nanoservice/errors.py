@@ -1,6 +1,23 @@
 """The errors that the chassis raises: for bad settings, a start that fails, and requests that cannot be answered."""
 
+import re
 from collections.abc import Mapping
+from http import HTTPStatus
+
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # Latin-1 without control characters
+
+
+class Lines(bytes):
+    """Header lines that `header_lines` has checked."""
+
+
+def header_lines(headers: Mapping[str, str]) -> Lines:
+    """Return `headers` as header lines. Raises ValueError for an invalid name or value, such as a value with a line break."""
+    for name, value in headers.items():
+        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+            raise ValueError(f"the header {name!r} has an invalid name or value")
+    return Lines("".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1"))
 
 
 class ConfigError(Exception):
@@ -16,9 +33,15 @@ class StartError(Exception):
 
 
 class ProblemError(Exception):
-    """A handler raises this error to answer the request with problem details (RFC 9457). Nothing is logged."""
+    """A handler raises this error to answer the request with problem details (RFC 9457). Nothing is logged.
+
+    The constructor raises ValueError if `status` is not a status of an error, or if `headers` cannot be sent.
+    """
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        if HTTPStatus(status) < 400:
+            raise ValueError(f"{status} is not the status of an error")
+        header_lines(headers or {})
         super().__init__(detail)
         self.status = status
         self.detail = detail

@@ -14,15 +14,33 @@ from nanoservice.errors import UnavailableError
 # All exceptions that the driver raises for a broken, busy or unreachable Redis.
 REDIS_ERRORS = (exceptions.RedisError, OSError, TimeoutError)
 
+
+class CauseError(exceptions.RedisError):
+    """Redis cannot serve, for a cause that the chassis found. The text of this error is the cause, without an address."""
+
+
+class TooFewReplicasError(CauseError):
+    """Redis has executed a command, but too few replicas have what it wrote."""
+
+    def __init__(self) -> None:
+        super().__init__("too few replicas have what it wrote")
+
+
 # Errors that say nothing about Redis's health: the handler expects them, or caused them.
 _HANDLER_ERRORS = (exceptions.DataError, exceptions.NoScriptError, exceptions.WatchError)
 
+_MAX_TEXT = 300  # characters of an error in the log
 _LOG_INTERVAL = 60.0  # seconds between two log lines about the same cause
 
-# The causes that the code of the server's error names.
+# Maps the code at the beginning of a server's error to the cause.
 _CODES = {
-    **dict.fromkeys(("ASK", "CLUSTERDOWN", "CROSSSLOT", "MOVED"), "it is a node of a Redis Cluster, which is not supported"),
+    **dict.fromkeys(
+        ("ASK", "CLUSTERDOWN", "CROSSSLOT", "MOVED", "TRYAGAIN"), "it is a node of a Redis Cluster, which is not supported"
+    ),
+    "BUSY": "a script has kept it busy for long (BUSY)",
+    "DENIED": "it is in protected mode: it accepts only clients on its own machine (DENIED)",
     "LOADING": "it is loading its data",
+    "MASTERDOWN": "it is a replica without its primary (MASTERDOWN)",
     "MISCONF": "it refuses writes: it cannot persist them (MISCONF)",
     "NOAUTH": "it requires a password",
     "NOPERM": "its user may not do this (NOPERM)",
@@ -32,8 +50,8 @@ _CODES = {
     "WRONGPASS": "wrong user or password",
 }
 
-# If the error has none of these codes, the first entry that matches names the cause. An entry matches a part of the server's
-# message, or the type of the error.
+# If the error has none of the codes above, the first entry that matches names the cause. An entry matches a part of the
+# server's message, or the type of the error.
 _SIGNS: tuple[tuple[str | type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
     # If the user lacks a right that the script needs, Redis sends the first of the next two messages. Redis 7.0 and older send
     # the second.
@@ -52,17 +70,17 @@ _SIGNS: tuple[tuple[str | type[BaseException] | tuple[type[BaseException], ...],
 # An error begins with its code. If a command in a script fails, Redis 6.2 puts "ERR Error running script (...)" before its error.
 _CODE = re.compile(r"(?:^|@user_script: ?\d+: -?)([A-Z]+)\b")
 
-_POOL_IS_EMPTY = "No connection available."  # the driver's message
+_POOL_IS_EMPTY = "No connection available."  # the driver's message if all connections of its pool are in use
 
 _logger = logging.getLogger(__name__)
 
 
 def _text(error: BaseException) -> str:
     """Return the code and the message of `error`, without the arguments of commands, because these may be secret."""
-    # For a pipeline, the driver's message quotes the command, and then the server's message as a tuple.
+    # If a command of a pipeline fails, the driver's message has the command first, and then the server's message as a tuple.
     text = str(error).rpartition(" of pipeline caused error: ")[2].lstrip("('\"").partition(", with args")[0]
     code = error.status_code if isinstance(error, exceptions.RedisError) else None
-    return f"{code} {text}" if code else text
+    return (f"{code} {text}" if code else text)[:_MAX_TEXT]
 
 
 def _code(error: BaseException) -> str:
@@ -74,6 +92,8 @@ def _code(error: BaseException) -> str:
 
 def cause(error: BaseException) -> str:
     """Return in a few words why Redis could not serve. Clients see these words, so they contain no address."""
+    if isinstance(error, CauseError):
+        return str(error)
     code, text = _code(error), _text(error)
     if code in _CODES:
         return _CODES[code]
@@ -86,15 +106,16 @@ def cause(error: BaseException) -> str:
 class Health:
     """Records whether Redis works for this process. Logs each cause once per outage, and sets the metric `redis_up`.
 
-    Two activities report here, because one can fail without the other. "probe" checks that Redis answers; during an outage each
-    check opens a new connection. "work" is what the service asks of Redis, such as writing. Successful work ends any outage. A
-    successful probe ends an outage in which Redis could not be reached, but not an outage in which Redis refused to work.
+    Two activities report to this class, because one can fail without the other. "probe" checks that Redis answers; during an
+    outage each check opens a new connection. "work" is what the service asks of Redis, such as writing. Successful work ends any
+    outage. A successful probe ends an outage in which Redis could not be reached, but not one in which Redis refused to work.
     """
 
     def __init__(self, registry: CollectorRegistry, server: str) -> None:
         self._up = Gauge("redis_up", "Whether Redis answers and does what the service asks of it", registry=registry)
-        self._server = server  # the server's address, for the log
+        self.server = server  # the server's address, for the log
         self.successes = 0  # how often "work" has succeeded
+        self.failures = 0  # how often any activity has failed
         self._refused = False
         self._logged: set[str] = set()  # the causes of this outage that were logged
         self._quiet_until: dict[str, float] = {}
@@ -108,17 +129,19 @@ class Health:
         and the failure is ignored.
         """
         words, now = cause(error), time.monotonic()
+        self.failures += 1
         if seen is not None and seen != self.successes:
             return words
         if not self.reason:
             self._since = now
             self._up.set(0)
         self.reason = words
-        self._refused = self._refused or (activity == "work" and isinstance(error, exceptions.ResponseError))
+        refused = isinstance(error, (exceptions.ResponseError, TooFewReplicasError))
+        self._refused = self._refused or (activity == "work" and refused)
         if words not in self._logged and now >= self._quiet_until.get(words, 0.0):
             self._logged.add(words)
             self._quiet_until[words] = now + _LOG_INTERVAL
-            details = {"redis": self._server, "error": _text(error) or type(error).__name__}
+            details = {"redis": self.server, "error": _text(error) or type(error).__name__}
             _logger.error("Redis fails: %s", words, extra=details)
         return words
 
@@ -133,12 +156,12 @@ class Health:
         if self._logged:
             self._logged.clear()
             seconds = round(time.monotonic() - self._since, 1)
-            _logger.warning("Redis works again", extra={"redis": self._server, "seconds": seconds})
+            _logger.warning("Redis works again", extra={"redis": self.server, "seconds": seconds})
 
     async def watch(self, work: Awaitable[Any]) -> Any:
         """Await `work` and return its result. Raises UnavailableError if Redis fails.
 
-        Errors that the handler expects or caused are raised unchanged.
+        Errors that the handler expects or has caused are raised unchanged.
         """
         seen = self.successes
         try:
@@ -148,8 +171,8 @@ class Health:
         except REDIS_ERRORS as error:
             if _code(error) == "WRONGTYPE":  # The handler has used a command on a key of another type.
                 raise
-            if str(error) == _POOL_IS_EMPTY:  # Handlers use all connections, which says nothing about Redis.
-                raise UnavailableError("no connection to Redis is free") from error
+            if str(error) == _POOL_IS_EMPTY:  # Handlers use all connections. This alone says nothing about Redis.
+                raise UnavailableError("Redis: " + self.reason if self.reason else "no connection to Redis is free") from error
             raise UnavailableError("Redis: " + self.failed("work", error, seen)) from error
         self.worked("work")
         return result

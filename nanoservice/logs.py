@@ -1,10 +1,17 @@
 """Logs: one JSON object per line on standard output, or readable text on a terminal."""
 
+import io
 import json
 import logging
+import os
 import sys
+import threading
 from datetime import UTC, datetime
 from typing import TextIO
+
+FLUSH_SECONDS = 1.0  # At exit, the last lines must be written within this time.
+_MAX_WAITING = 1 << 20  # bytes of lines that wait until they are written
+_DROPPED = "log lines were dropped: the log was not read"
 
 # Every record has these attributes. All other attributes were passed as `extra=`, and the line shows them.
 _RECORD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -42,13 +49,85 @@ class TextFormatter(logging.Formatter):
         return " ".join([super().formatMessage(record), *(f"{k}={v!r}" for k, v in _extras(record).items())])
 
 
+class BackgroundHandler(logging.Handler):
+    """Write records to the file descriptor of `stream` in a thread. Drop and count the records that it cannot write in time.
+
+    If the event loop wrote them itself, a pipe that nobody reads would stop the service. A pipe that is only slow loses nothing
+    until `_MAX_WAITING` bytes wait. The descriptor stays in blocking mode, because other processes may share it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.dropped = 0  # number of records
+        self._reported = 0  # the number of these that the log has reported
+        self._descriptor = stream.fileno()
+        self._lines: list[bytes] = []
+        self._waiting = 0  # bytes that are not written yet
+        self._changed = threading.Condition()
+        self._thread = threading.Thread()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass the record to the thread. This does not wait for the stream."""
+        try:
+            line = self._line(record)
+            with self._changed:
+                if self._waiting >= _MAX_WAITING:
+                    self.dropped += 1
+                    return
+                self._lines.append(line)
+                self._waiting += len(line)
+                if not self._thread.is_alive():  # A process that was forked has no thread either.
+                    self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+                    self._thread.start()
+                self._changed.notify_all()
+        except Exception:  # as in the handlers of the standard library
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Wait until all records are written, for `FLUSH_SECONDS` at most. `logging.shutdown` calls this at exit."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, FLUSH_SECONDS)
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines)
+                lines, self._lines = self._lines, []
+                size, missing = sum(map(len, lines)), self.dropped - self._reported
+            if missing:
+                report = {"name": __name__, "levelname": "WARNING", "msg": _DROPPED, "lines": missing}
+                lines.append(self._line(logging.makeLogRecord(report)))
+            try:
+                data = b"".join(lines)
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+                self._reported += missing
+            except OSError:  # The reader is gone, or the disk is full.
+                with self._changed:
+                    self.dropped += len(lines) - bool(missing)
+            with self._changed:
+                self._waiting -= size
+                self._changed.notify_all()
+
+
+def dropped() -> int:
+    """Return the number of records that could not be written."""
+    return sum(handler.dropped for handler in logging.getLogger().handlers if isinstance(handler, BackgroundHandler))
+
+
 def configure(level: str, log_format: str, stream: TextIO | None = None) -> None:
     """Send all log records of `level` and above to `stream` (default: standard output).
 
     `log_format` is `json` or `text`. If it is empty, the format is `text` for a terminal, and `json` for any other stream.
     """
     stream = stream or sys.stdout
-    handler = logging.StreamHandler(stream)
+    try:
+        handler: logging.Handler = BackgroundHandler(stream)
+    except io.UnsupportedOperation:  # The stream has no file descriptor.
+        handler = logging.StreamHandler(stream)
     text = log_format == "text" or (not log_format and stream.isatty())
     handler.setFormatter(TextFormatter() if text else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

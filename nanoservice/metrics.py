@@ -1,11 +1,7 @@
 """Metrics: the figures that every service measures, and the page on the admin port that shows them.
 
-This module borrows names from two libraries. tests/nanoservice/test_borrowed.py reports each one that an upgrade removes.
+This module borrows names from prometheus-client. tests/nanoservice/test_borrowed.py reports each one that an upgrade removes.
 
-- `Request._match_info` (aiohttp): a request that could not be parsed has no match, and the public `match_info` then raises an
-  error. Without it every request is measured as `unmatched`. A middleware will replace it.
-- `AbstractAccessLogger.log` (aiohttp): aiohttp calls it once for each answer, with the time since the request was taken from the
-  connection's queue. Without it no request is measured. A middleware will replace it.
 - `utils.floatToGoString` (prometheus-client): it writes a bucket's bound. Without it `le` labels differ from the library's.
 - `registry.Collector` (prometheus-client): it is the base class of custom collectors, and its module is not documented.
 """
@@ -18,17 +14,19 @@ from collections.abc import Iterator
 from itertools import accumulate
 
 from aiohttp import web
-from aiohttp.abc import AbstractAccessLogger
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from nanoservice import logs
 from nanoservice.answer import Answer
 
 REGISTRY = web.AppKey("registry", CollectorRegistry)
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_Key = tuple[str, str, int]  # method, route template, status
+
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SLOW = 1.0  # seconds; also the shortest time between two log lines about slow requests
 
@@ -37,8 +35,14 @@ def new_registry(name: str, version: str) -> CollectorRegistry:
     """Return a registry with the metrics of the process and `build_info`."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
+    registry.register(_LogCollector())
     Gauge("build_info", "Name and version; always 1", ["service", "version"], registry=registry).labels(name, version).set(1)
     return registry
+
+
+class _LogCollector(Collector):
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily("log_lines_dropped", "Log lines that could not be written", value=logs.dropped())
 
 
 def admin_app(registry: CollectorRegistry) -> web.Application:
@@ -52,17 +56,16 @@ def admin_app(registry: CollectorRegistry) -> web.Application:
     return app
 
 
-class RequestRecorder(AbstractAccessLogger, Collector):
+class RequestRecorder(Collector):
     """Measures each answered request, by route template. Logs each request at debug level, and slow requests at any level.
 
-    It logs at most one slow request a second. aiohttp calls the recorder as its access log, so no middleware is needed. The
-    recorder counts in plain lists, and builds the histogram when the metrics are read: the library's histogram would take a
-    tenth of the time of a small request.
+    It logs at most one slow request a second. It counts in plain lists, and builds the histogram when the metrics are read: the
+    library's histogram would take a tenth of the time of a small request.
     """
 
     def __init__(self, registry: CollectorRegistry, logger: logging.Logger) -> None:
-        super().__init__(logger, "")
-        self._seen: dict[tuple[str, str, int], tuple[list[int], list[float]]] = {}  # the counts by bucket, and the total seconds
+        self._logger = logger
+        self._seen: dict[_Key, tuple[list[int], list[float]]] = {}  # the counts by bucket, and the total seconds
         self._slow_quiet_until = 0.0
         registry.register(self)
 
@@ -78,26 +81,23 @@ class RequestRecorder(AbstractAccessLogger, Collector):
             family.add_metric([method, route, str(status)], list(buckets), seconds[0])
         yield family
 
-    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+    def record(self, method: str, route: str, status: int, time: float) -> None:
         """Record one answered request; `time` is in seconds."""
-        match = getattr(request, "_match_info", None)
-        resource = match.route.resource if match is not None else None
         # A client may send any method. All unknown methods get the same label, so that no client can create new ones.
-        method = request.method if request.method in _METHODS else "other"
-        key = method, resource.canonical if resource is not None else "unmatched", response.status
+        key = method if method in _METHODS else "other", route, status
         seen = self._seen.get(key)
         if seen is None:
             seen = self._seen[key] = [0] * (len(_BUCKETS) + 1), [0.0]
         seen[0][bisect_left(_BUCKETS, time)] += 1
         seen[1][0] += time
         # Requests that fail because of Redis are slow too, but their cause is logged already.
-        if time >= _SLOW and response.status < 500 and (now := asyncio.get_running_loop().time()) >= self._slow_quiet_until:
+        if time >= _SLOW and status < 500 and (now := asyncio.get_running_loop().time()) >= self._slow_quiet_until:
             self._slow_quiet_until = now + _SLOW
-            self.logger.warning("slow request", extra=_fields(key, time))
-        elif self.logger.isEnabledFor(logging.DEBUG):
-            self.logger.debug("request", extra=_fields(key, time))
+            self._logger.warning("slow request", extra=_fields(key, time))
+        elif self._logger.isEnabledFor(logging.DEBUG):
+            self._logger.debug("request", extra=_fields(key, time))
 
 
-def _fields(key: tuple[str, str, int], time: float) -> dict[str, object]:
+def _fields(key: _Key, time: float) -> dict[str, object]:
     method, route, status = key
     return {"method": method, "route": route, "status": status, "seconds": round(time, 3)}

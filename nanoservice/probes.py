@@ -7,7 +7,7 @@ from aiohttp import web
 from redis import exceptions
 
 from nanoservice.answer import Answer
-from nanoservice.errors import UnavailableError
+from nanoservice.errors import UnavailableError, header_lines
 from nanoservice.health import REDIS_ERRORS
 from nanoservice.redis import Store
 
@@ -16,7 +16,7 @@ _CHECK_TIMEOUT = 1.0  # seconds
 
 _logger = logging.getLogger(__name__)
 
-_OK_LINES = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
+_OK_LINES = header_lines({"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"})
 
 
 async def livez(request: web.Request) -> Answer:
@@ -32,10 +32,12 @@ class Readiness:
 
     def __init__(self, store: Store) -> None:
         self.draining = False
+        self._store = store
         self._health = store.health
         # Probes have their own connection. If a probe had to wait for a connection that handlers use, a busy service would seem
         # not ready.
         self._connection = store.connection()
+        self._replication = store.replication
         self._checked = -_CACHE_SECONDS
         self._reason = ""
         self._check: asyncio.Task[None] | None = None
@@ -45,7 +47,7 @@ class Readiness:
         if self.draining:
             raise UnavailableError("draining: this process is shutting down")
         if asyncio.get_running_loop().time() - self._checked >= _CACHE_SECONDS:
-            # All requests that arrive during a check share its result. The check continues if one of the clients disconnects.
+            # All requests that arrive during a check share its result. The check continues even if a client disconnects.
             if self._check is None:
                 self._check = asyncio.create_task(self._check_redis())
             await asyncio.shield(self._check)
@@ -80,8 +82,13 @@ class Readiness:
 
     async def _ping(self) -> None:
         await self._connection.connect()
-        await self._connection.send_command("PING")
-        await self._connection.read_response()
+        for command in (("PING",), self._store.check):
+            if command:
+                await self._connection.send_command(*command)
+                await self._connection.read_response()
+        if wait := self._replication.wait:  # On a connection that has written nothing, WAIT counts the attached replicas.
+            await self._connection.send_command(*wait)
+            await self._replication.confirm(self._connection)
 
     async def close(self) -> None:
         """Close the connection to Redis."""

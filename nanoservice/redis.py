@@ -14,16 +14,26 @@ reports each one that an upgrade removes.
   `AbstractConnection.send_packed_command`, `AbstractConnection.read_response`: they send a command and read its reply over a
   connection that belongs to one lane (hitcounter/counter.py) or one probe (probes.py). Without them each lane needs a client
   with a pool of one connection. Such a client will replace them.
+- `Redis._send_command_parse_response`, `Pipeline._send_command_parse_response`, `Pipeline._execute_pipeline`,
+  `Pipeline._execute_transaction`: they run commands over a given connection, so that WAIT can follow over the same one. Without
+  them `REDIS_REPLICAS` needs a client of one connection.
+- `Connection.host`, `Connection.port`: a connection to the primary sets both each time it is opened. Without them a failover
+  needs new lanes and a new pool.
 - `AbstractConnection.is_connected`, `AbstractConnection.can_read`, `AbstractConnection._writer`: they show whether an idle
   connection can still be used. Without them the first request after an idle connection has died is answered with 503.
-- `SSLConnection._connection_arguments`, `SSLConnection.ssl_context`: they give the arguments of a TLS connection, and the
-  context with the certificates, which the driver reads only once. Without them rotated certificates need a restart, and no TLS
+- `Connection._connect`, `Connection._connection_arguments`: they open a TCP connection. Without them a host whose first address
+  leads nowhere cannot be reached. An option of the driver for "Happy Eyeballs" (RFC 8305) will replace them.
+- `SSLConnection._connect`, `SSLConnection._connection_arguments`, `SSLConnection.ssl_context`: they open a TLS connection, and
+  hold the certificates, which the driver reads only once. Without them rotated certificates need a restart, and no TLS
   connection to a host name with a final dot can be made.
 """
 
+import asyncio
+import socket
 import ssl
 from typing import Any, cast
 
+from aiohappyeyeballs import start_connection
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from redis import exceptions
@@ -34,8 +44,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
-from nanoservice.config import Config
+from nanoservice.config import Config, password
 from nanoservice.health import Health
+from nanoservice.replication import Replication
+from nanoservice.sentinel import Sentinels
 
 _MAX_POOL_CONNECTIONS = 16
 
@@ -54,15 +66,16 @@ class _Credentials(CredentialProvider):
         config = self._config
         if config.redis_password_file:
             try:
-                # Strip a byte-order mark and line ends, as manifests/redis/redis.sh does.
-                password = config.redis_password_file.read_text("utf-8-sig").rstrip("\r\n")
+                text = password(config.redis_password_file.read_bytes().decode())
             except OSError as error:
                 raise _PasswordFileError(f"REDIS_PASSWORD_FILE: {error.strerror}") from error
             except UnicodeDecodeError:
                 raise _PasswordFileError("REDIS_PASSWORD_FILE is not UTF-8") from None  # The original error quotes the file.
+            except ValueError:
+                raise _PasswordFileError("REDIS_PASSWORD_FILE has no password in it") from None
         else:
-            password = config.redis_password.reveal() if config.redis_password else ""
-        return (config.redis_username, password) if config.redis_username else (password,)
+            text = config.redis_password.reveal() if config.redis_password else ""
+        return (config.redis_username, text) if config.redis_username else (text,)
 
     async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
         return self.get_credentials()  # Reading a small local file does not block for long.
@@ -81,12 +94,25 @@ class _DiscreetConnection(AbstractConnection):
         # Bytes that arrive while no reply is due would be taken for the next reply. Such a connection is opened again, too.
         if self.is_connected and (self._writer.is_closing() or await self.can_read()):  # type: ignore[union-attr] # connected
             await self.disconnect(nowait=True)
+        if self.is_connected:
+            return
         await super().connect()  # type: ignore[no-untyped-call] # typed in part
+        # A server that refuses a client, for example because of maxclients, says so before the client has asked anything.
+        if await self.can_read():
+            try:
+                await self.read_response()
+            except exceptions.RedisError:
+                await self.disconnect(nowait=True)
+                raise
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        # If the transport has just closed, uvloop raises RuntimeError, and asyncio's event loop OSError or, since Python 3.12,
+        # AttributeError.
+        if self.is_connected and self._writer.is_closing():  # type: ignore[union-attr] # connected
+            raise exceptions.ConnectionError("the connection was lost")
         try:
             await super().send_packed_command(command, check_health)
-        except RuntimeError as error:  # uvloop raises this if the transport has just closed; asyncio raises an OSError.
+        except RuntimeError as error:
             raise exceptions.ConnectionError("the connection was lost") from error
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
@@ -98,19 +124,75 @@ class _DiscreetConnection(AbstractConnection):
             raise
 
 
-class _TlsConnection(SSLConnection):
-    """A TLS connection that reads the certificates each time it is opened, because they may have been rotated."""
+class _TcpConnection(Connection):
+    """A TCP connection to the address that answers first. If an address is slow to answer, the next one is tried too."""
+
+    async def _connect(self) -> None:
+        super()._connection_arguments()  # If a certificate cannot be read, this fails before there is a socket to close.
+        timeout: float = self.socket_connect_timeout  # type: ignore[assignment] # `_options` sets it
+        async with asyncio.timeout(timeout):
+            addresses = await asyncio.get_running_loop().getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            # All addresses are tried in the first half of the time, or in half a second.
+            delay = min(0.5, timeout / 2) / len(addresses)
+            self._socket = await start_connection(addresses, happy_eyeballs_delay=delay)
+            await super()._connect()  # type: ignore[no-untyped-call] # typed in part
 
     def _connection_arguments(self) -> dict[str, Any]:
+        return {**super()._connection_arguments(), "host": None, "port": None, "sock": self._socket}
+
+
+class _TlsConnection(_TcpConnection, SSLConnection):
+    """A TLS connection that reads the certificates each time it is opened, because they may have been rotated."""
+
+    async def _connect(self) -> None:
         self.ssl_context.context = None
+        await super()._connect()
+
+    def _connection_arguments(self) -> dict[str, Any]:
         # A final dot in a host name is meant for the resolver. The name in a certificate has no final dot.
         return {**super()._connection_arguments(), "server_hostname": self.host.rstrip(".")}
 
 
+class _PrimaryConnection(_DiscreetConnection, Connection):
+    """A connection to the primary, which the Sentinels name each time the connection is opened.
+
+    After a failure, each open connection is opened again before its next use, because another server may be the primary now.
+    """
+
+    sentinels: Sentinels
+    replication: Replication
+    health: Health
+    _address: tuple[str, int]
+    _failures: int  # the value of `health.failures` when the connection was opened
+
+    async def connect(self) -> None:
+        if self.is_connected:
+            usable = self._address == self.sentinels.primary and self._failures == self.health.failures
+            if not usable or self._writer.is_closing() or await self.can_read():  # type: ignore[union-attr] # connected
+                await self.disconnect(nowait=True)
+        if not self.is_connected:
+            self._address = self.host, self.port = await self.sentinels.find()
+            self._failures = self.health.failures
+        await super().connect()
+
+    async def on_connect_check_health(self, check_health: bool = True) -> None:
+        await super().on_connect_check_health(check_health)
+        # The Sentinels may not know yet that this server is not the primary any more.
+        await self.send_command("ROLE")
+        role = await self.read_response()
+        self.sentinels.confirm(self._address, role)
+        await self.replication.begin(self._address, role)
+        self.health.server = "{}:{}".format(*self._address)
+
+
 class _WatchedClient(Redis):
-    """A client that reports the outcome of its commands and pipelines to `health`."""
+    """A client that reports the outcome of its commands and pipelines to `health`.
+
+    A command or a pipeline succeeds only when enough replicas have what it wrote.
+    """
 
     health: Health
+    replication: Replication
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         return await self.health.watch(super().execute_command(*args, **options))  # type: ignore[no-untyped-call] # typed in part
@@ -118,11 +200,33 @@ class _WatchedClient(Redis):
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "_WatchedPipeline":
         pipeline = _WatchedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
         pipeline.health = self.health
+        pipeline.replication = self.replication
         return pipeline
+
+    async def _send_command_parse_response(self, conn: Any, command_name: Any, *args: Any, **options: Any) -> Any:
+        reply = await super()._send_command_parse_response(conn, command_name, *args, **options)  # type: ignore[no-untyped-call]
+        await _replicate(self.replication, conn)
+        return reply
 
 
 class _WatchedPipeline(Pipeline):
     health: Health
+    replication: Replication
+
+    async def _send_command_parse_response(self, conn: Any, command_name: Any, *args: Any, **options: Any) -> Any:
+        reply = await super()._send_command_parse_response(conn, command_name, *args, **options)  # type: ignore[no-untyped-call]
+        await _replicate(self.replication, conn)
+        return reply
+
+    async def _execute_transaction(self, connection: Any, commands: Any, raise_on_error: Any) -> Any:
+        replies = await super()._execute_transaction(connection, commands, raise_on_error)
+        await _replicate(self.replication, connection)
+        return replies
+
+    async def _execute_pipeline(self, connection: Any, commands: Any, raise_on_error: bool) -> Any:
+        replies = await super()._execute_pipeline(connection, commands, raise_on_error)
+        await _replicate(self.replication, connection)
+        return replies
 
     async def immediate_execute_command(self, *args: Any, **options: Any) -> Any:
         return await self.health.watch(super().immediate_execute_command(*args, **options))  # type: ignore[no-untyped-call]
@@ -132,23 +236,47 @@ class _WatchedPipeline(Pipeline):
         return await (self.health.watch(done) if self.command_stack else done)
 
 
+async def _replicate(replication: Replication, connection: AbstractConnection) -> None:
+    """Wait until enough replicas have what was written over `connection`. Raises TooFewReplicasError if this takes too long."""
+    if wait := replication.wait:
+        await connection.send_command(*wait)
+        await replication.confirm(connection)
+
+
 class Store:
-    """The Redis that the settings name, or the embedded Valkey at the Unix socket `socket`.
+    """The Redis that the settings or the Sentinels name, or the embedded Valkey at the Unix socket `socket`.
 
     Handlers run commands and pipelines through `client`. If Redis fails, these raise UnavailableError, which is answered with
-    503. `connection()` is for code that needs a connection of its own.
+    503. `connection()` is for code that needs a connection of its own; such code uses `replication` itself.
+
+    A Sentinel, and each node of a Redis Cluster, answers PING. To make `/readyz` find them, set `check` to a command that reads a
+    key of the service.
     """
 
     def __init__(self, config: Config, registry: CollectorRegistry, socket: str | None = None) -> None:
-        self.health = Health(registry, f"{config.redis_host}:{config.redis_port}" if config.redis_host else "embedded")
+        addresses = config.redis_sentinels or ([(config.redis_host, config.redis_port)] if config.redis_host else [])
+        self.health = Health(registry, ",".join(f"{host}:{port}" for host, port in addresses) or "embedded")
         kind, self._options = _options(config, socket)
         self._kind: type[AbstractConnection] = type("Connection", (_DiscreetConnection, kind), {})
+        other = self._kind
+
+        def to(host: str, port: int) -> AbstractConnection:
+            """Return a connection to a Sentinel or to any server, not open yet."""
+            return other(**self._options | {"host": host, "port": port, "socket_timeout": None})
+
+        timeout, with_sentinels = config.redis_timeout, bool(config.redis_sentinels)
+        self.replication = Replication(config.redis_replicas, timeout, registry, to if with_sentinels else None)
+        if with_sentinels:
+            sentinels = Sentinels(config.redis_sentinels, to, timeout / 2, registry)
+            shared = {"sentinels": sentinels, "replication": self.replication, "health": self.health}
+            self._kind = type("Connection", (_PrimaryConnection, kind), shared)
         # If all connections are in use, a handler waits for a free one. It waits no longer than for an answer of Redis.
         pool = BlockingConnectionPool(
             max_connections=_MAX_POOL_CONNECTIONS, timeout=config.redis_timeout, connection_class=self._kind, **self._options
         )
         self.client = cast("_WatchedClient", _WatchedClient.from_pool(pool))  # Closing the client closes the pool.
-        self.client.health = self.health
+        self.client.health, self.client.replication = self.health, self.replication
+        self.check: tuple[str, ...] = ()
 
     def connection(self) -> AbstractConnection:
         """Return a new connection, not open yet. Its reads have no time limit: the caller sets one around each exchange."""
@@ -177,7 +305,7 @@ def _options(config: Config, socket: str | None) -> tuple[type[AbstractConnectio
     if config.redis_password or config.redis_password_file:
         options["credential_provider"] = _Credentials(config)
     if not config.redis_tls:
-        return Connection, options
+        return _TcpConnection, options
     return _TlsConnection, options | {
         "ssl_ca_certs": config.redis_ca_file and str(config.redis_ca_file),
         "ssl_certfile": config.redis_cert_file and str(config.redis_cert_file),

@@ -17,12 +17,15 @@ from nanoservice.errors import StartError
 from nanoservice.listen import bind, child_environ
 
 _POLL_SECONDS = 0.1  # the time between two scans of the files; scanning a few dozen files costs next to nothing
+# The service must stop within this time, which is longer than its own limits. If a handler blocks the event loop, the service
+# does not hear signals.
+_STOP_SECONDS = 20.0
 
 
 def main(root: Path, arguments: list[str]) -> int:
     """Run Python with `arguments` until a signal arrives, and restart it after each change of a package's files below `root`.
 
-    Return the exit status of the last run. After a run that failed, wait for the next change. But if the settings were bad
+    Return the exit status of the last run. If a run fails, wait for the next change and run again; but if its settings are bad
     (status 78), return at once.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -43,17 +46,17 @@ def main(root: Path, arguments: list[str]) -> int:
     except SystemExit as signalled:
         if not process:
             return 0
-        for number in (signal.SIGTERM, signal.SIGINT):  # Pass on a second signal. Otherwise the run would outlive this process.
+        for number in (signal.SIGTERM, signal.SIGINT):  # Pass a second signal to the run, or it would outlive this process.
             signal.signal(number, lambda number, _: process.send_signal(number))
-        # A terminal has already sent Ctrl-C to the service. A second signal would cut off the requests in flight, so only wait.
-        return process.wait() if signalled.code == signal.SIGINT and sys.stdin.isatty() else _stop(process)
+        # A terminal sends Ctrl-C to the service, too. Another signal would cut off the requests in flight, so only wait.
+        return _stop(process, ask=signalled.code != signal.SIGINT or not sys.stdin.isatty())
 
 
 def _listen() -> socket.socket | None:
     """Open one listening socket for all runs, so that a request between two runs waits for the next run.
 
-    `kubectl port-forward` exits after one refused connection. After three failed liveness probes the kubelet restarts the
-    container, and the synced files are lost.
+    Without this socket, connections between two runs would be refused. `kubectl port-forward` exits after one refused connection.
+    After three failed liveness probes the kubelet restarts the container, and the synced files are lost.
 
     Return None if listening fails: then the service itself listens, and reports what is wrong.
     """
@@ -77,10 +80,15 @@ def _files(root: Path) -> dict[Path, tuple[int, int]]:
     return files
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> int:
-    """Let the process finish the requests in flight and exit; return its exit status."""
-    process.terminate()
-    return process.wait()
+def _stop(process: "subprocess.Popen[bytes]", *, ask: bool = True) -> int:
+    """Let the process finish the requests in flight and exit, or kill it if it takes too long; return its exit status."""
+    if ask:
+        process.terminate()
+    try:
+        return process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The life of a service: read the settings, listen, get ready, serve, drain, stop."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -9,29 +10,32 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from aiohttp import web
 
 from nanoservice import logs
-from nanoservice.config import table
+from nanoservice.bounds import ADMIN_CONNECTIONS, KERNEL_BYTES, BoundMetrics, Bounds
+from nanoservice.config import FINISH_SECONDS, table
 from nanoservice.connection import ConnectionFactory
+from nanoservice.direct import routes
 from nanoservice.errors import ConfigError, StartError
-from nanoservice.listen import BACKLOG, bind, inherited_socket
+from nanoservice.listen import BACKLOG, accept_queued, bind, inherited_socket, max_connections
 from nanoservice.metrics import REGISTRY, RequestRecorder, admin_app
 from nanoservice.probes import READINESS
-from nanoservice.service import C, Service, create_app
+from nanoservice.service import BUSY_RESOURCES, C, Service, create_app
 
-# In a cluster a shutdown takes at most 16 s: 5 to drain (DRAIN_SECONDS), 10 to finish requests and 1 to close. Kubernetes allows
-# 30 s (terminationGracePeriodSeconds).
-FINISH_SECONDS = 10.0
-_CLOSE_SECONDS = 1.0
+# The time limits of a shutdown after the drain, in seconds. In a cluster the drain takes 5 (DRAIN_SECONDS), so a shutdown takes
+# at most 22.5. Kubernetes allows 30 (terminationGracePeriodSeconds).
+LAST_REQUESTS_SECONDS = 0.5  # After the listening sockets are closed, clients may send requests for this time.
+CLEAN_UP_SECONDS = 5.0  # The resources must be closed within this time.
+CLOSE_SECONDS = 1.0  # Clean-ups that are not finished are cancelled, and the event loop is closed, within this time.
+SHUTDOWN_SECONDS = LAST_REQUESTS_SECONDS + FINISH_SECONDS + CLEAN_UP_SECONDS + CLOSE_SECONDS + logs.FLUSH_SECONDS
 
 _STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 
-# accept() calls per wake-up of asyncio's loop. `ConnectionFactory.full` counts only afterwards, so this must stay below
+# accept() calls per wake-up of asyncio's loop. `Bounds.admit` counts only afterwards, so this must stay below
 # `_SPARE_DESCRIPTORS`.
 _ACCEPTS_PER_WAKEUP = 16
 _DATA_FOLDER = Path(".data")  # The embedded Valkey of each service keeps its data in a folder of its own here.
@@ -52,20 +56,25 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
     # and uvloop drops signals that arrive while its loop is being created.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
-        config = service.config.read(environ, [] if environ.get("REDIS_HOST") else _embedded_problems())
+        outside = environ.get("REDIS_HOST") or environ.get("REDIS_SENTINELS")
+        config = service.config.read(environ, [] if outside else _embedded_problems())
         logs.configure(config.log_level, config.log_format)
         with (
             inherited_socket(environ) or bind(config.bind_host, config.bind_port, "BIND_PORT") as public,
             bind(config.bind_host, config.admin_port, "ADMIN_PORT") as admin,
-            _embedded_store(service.name, config.redis_host) as store,
+            contextlib.nullcontext() if outside else _embedded_store(service.name) as store,
         ):
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-                status = runner.run(_live(service, config, store, public, admin))
-                # Closing the loop joins its resolver threads, even those of abandoned look-ups; without DNS that takes 20 s
-                # or more. So this timer exits the process. It is a daemon thread, so that no exit waits for the timer itself.
-                deadline = threading.Timer(_CLOSE_SECONDS, os._exit, [status])
-                deadline.daemon = True
-                deadline.start()
+                status = 1
+                try:
+                    status = runner.run(_live(service, config, store, public, admin))
+                finally:
+                    # Closing the loop waits for its tasks, even those that ignore their cancellation. It also joins its resolver
+                    # threads, even those of abandoned look-ups; without DNS that takes 20 s or more. So this timer exits the
+                    # process. It is a daemon thread, so that no exit waits for the timer itself.
+                    deadline = threading.Timer(CLOSE_SECONDS, _exit, [status])
+                    deadline.daemon = True
+                    deadline.start()
             deadline.cancel()
             return status
     except ConfigError as error:
@@ -74,6 +83,11 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
     except StartError as error:
         print(f"{service.name}: {error}", file=sys.stderr)
         return 1
+
+
+def _exit(status: int) -> None:
+    logging.shutdown()  # os._exit() alone would lose the last lines of the log.
+    os._exit(status)
 
 
 async def _live(service: Service[C], config: C, store: str | None, public: socket.socket, admin: socket.socket) -> int:
@@ -85,15 +99,22 @@ async def _live(service: Service[C], config: C, store: str | None, public: socke
     def on_signal(number: int) -> None:
         nonlocal last_signal
         last_signal = number
-        if stop.is_set() and task is not None:
+        if stop.is_set() and task is not None and not task.cancelling():
             task.cancel()
         stop.set()
 
     for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    running = await Running.start(service, config, public, admin, store)
+    running: Running | None = None
     try:
+        starting = asyncio.create_task(Running.start(service, config, public, admin, store))
+        await asyncio.wait({starting, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting}, timeout=CLEAN_UP_SECONDS)
+            return 0
+        running = starting.result()
         ports = {"port": public.getsockname()[1], "admin_port": admin.getsockname()[1]}
         _logger.info("listening; try: curl http://localhost:%d/", ports["port"], extra=ports)
         gc.collect()
@@ -104,7 +125,8 @@ async def _live(service: Service[C], config: C, store: str | None, public: socke
         await asyncio.sleep(config.drain_seconds)
         await running.close()
     except asyncio.CancelledError:
-        _logger.warning("stopped by a second signal: requests in flight were cut off")
+        requests = await running.cut_off() if running else 0
+        _logger.warning("stopped by a second signal: requests in flight were cut off", extra={"requests": requests})
         return 128 + last_signal
     _logger.info("stopped")
     return 0
@@ -116,36 +138,54 @@ class Running:
     def __init__(self, app: web.Application) -> None:
         self.app = app
         self._factories: list[ConnectionFactory] = []
-        self._runners: list[tuple[web.ServerRunner, web.AppRunner]] = []
+        self._app_runners: list[web.AppRunner] = []
+        self._connection_runners: list[web.ServerRunner] = []
+        self._sites: list[tuple[web.SockSite, socket.socket, ConnectionFactory]] = []
         self._sweeper = asyncio.create_task(self._sweep())
 
     @classmethod
     async def start(
         cls, service: Service[C], config: C, public: socket.socket, admin: socket.socket, store: str | None = None
     ) -> Self:
-        """Make the service's resources and begin to serve, whether Redis answers or not."""
+        """Make the service's resources and begin to serve, whether Redis answers or not.
+
+        If this fails or is cancelled, close what has been made, and log which resource could not be made.
+        """
         asyncio.get_running_loop().set_exception_handler(_on_loop_error)
         running = cls(create_app(service, config, store))
         registry = running.app[REGISTRY]
         recorder = RequestRecorder(registry, _logger)
-        await running._serve(running.app, public, recorder)
-        await running._serve(admin_app(registry), admin, recorder)
+        metrics, limit = BoundMetrics(registry), max_connections()
+        if limit < config.max_connections:
+            _logger.warning("the limit on open files allows fewer connections than MAX_CONNECTIONS", extra={"connections": limit})
+        try:
+            await running._serve(running.app, public, recorder, Bounds(metrics, "public", min(limit, config.max_connections)))
+            await running._serve(admin_app(registry), admin, recorder, Bounds(metrics, "admin", ADMIN_CONNECTIONS))
+        except BaseException:
+            _logger.error("the start was not completed", extra={"resources": [*running.app[BUSY_RESOURCES]]})
+            await running.close()
+            raise
         return running
 
-    async def _serve(self, app: web.Application, sock: socket.socket, recorder: RequestRecorder) -> None:
+    async def _serve(self, app: web.Application, sock: socket.socket, recorder: RequestRecorder, bounds: Bounds) -> None:
         # `app_runner` makes and closes the application's resources. `connection_runner` holds the connections, which are
         # instances of the chassis's `Connection`.
         app_runner = web.AppRunner(app)
+        self._app_runners.append(app_runner)
         await app_runner.setup()
         assert app_runner.server is not None  # setup() has set it.
-        self._factories.append(ConnectionFactory(app_runner.server, recorder))
-        connection_runner = web.ServerRunner(self._factories[-1], shutdown_timeout=FINISH_SECONDS)
-        self._runners.append((connection_runner, app_runner))
+        self._factories.append(ConnectionFactory(app_runner.server, recorder, bounds, routes(app)))
+        connection_runner = web.ServerRunner(cast("web.Server", self._factories[-1]), shutdown_timeout=FINISH_SECONDS)
+        self._connection_runners.append(connection_runner)
         await connection_runner.setup()
+        for option, value in (socket.SO_KEEPALIVE, 1), (socket.SO_RCVBUF, KERNEL_BYTES), (socket.SO_SNDBUF, KERNEL_BYTES):
+            sock.setsockopt(socket.SOL_SOCKET, option, value)  # The connections inherit these options.
         # asyncio uses `backlog` also as the number of accepts per wake-up. Pass the small number here, and set the kernel's
         # queue with listen() below.
-        await web.SockSite(connection_runner, sock, backlog=_ACCEPTS_PER_WAKEUP).start()
+        site = web.SockSite(connection_runner, sock, backlog=_ACCEPTS_PER_WAKEUP)
+        await site.start()
         sock.listen(BACKLOG)
+        self._sites.append((site, sock, self._factories[-1]))
 
     async def _sweep(self) -> None:
         while True:
@@ -164,9 +204,54 @@ class Running:
 
     async def close(self) -> None:
         """Stop listening, finish the requests in flight, and close the resources, Redis last."""
+        self.drain()
+        await self._stop_listening()
         self._sweeper.cancel()
-        for runners in zip(*self._runners, strict=True):  # Close all connections first, then all resources.
-            await asyncio.gather(*(runner.cleanup() for runner in runners))
+        # Each connection gets FINISH_SECONDS too. This timer begins earlier, so it still finds the connections open.
+        timer = asyncio.get_running_loop().call_later(FINISH_SECONDS, self._log_cut_off)
+        await asyncio.gather(*(runner.cleanup() for runner in self._connection_runners))
+        timer.cancel()
+        tasks = [asyncio.create_task(runner.cleanup()) for runner in self._app_runners]
+        done, late = await asyncio.wait(tasks, timeout=CLEAN_UP_SECONDS)
+        if late:
+            # The close of the event loop cancels the resource. aiohttp then closes the other resources.
+            _logger.error("a resource takes too long to close", extra={"resources": [*self.app[BUSY_RESOURCES]]})
+        for task in done:
+            task.result()
+
+    async def _stop_listening(self) -> None:
+        """Close the listening sockets, and serve the connections that the kernel has accepted for them.
+
+        To a client, such a connection is established. If it were reset, a proxy could not send a POST again.
+        """
+        loop = asyncio.get_running_loop()
+        while self._sites:
+            site, sock, factory = self._sites.pop()
+            # asyncio's loop serves a connection in the iteration after its accept(), and drops it if the server is closed then.
+            # So stop the loop's accepting one iteration earlier. uvloop has no reader here, and does not need this.
+            loop.remove_reader(sock)
+            await asyncio.sleep(0)
+            accepted = accept_queued(sock)
+            await site.stop()  # This closes the socket at once. No other task runs after the last accept().
+            # If one of these connections is broken already, serve the others.
+            served = [loop.connect_accepted_socket(factory, connection) for connection in accepted]
+            await asyncio.gather(*served, return_exceptions=True)
+        end = loop.time() + LAST_REQUESTS_SECONDS
+        await asyncio.sleep(0.01)  # The loops report a new connection to its protocol in a later iteration.
+        while self._connections() and loop.time() < end:  # noqa: ASYNC110 - a connection sets no event
+            await asyncio.sleep(0.01)
+
+    def _log_cut_off(self) -> None:
+        _logger.warning("requests were cut off: they took too long", extra={"requests": self._connections()})
+
+    def _connections(self) -> int:
+        return sum(len(factory.connections) for factory in self._factories)
+
+    async def cut_off(self) -> int:
+        """Close idle connections, and return the number of the others, on each of which a request is not answered yet."""
+        if closing := [asyncio.create_task(runner.cleanup()) for runner in self._connection_runners]:
+            await asyncio.wait(closing, timeout=0.1)
+        return self._connections()
 
 
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -190,10 +275,8 @@ def _embedded_problems() -> list[str]:
     return []
 
 
-def _embedded_store(name: str, host: str) -> AbstractContextManager[str | None]:
-    """Return a context that yields the Unix socket of an embedded Valkey for `name`, or None if `host` names a Redis."""
-    if host:
-        return nullcontext()
+def _embedded_store(name: str) -> contextlib.AbstractContextManager[str]:
+    """Return a context that yields the Unix socket of an embedded Valkey for the service `name`."""
     from nanoservice import embedded  # noqa: PLC0415 - only development needs it
 
     return embedded.valkey(_DATA_FOLDER / name)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Generic, TypeVar
@@ -10,11 +11,14 @@ from aiohttp import web
 
 from nanoservice.answer import Answer, json_answer
 from nanoservice.config import Config
+from nanoservice.errors import header_lines
 from nanoservice.metrics import REGISTRY, new_registry
 from nanoservice.probes import READINESS, Readiness, livez
 from nanoservice.redis import STORE, Store
 
 C = TypeVar("C", bound=Config)
+
+BUSY_RESOURCES = web.AppKey("busy_resources", list[str])  # the names of the resources that are being made or closed
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,27 @@ def create_app(service: Service[C], config: C, socket: str | None = None) -> web
     service.setup(app, config)
     _answer_options(app)
     app.on_response_prepare.append(_hide_server)
+    app[BUSY_RESOURCES] = []
+    app.cleanup_ctx[:] = [_watched(resource) for resource in app.cleanup_ctx]
     return app
+
+
+def _watched(resource: Any) -> Callable[[web.Application], AbstractAsyncContextManager[None]]:
+    """Return a clean-up context like `resource` whose name is in `BUSY_RESOURCES` while it is being made or closed."""
+
+    @asynccontextmanager
+    async def watched(app: web.Application) -> AsyncIterator[None]:
+        busy, name, context = app[BUSY_RESOURCES], getattr(resource, "__qualname__", repr(resource)), resource(app)
+        if not isinstance(context, AbstractAsyncContextManager):
+            context = asynccontextmanager(resource)(app)
+        busy.append(name)
+        async with context:
+            busy.remove(name)
+            yield
+            busy.append(name)
+        busy.remove(name)
+
+    return watched
 
 
 def document(service: Service[C]) -> dict[str, Any]:
@@ -86,7 +110,7 @@ def _answer_options(app: web.Application) -> None:
 
 async def _options(request: web.Request) -> Answer:
     allow = ",".join(sorted(route.method for route in request.match_info.route.resource or ()))
-    return Answer(None, f"Allow: {allow}\r\nCache-Control: no-store\r\n".encode("ascii"), status=204)
+    return Answer(None, header_lines({"Allow": allow, "Cache-Control": "no-store"}), status=204)
 
 
 async def _hide_server(request: web.Request, response: web.StreamResponse) -> None:

@@ -7,9 +7,10 @@
 . "${0%/*}/lib/cluster.sh"
 
 [ "$FILE" ] || fail "which file is to be written? make backup FILE=hitcounter.rdb"
+pod=$(primary_pod) || exit
 trap 'rm -f "$FILE.new"' EXIT
 trap 'exit 130' HUP INT TERM
 # kubectl exec succeeds even if its stream ends early, but gunzip fails on a truncated stream. So only a complete snapshot
 # replaces FILE.
-kube --namespace="$NAMESPACE" exec redis-0 --container=redis -- sh /etc/redis/redis.sh backup | gunzip >"$FILE.new" || exit
+in_pod "$pod" backup | gunzip >"$FILE.new" || exit
 mv "$FILE.new" "$FILE"

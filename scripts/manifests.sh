@@ -9,8 +9,12 @@ folder=$1
 if [ "${RELEASE:-}" ]; then made_by=release-files; else made_by=manifests; fi
 
 render() { # NAME VARIANT [COMPONENT]: render VARIANT, with COMPONENT, into work/NAME.yaml
+  # Add the component to a copy of the variant, so that the variant's namespace and labels apply to the component's objects too.
+  cp -r "manifests/$2" "$work/variant"
+  sed 's|\.\./|../../|g' "manifests/$2/kustomization.yaml" >"$work/variant/kustomization.yaml"
+  if [ "${3:-}" ]; then printf 'components: [../../components/%s]\n' "$3" >>"$work/variant/kustomization.yaml"; fi
   {
-    printf 'resources: [../%s]\ncomponents: [%s]\n' "$2" "${3:+../components/$3}"
+    echo "resources: [variant]"
     if [ "${RELEASE:-}" ]; then
       echo "images:"
       for image in $RELEASE; do
@@ -21,6 +25,7 @@ render() { # NAME VARIANT [COMPONENT]: render VARIANT, with COMPONENT, into work
     fi
   } >"$work/kustomization.yaml"
   { echo "# Made by \`make $made_by\`."; "$KUBECTL" kustomize "$work"; } >"$work/$1.yaml"
+  rm -r "$work/variant"
 }
 
 work=$(mktemp -d manifests/.render.XXXXXX)

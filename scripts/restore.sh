@@ -7,6 +7,11 @@
 . "${0%/*}/lib/cluster.sh"
 
 [ -f "$FILE" ] || fail "which file is to be restored? make restore FILE=hitcounter.rdb"
-kube --namespace="$NAMESPACE" exec redis-0 --container=redis --stdin -- sh /etc/redis/redis.sh restore <"$FILE"
-kube --namespace="$NAMESPACE" delete pod redis-0
+pods=$(redis_pods) || exit
+# Each replica gets the snapshot too. It copies the primary's data anyway, but it may become the primary while the pods restart.
+for pod in $pods; do
+  in_pod "$pod" restore --stdin <"$FILE"
+done
+# shellcheck disable=SC2086 # each pod's name is an argument
+kube --namespace="$NAMESPACE" delete pod $pods
 kube --namespace="$NAMESPACE" rollout status statefulset/redis --timeout=180s

@@ -20,22 +20,26 @@ fail() { echo "redis.sh: $*" >&2; exit 1; }
 
 read_passwords() { # NAME: print the user's passwords, the newest first
   # Strip the byte-order mark and the carriage returns that some editors add. An empty line must not become a valid password.
+  # Services and `make secret` read passwords by the same rule.
   LC_ALL=C sed "1s/^$(printf '\357\273\277')//; s/$(printf '\r')*\$//; /^\$/d" "$passwords/$1"
 }
 
+list_users() { cat "$users"; }
+
 write_users() {
+  list_users >/run/valkey/users.list
   while read -r kind name rights || [ "$kind" ]; do
     [ "$kind" = user ] || continue
     hashes=
     if [ "$name" != default ]; then
-      [ -s "$passwords/$name" ] || fail "the secret redis-users has no password for $name; run: make secret"
       hashes=$(read_passwords "$name" | while IFS= read -r password || [ "$password" ]; do   # the last line may have no newline
         printf " #%s" "$(printf %s "$password" | sha256sum | cut -c -64)"
       done)
+      [ "$hashes" ] || fail "the secret redis-users has no password for $name; run: make secret"
       rights="on$hashes $rights"
     fi
     echo "user $name $rights"
-  done <"$users" >/run/valkey/users.acl.new
+  done </run/valkey/users.list >/run/valkey/users.acl.new
   mv /run/valkey/users.acl.new /run/valkey/users.acl
 }
 
@@ -47,19 +51,35 @@ as() { # USER ARGUMENT...: run valkey-cli as USER, over the socket
   REDISCLI_AUTH=$(read_passwords "$name" | tail -n 1) valkey-cli -s /run/valkey/socket --user "$name" "$@"
 }
 
+alive() { as probe PING >/dev/null; }   # any answer is enough, even the error that Valkey is loading its data
+ready() { [ "$(as probe PING)" = PONG ]; }
+prepare() { :; }
+further() { fail "unknown command: $1"; }
+configuration=/etc/redis/valkey.conf
+
+lock_volume() { # FOLDER: enter FOLDER of the volume, and take its lock
+  cd "$1"
+  # Each Valkey holds the lock of its volume until it exits. Wait for this lock: after a pod was deleted by force, the pod's
+  # Valkey may still run. Without the wait, this old Valkey would acknowledge writes that the new Valkey never reads.
+  exec 9>lock
+  for _ in $(seq 60); do
+    ! flock -n 9 || break
+    sleep 1
+  done
+  flock -n 9 || fail "another Valkey still uses this volume: its pod was deleted by force, and its process has not exited"
+}
+
+if [ -e /etc/redis/replicated.sh ]; then
+  # The component redis-replicated adds this file, which replaces some of the functions above.
+  # shellcheck source=../components/redis-replicated/replicated.sh
+  . /etc/redis/replicated.sh
+fi
+
 command=$1
 shift
 case "$command" in
   start)
-    cd /data
-    # Each Valkey holds the lock of its volume until it exits. Wait for this lock: after a pod was deleted by force, the pod's
-    # Valkey may still run. Without the wait, this old Valkey would acknowledge writes that the new Valkey never reads.
-    exec 9>lock
-    for _ in $(seq 60); do
-      ! flock -n 9 || break
-      sleep 1
-    done
-    flock -n 9 || fail "another Valkey still uses this volume: its pod was deleted by force, and its process has not exited"
+    lock_volume /data
     write_users
     if [ -d restored ] && [ -d appendonlydir ] && [ -z "$(find restored -maxdepth 0 -mmin -15)" ]; then
       # The restore was interrupted before Valkey's restart. A restart days later must not complete that restore.
@@ -73,10 +93,11 @@ case "$command" in
       fi
       mv restored appendonlydir
     fi
-    exec valkey-server /etc/redis/valkey.conf "$@"
+    prepare
+    exec valkey-server "$configuration" "$@"
     ;;
-  alive) as probe PING >/dev/null ;;               # any answer is enough, even the error that Valkey is loading its data
-  ready) [ "$(as probe PING)" = PONG ] ;;
+  alive) alive ;;
+  ready) ready ;;
   load-users)
     write_users
     answer=$(as operator ACL LOAD)
@@ -101,5 +122,5 @@ case "$command" in
     rm -rf restored
     mv restored.new restored
     ;;
-  *) fail "unknown command: $command" ;;
+  *) further "$command" ;;
 esac

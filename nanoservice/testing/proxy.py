@@ -46,7 +46,10 @@ class RequestParser:
         return requests
 
     def _first(self) -> Request | None:
-        """Return the first request if it is complete: `*` and the number of words; for each word `$`, its length, its bytes."""
+        """Return the first request, or None if it is incomplete.
+
+        A request is `*` and the number of words; then, for each word, `$` and its length, and its bytes.
+        """
         line = self._data.find(b"\r\n")
         if line < 0:
             return None
@@ -72,9 +75,9 @@ def pass_on(request: Request) -> Fate:
 class Proxy:
     """A proxy on a port of loopback, used as an asynchronous context. `fate` decides what happens to each request.
 
-    `store` is the port of Redis. A request with the fate REPEAT_LATE is sent again after Redis has executed a request for which
-    `is_later(kept, request)` is true. `fates` counts the fates; `repeated` counts the first words of the replies to repeated
-    requests.
+    `store` is the port of Redis. The proxy keeps a request with the fate REPEAT_LATE, and sends it again after Redis has executed
+    a request for which `is_later(kept, request)` is true. `fates` counts the fates. `repeated` counts the replies to repeated
+    requests, by the first word of the reply.
     """
 
     def __init__(

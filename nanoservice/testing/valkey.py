@@ -29,12 +29,16 @@ def free_port() -> int:
     return port
 
 
+def program() -> str:
+    """Return the path of the server for the tests: Valkey, or the server that the environment variable `REDIS_SERVER` names."""
+    return os.environ.get("REDIS_SERVER") or executable()
+
+
 class Valkey:
     """A real Valkey on a TCP port of loopback, with its data in the folder `data`.
 
     Before Valkey answers, it passes each write to the kernel, so a kill of the process loses nothing. To keep tests fast, Valkey
-    does not wait until the write is on disk. The environment variable `REDIS_SERVER` names the program of another server, such as
-    an older Redis.
+    does not wait until the write is on disk.
     """
 
     def __init__(self, data: Path, *options: str) -> None:
@@ -45,8 +49,7 @@ class Valkey:
 
     def start(self, *options: str) -> None:
         """Start the server on its data, with further command-line `options`, and wait until it answers."""
-        program = os.environ.get("REDIS_SERVER") or executable()
-        command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.data), "--save", ""]
+        command = [program(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.data), "--save", ""]
         command += ["--appendonly", "yes", "--appendfsync", "no", "--maxmemory-policy", "noeviction", "--loglevel", "warning"]
         self.process = subprocess.Popen([*command, *self.options, *options], stdout=subprocess.DEVNULL)
         wait_for(self.answers, 10 * SLACK, "Valkey answers")

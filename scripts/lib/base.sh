@@ -29,8 +29,8 @@ quietly() { # COMMAND...: run COMMAND with its output in work/log, and print thi
   "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
 }
 
-locked() { # REGEX: print those lines of requirements-dev.txt that lock the packages whose names match REGEX
-  awk -v name="^($1)==" '/^[a-z]/ { wanted = ($0 ~ name) } wanted' requirements-dev.txt
+locked() { # REGEX [LOCK]: print those lines of LOCK (or requirements-dev.txt) that lock the packages whose names match REGEX
+  awk -v name="^($1)==" '/^[a-z]/ { wanted = ($0 ~ name) } wanted' "${2:-requirements-dev.txt}"
 }
 
 layout_digest() { # FOLDER: print the digest of the manifest or index in FOLDER, an OCI layout

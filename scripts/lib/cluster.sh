@@ -50,3 +50,25 @@ destination() { # print where the cluster gets an image from: registry, minikube
     esac
   fi
 }
+
+redis_pods() { # print the names of the pods of Redis; with the component redis-replicated there are three
+  replicas=$(k get statefulset redis --ignore-not-found --output=jsonpath='{.spec.replicas}') || exit
+  [ "$replicas" ] || fail "there is no Redis in the namespace $NAMESPACE"
+  for number in $(seq "$replicas"); do echo "redis-$((number - 1))"; done
+}
+
+in_pod() { # POD COMMAND [OPTION...]: run a command of redis.sh in the pod; the options are kubectl's
+  pod=$1 command=$2
+  shift 2
+  # This has no time limit, because a snapshot may be large.
+  kube --namespace="$NAMESPACE" exec "$pod" --container=redis "$@" -- sh /etc/redis/redis.sh "$command"
+}
+
+primary_pod() { # print the name of the pod whose Redis is the primary
+  pods=$(redis_pods) || exit
+  if [ "$pods" = redis-0 ]; then echo redis-0; return; fi
+  for pod in $pods; do
+    if in_pod "$pod" is-primary 2>/dev/null; then echo "$pod"; return; fi
+  done
+  fail "no pod of Redis in the namespace $NAMESPACE is the primary: kubectl get pods"
+}

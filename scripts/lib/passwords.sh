@@ -8,8 +8,11 @@
 umask 077
 work=$(mktemp -d)
 remove_work_at_exit
-users=$(awk '$1 == "user" && $2 != "default" { print $2 }' manifests/redis/users.acl)
-services=$(echo "$users" | grep -vx -e probe -e operator)
+# The users `replica` and `sentinel` exist only with the component redis-replicated. They always get passwords, so that adding
+# this component needs no other step.
+acl=manifests/components/redis-replicated/replicated.acl
+users=$(awk '$1 == "user" && $2 != "default" && !seen[$2]++ { print $2 }' manifests/redis/users.acl $acl)
+services=$(echo "$users" | grep -vx -e probe -e operator -e replica -e sentinel)
 
 new_password() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; echo; }
 
@@ -18,7 +21,8 @@ read_secret() { # NAME KEY: print the passwords in KEY of the secret NAME, one o
   # count as missing.
   k get secret "$1" --ignore-not-found \
     --output=go-template="{{with .data}}{{with index . \"$2\"}}{{base64decode .}}{{end}}{{end}}" >"$work/secret" || return
-  grep . "$work/secret" || [ $? = 1 ]
+  # redis.sh and the services read passwords by the same rule: without a byte-order mark, carriage returns and empty lines.
+  LC_ALL=C sed "1s/^$(printf '\357\273\277')//; s/$(printf '\r')*\$//" "$work/secret" | LC_ALL=C grep . || [ $? = 1 ]
 }
 
 write_secret() { # NAME FOLDER: write the files of FOLDER into the secret NAME

@@ -1,4 +1,4 @@
-"""These fixtures start a network with a Valkey for containers, and the first service in the test's process."""
+"""Fixtures: a network with a Valkey for containers, and the first service, which runs in the test's process."""
 
 import os
 from collections.abc import AsyncIterator, Iterator

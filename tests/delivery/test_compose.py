@@ -36,7 +36,7 @@ LABEL = "com.docker.compose.project"
 def docker(*arguments: str, check: bool = True, seconds: float = 120, **options: Any) -> str:
     """Run `docker` and return its standard output.
 
-    If `check` is false, `docker` may fail. Then return one text: the exit status, a newline, standard output, standard error.
+    If `check` is false, `docker` may fail, and the result is the exit status, a newline, standard output and standard error.
     """
     ended = subprocess.run(["docker", *arguments], text=True, capture_output=True, timeout=seconds, **options)
     assert not check or ended.returncode == 0, f"docker {' '.join(arguments)}: {ended.returncode}\n{ended.stdout}{ended.stderr}"
@@ -235,8 +235,8 @@ def test_secrets_are_made_once(running: Project) -> None:
 
 
 def test_secrets_are_in_no_log_configuration_image_or_process(running: Project) -> None:
-    # The next `up` makes new secrets and new containers, so the containers' logs have everything that was ever logged about these
-    # secrets.
+    # The next `up` makes new secrets and new containers. So the containers' logs have every line that was logged since these
+    # secrets exist.
     running.compose("down", "--volumes")
     with processes() as commands:
         running.compose("up", "--wait")
@@ -368,7 +368,7 @@ def test_dev_profile_follows_the_files(tmp_path: Path) -> None:
         seconds_until(lambda: not exists(identity, "/app/hitcounter/new/extra.py"))
         assert one.container("hitcounter-dev") == identity
         assert one.inspect("hitcounter-dev")["RestartCount"] == 0
-        seconds_until(lambda: counted(one) > before)  # the counts must survive the restart by the last change
+        seconds_until(lambda: counted(one) > before)  # each change restarts the service, and the counts must stay
 
         for name in ("requirements.txt", "requirements-dev.txt", "Containerfile", "image/finish.py"):
             with (one.folder / name).open("a") as file:
@@ -428,7 +428,7 @@ def test_tls_profile_leaves_no_port_without_tls_and_keeps_the_counts(running: Pr
         return docker("exec", running.container(service), "/usr/bin/python3.13", "-c", _PING, how)
 
     hits = running.hits()
-    assert "NOAUTH" in ping("hitcounter", "plain")  # the control: a Valkey without TLS answers
+    assert "NOAUTH" in ping("hitcounter", "plain")  # as a control, connect to a Valkey without TLS
     running.compose("down")
     try:
         running.compose("--profile=tls", "up", "--build", "--wait")

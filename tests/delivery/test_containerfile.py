@@ -1,4 +1,4 @@
-"""The files from which the image is built follow their rules. These tests need no container engine."""
+"""Test the files from which the image is built, such as the Containerfile. These tests need no container engine."""
 
 import importlib.util
 import struct
@@ -26,7 +26,7 @@ def test_hadolint_finds_nothing(name: str) -> None:
 def test_code_that_only_tests_use_is_not_part_of_a_build() -> None:
     patterns = (ROOT / ".dockerignore").read_text().splitlines()
     later = patterns[patterns.index("nanoservice/testing") :]
-    assert not [pattern for pattern in later if pattern.startswith("!nanoservice")]  # the last pattern that matches decides
+    assert not [pattern for pattern in later if pattern.startswith("!nanoservice")]  # the last matching pattern decides
     assert (ROOT / "nanoservice" / "testing").is_dir()
 
 

@@ -173,6 +173,9 @@ def test_dry_run_of_deploy_calls_nothing(tmp_path: Path) -> None:
 # --- make secret, make secret-rotate ---
 
 
+REPLICATED = {"probe", "operator", "replica", "sentinel"}  # the users that the component redis-replicated names
+
+
 class Cluster:
     """A copy of the scripts with a users.acl of its own, and a fake kubectl.
 
@@ -190,6 +193,8 @@ class Cluster:
         rm -rf "$0.got/$6" && mkdir -p "$0.got"
         for word; do case $word in --from-file=*) cp -R "${word#*=}" "$0.got/$6" ;; esac; done
         ;;
+      *"get statefulset redis"*) echo 1 ;;
+      *"get pod redis-0"*jsonpath*) echo redis ;;
       *"get deployment hitcounter"*) echo deployment.apps/hitcounter ;;
       *"exec redis-0"*"cat "*) cd "$0.got/redis-users" && shift 10 && cat "$@" ;;
     esac"""
@@ -220,7 +225,7 @@ def test_passwords_are_made_only_if_the_cluster_has_none(tmp_path: Path, status:
 
 
 def test_existing_password_of_a_service_stays(tmp_path: Path) -> None:
-    """A password can exist without `redis-users`: for a Redis outside the cluster, or because somebody deleted `redis-users`."""
+    """A password can exist without the secret `redis-users`: for a Redis outside the cluster, or if the secret was deleted."""
     users = "user default off\nuser hitcounter +get\nuser probe +ping\n"
     one = Cluster(tmp_path, users, {"hitcounter-redis.password": "theirs"})
     assert one.run("secret").returncode == 0
@@ -230,20 +235,34 @@ def test_existing_password_of_a_service_stays(tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{64}\n", written["redis-users"]["probe"])
 
 
+def test_secret_that_has_only_line_ends_has_no_password_and_a_carriage_return_is_not_part_of_one(tmp_path: Path) -> None:
+    has = {
+        "redis-users.hitcounter": "\ufeffnew\r\nold\r\n",
+        "redis-users.probe": "\ufeff\r\n",
+        "hitcounter-redis.password": "other",
+    }
+    one = Cluster(tmp_path, "user hitcounter +get\nuser probe +ping\n", has)
+    assert one.run("secret").returncode == 0
+    written = one.written()
+    assert written["redis-users"]["hitcounter"] == "new\nold\n"
+    assert written["hitcounter-redis"] == {"password": "new\n"}
+    assert re.fullmatch("[0-9a-f]{64}\n", written["redis-users"]["probe"])
+
+
 def test_each_service_gets_its_own_password_whatever_its_name(tmp_path: Path) -> None:
     names = ["users", "new", "read", "services", "wanted", "last"]
-    # The file begins with a comment, and its last line has no newline.
+    # The script must also read a users.acl that begins with a comment, and whose last line has no newline.
     one = Cluster(tmp_path, "# of all\nuser default off\n" + "\n".join(f"user {name} +get" for name in names), {})
     assert one.run("secret").returncode == 0
     written = one.written()
     passwords = written.pop("redis-users")
-    assert passwords.keys() == set(names)
+    assert passwords.keys() == {*names, *REPLICATED}
     assert written == {f"{name}-redis": {"password": passwords[name]} for name in names}
-    assert len(set(passwords.values())) == len(names)
+    assert len(set(passwords.values())) == len(passwords)
 
 
 def test_rotation_does_not_wait_for_a_service_that_is_not_deployed(tmp_path: Path) -> None:
-    has = {f"redis-users.{name}": f"{name}\n" for name in ("hitcounter", "second")}
+    has = {f"redis-users.{name}": f"{name}\n" for name in ("hitcounter", "second", *REPLICATED)}
     one = Cluster(tmp_path, "user hitcounter +get\nuser second +get\n", has)
     ended = one.run("secret-rotate")
     assert ended.returncode == 0, ended.stderr
@@ -252,19 +271,24 @@ def test_rotation_does_not_wait_for_a_service_that_is_not_deployed(tmp_path: Pat
 
 
 def test_rotation_of_one_service_changes_no_other_password_and_replaces_no_other_pod(tmp_path: Path) -> None:
-    has = {f"redis-users.{name}": f"{name}\n" for name in ("hitcounter", "second", "probe")}
+    has = {f"redis-users.{name}": f"{name}\n" for name in ("hitcounter", "second", *REPLICATED)}
     has |= {"hitcounter-redis.password": "hitcounter", "second-redis.password": "second"}
     one = Cluster(tmp_path, "user hitcounter +get\nuser second +get\nuser probe +ping\n", has)
     ended = one.run("secret-rotate", SERVICE="hitcounter")
     assert ended.returncode == 0, ended.stderr
     written = one.written()
     assert written.keys() == {"redis-users", "hitcounter-redis"}
-    assert {name: value for name, value in written["redis-users"].items() if name != "hitcounter"} == {
-        "second": "second\n", "probe": "probe\n",
-    }  # fmt: skip
-    assert written["redis-users"]["hitcounter"] == written["hitcounter-redis"]["password"] != "hitcounter\n"
+    rotated = written["redis-users"].pop("hitcounter")
+    assert rotated == written["hitcounter-redis"]["password"] != "hitcounter\n"
+    assert written["redis-users"] == {name: f"{name}\n" for name in ("second", *REPLICATED)}
     assert re.findall("rollout restart (.+)", one.told.read_text()) == ["deployment/hitcounter"]
     assert "has no user of this name" in one.run("secret-rotate", SERVICE="third").stderr
+
+
+def test_rotation_of_one_service_writes_no_empty_password_of_another(tmp_path: Path) -> None:
+    one = Cluster(tmp_path, "user hitcounter +get\nuser second +get\n", {"redis-users.hitcounter": "hitcounter\n"})
+    assert "has no password for second; run: make secret" in one.run("secret-rotate", SERVICE="hitcounter").stderr
+    assert not one.got.exists()
 
 
 def test_temporary_passwords_are_deleted_when_the_terminal_closes(tmp_path: Path) -> None:
@@ -291,7 +315,8 @@ def test_backup_that_is_interrupted_replaces_no_file(tmp_path: Path, end: str, w
     """kubectl succeeds even if the stream from the pod ends early, so the script itself must notice an incomplete backup."""
     file = tmp_path / "backup.rdb"
     file.write_text("yesterday's")
-    kubectl = played(tmp_path, "kubectl", f"seq 2000 | gzip -c {end}")
+    snapshot = f"seq 2000 | gzip -c {end}"
+    kubectl = played(tmp_path, "kubectl", f'case "$*" in *"get statefulset"*) echo 1 ;; *) {snapshot} ;; esac')
     command = ["make", "backup", f"FILE={file}", f"KUBECTL={kubectl}"]
     assert (subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30).returncode == 0) == whole
     assert file.read_text() == ("".join(f"{number}\n" for number in range(1, 2001)) if whole else "yesterday's")

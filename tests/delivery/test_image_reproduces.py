@@ -82,14 +82,14 @@ def test_changed_wheel_gives_another_image(context: Path, tmp_path: Path) -> Non
 
 
 def given(argument: str) -> str:
-    """Return the image that the build argument `argument`, such as BASE, has in a build of the service."""
+    """Return the image that a build of the service uses for the build argument `argument`, such as BASE."""
     options = re.findall(rf"--build-arg[ =]{argument}=(\S+)", os.environ.get("BUILD_OPTIONS", ""))
     defaults = re.findall(rf"^ARG {argument}=(\S+)$", (ROOT / "Containerfile").read_text(), re.MULTILINE)
     return str([*defaults, *options][-1])
 
 
 def another(argument: str, line: str, folder: Path) -> str:
-    """Add the instruction `line` to the image of the build argument `argument`, such as BASE, and build the new image.
+    """Build a variant of the image that the build argument `argument` (such as BASE) names, with the instruction `line` added.
 
     `folder` is the context of this build. Return the options that make a build of the service use the new image.
     """
@@ -125,7 +125,8 @@ def test_commit_changes_nothing(context: Path, tmp_path: Path) -> None:
 
 
 def test_times_of_files_change_nothing(context: Path, tmp_path: Path) -> None:
-    # BuildKit takes a file with the path, size and time that an earlier build saw for unchanged, so choose a time that none saw.
+    # BuildKit does not read a file again if its path, size and time are those of an earlier build. So choose a time that no
+    # earlier build has seen.
     seconds = time.time() - 1e9
     for path in context.rglob("*"):
         os.utime(path, (seconds, seconds))

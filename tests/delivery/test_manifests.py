@@ -17,7 +17,7 @@ from kubernetes_validate import utils
 
 from nanoservice import config, probes
 from nanoservice.config import variables
-from nanoservice.server import FINISH_SECONDS
+from nanoservice.server import SHUTDOWN_SECONDS
 from nanoservice.service import create_app
 from tests.support import ROOT
 from tests.support.services import numbers, project, services
@@ -30,11 +30,15 @@ RENDERED = {path.stem: list(yaml.safe_load_all(path.read_text())) for path in so
 PRODUCTION = [variant for variant in RENDERED if variant.startswith("production")]
 ON_A_LAPTOP = [variant for variant in RENDERED if variant not in PRODUCTION]
 WITH_REDIS = [variant for variant in RENDERED if not variant.endswith("redis-outside")]
+REPLICATED = [variant for variant in RENDERED if "redis-replicated" in variant]
+SINGLE = [variant for variant in WITH_REDIS if variant not in REPLICATED]
+SERVERS = ["redis-0", "redis-1", "redis-2"]  # the pods of the replicated Redis
 CA = trustme.CA()
 SERVICES, NUMBERS = services(), numbers()
 KUBERNETES = [f"1.{minor}" for minor in range(30, 38)]
 
 LABEL = "app.kubernetes.io/"
+COMPONENT = MANIFESTS / "components" / "redis-replicated"
 STATEFULSET, CONF, COMPOSE = MANIFESTS / "redis" / "statefulset.yaml", MANIFESTS / "redis" / "valkey.conf", ROOT / "compose.yaml"
 VALKEY_CONF = [line.split(maxsplit=1) for line in CONF.read_text().splitlines() if line[:1] > "#"]
 USERS = {
@@ -78,8 +82,13 @@ class Workload:
 
     @property
     def container(self) -> Object:
-        """Return the only container of the pod."""
-        (container,) = self.containers
+        """Return the pod's container that has the workload's name. Only a replicated Redis has another one, the Sentinel."""
+        (container,) = (it for it in self.containers if it["name"] == self.name)
+        return container
+
+    @property
+    def sentinel(self) -> Object:
+        (container,) = (it for it in self.containers if it["name"] == "redis-sentinel")
         return container
 
     @property
@@ -88,13 +97,15 @@ class Workload:
 
     @property
     def mounts(self) -> dict[str, Object]:
+        return self.mounts_of(self.container)
+
+    def mounts_of(self, container: Object) -> dict[str, Object]:
         """Return a dict from mount path to volume. A volume has its type as a key: `{"name": ..., "secret": {...}}`."""
         claims = self.object["spec"].get("volumeClaimTemplates", [])
         volumes = {claim["metadata"]["name"]: {"persistentVolumeClaim": claim["spec"]} for claim in claims}
         volumes |= {volume["name"]: volume for volume in self.pod["volumes"]}
-        mounts = self.container["volumeMounts"]
-        assert {mount["name"] for mount in mounts} == volumes.keys()
-        return {mount["mountPath"]: volumes[mount["name"]] for mount in mounts}
+        assert {mount["name"] for it in self.containers for mount in it["volumeMounts"]} == volumes.keys()
+        return {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
 
     def secret_file(self, path: str) -> tuple[str, str]:
         """Return the secret and the key whose value is in the file `path` of the container."""
@@ -157,6 +168,7 @@ def test_every_variant_is_rendered() -> None:
 def test_variant_has_only_the_objects_that_these_tests_check(variant: str) -> None:
     # If you add a kind to these lists, add rules for that kind below.
     store = ["ConfigMap", "NetworkPolicy", "Service", "StatefulSet"] if variant in WITH_REDIS else []
+    store += ["PodDisruptionBudget", "Service", "Service"] if variant in REPLICATED else []
     scaled = ["HorizontalPodAutoscaler", "Ingress"] * len(SERVICES) if variant in PRODUCTION else []
     service = ["ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service"]
     namespace = ["Namespace", "NetworkPolicy"]
@@ -174,7 +186,10 @@ def test_no_secret_is_in_the_manifests() -> None:
 @pytest.mark.parametrize("variant", WITH_REDIS)
 def test_rendered_files_of_redis_are_those_of_the_sources(variant: str) -> None:
     data = named(variant, "ConfigMap", redis(variant).mounts["/etc/redis"]["configMap"]["name"])["data"]
-    assert data == {name: (MANIFESTS / "redis" / name).read_text() for name in ("redis.sh", "users.acl", "valkey.conf")}
+    files = [MANIFESTS / "redis" / name for name in ("redis.sh", "users.acl", "valkey.conf")]
+    if variant in REPLICATED:
+        files += [COMPONENT / name for name in ("replicated.sh", "replicated.acl", "replicated.conf", "sentinel.acl")]
+    assert data == {path.name: path.read_text() for path in files}
 
 
 # --- Kubernetes' own rules ---
@@ -193,8 +208,8 @@ def test_schema_of_each_kubernetes_accepts_every_object(version: str) -> None:
     checked: list[Object] = []
     for it in (it for variant in RENDERED for it in RENDERED[variant]):
         if it not in checked:  # most objects are the same in all variants
-            # If validate() has no schema for `version`, it uses an older schema. It returns the version of the schema that it
-            # used, so this comparison finds a missing schema.
+            # If validate() has no schema for `version`, it uses an older schema. validate() returns the version of the
+            # schema that it used, so this comparison finds a missing schema.
             assert kubernetes_validate.validate(it, version, strict=True) == version
             checked.append(it)
     read_schema.cache_clear()  # the cached schemas take 40 MB
@@ -255,10 +270,11 @@ def test_container_has_requests_and_limits(workload: Workload) -> None:
 
 @of_each_workload
 def test_storage_that_is_requested_holds_the_volumes_and_the_log(workload: Workload) -> None:
-    volumes = [volume["emptyDir"] for volume in workload.mounts.values() if "emptyDir" in volume]
-    on_disk = sum(number(volume["sizeLimit"]) for volume in volumes if volume.get("medium") != "Memory")
-    log = 5 * number("10Mi")  # 5 and 10Mi are the kubelet's defaults for containerLogMaxFiles and containerLogMaxSize
-    assert number(workload.container["resources"]["requests"]["ephemeral-storage"]) >= on_disk + log
+    for container in workload.containers:
+        volumes = [volume["emptyDir"] for volume in workload.mounts_of(container).values() if "emptyDir" in volume]
+        on_disk = sum(number(volume["sizeLimit"]) for volume in volumes if volume.get("medium") != "Memory")
+        log = 5 * number("10Mi")  # 5 and 10Mi are the kubelet's defaults for containerLogMaxFiles and containerLogMaxSize
+        assert number(container["resources"]["requests"]["ephemeral-storage"]) >= on_disk + log
 
 
 @of_each_workload
@@ -277,9 +293,9 @@ def test_volumes_are_mounted_whole_and_secrets_and_configmaps_read_only(workload
     for container in workload.containers:
         for mount in container["volumeMounts"]:
             assert mount.keys() <= {"name", "mountPath", "readOnly"}  # the kubelet never updates files of a subPath
-            given = workload.mounts[mount["mountPath"]].keys() & {"secret", "configMap"}
+            given = workload.mounts_of(container)[mount["mountPath"]].keys() & {"secret", "configMap"}
             assert mount.get("readOnly", False) is bool(given)
-    for volume in workload.mounts.values():
+    for volume in (volume for container in workload.containers for volume in workload.mounts_of(container).values()):
         assert volume.keys() & {"secret", "configMap", "emptyDir", "persistentVolumeClaim"}
         assert "secret" not in volume or volume["secret"]["defaultMode"] == 0o440
         assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"]
@@ -323,7 +339,7 @@ def configured(workload: Workload, folder: Path) -> Any:
     """Return the settings that the service reads from the workload's environment. Files in `folder` stand in for secrets."""
     service, environ = SERVICES[workload.name], settings(workload)
     for name, spec in variables(service.config):
-        if name in environ and spec.metadata["parse"] in {config.file, config.certificates}:
+        if name in environ and spec.metadata["parse"] in {config.file, config.certificates, config.password_file}:
             secret, key = workload.secret_file(environ[name])
             environ[name] = str(folder / f"{secret}.{key}")
             CA.cert_pem.write_to_path(environ[name])  # a certificate can stand in for a password too
@@ -343,14 +359,28 @@ def test_service_authenticates_with_the_password_that_is_made_for_it(workload: W
     assert workload.secret_file(settings(workload)["REDIS_PASSWORD_FILE"]) == (f"{workload.name}-redis", "password")
 
 
+def workload_port(variant: str, name: str) -> int:
+    """Return the port that has this name in the Service of each server of the replicated Redis."""
+    ports = {
+        port["port"] for server in SERVERS for port in named(variant, "Service", server)["spec"]["ports"] if port["name"] == name
+    }
+    (port,) = ports
+    return int(port)
+
+
 @of_each_service
 def test_service_finds_redis(workload: Workload, tmp_path: Path) -> None:
     read = configured(workload, tmp_path)
     if workload.variant not in WITH_REDIS:
         assert read.redis_tls
         return
-    service = named(workload.variant, "Service", read.redis_host)
-    assert [port["port"] for port in service["spec"]["ports"]] == [read.redis_port]
+    if workload.variant in REPLICATED:
+        assert [*read.redis_sentinels] == [(name, workload_port(workload.variant, "sentinel")) for name in SERVERS]
+        assert read.redis_replicas == 1
+    else:
+        service = named(workload.variant, "Service", read.redis_host)
+        assert [port["port"] for port in service["spec"]["ports"]] == [read.redis_port]
+        assert read.redis_replicas == 0
     assert read.redis_tls == ("--tls-port" in redis(workload.variant).container.get("args", []))
 
 
@@ -384,10 +414,9 @@ def test_readiness_outlasts_a_restart_of_redis(workload: Workload) -> None:
 
 @of_each_service
 def test_grace_period_is_longer_than_a_shutdown_can_take(workload: Workload, tmp_path: Path) -> None:
-    read = configured(workload, tmp_path)
-    close = read.redis_timeout  # the longest time that closing the connections to Redis takes
-    assert 0 < read.drain_seconds
-    assert read.drain_seconds + FINISH_SECONDS + close < workload.pod["terminationGracePeriodSeconds"]
+    drain = configured(workload, tmp_path).drain_seconds
+    assert 0 < drain
+    assert drain + SHUTDOWN_SECONDS < workload.pod["terminationGracePeriodSeconds"]
 
 
 @of_each_service
@@ -418,6 +447,8 @@ def test_workload_selects_its_own_pods(workload: Workload) -> None:
 def test_services_show_one_port_and_never_the_admin_port(variant: str) -> None:
     ports = {}
     for service in of_kind(variant, "Service"):
+        if service["metadata"]["name"] in SERVERS:
+            continue  # a test below checks these
         workload = selected(variant, service["spec"]["selector"])
         assert service["metadata"]["name"] == workload.name
         assert service["spec"].keys() <= {"ports", "selector", "type"}
@@ -429,7 +460,7 @@ def test_services_show_one_port_and_never_the_admin_port(variant: str) -> None:
     if variant in ON_A_LAPTOP:
         assert len(set(NUMBERS.values())) == len(NUMBERS)
         expected = {name: http | {"nodePort": 30080 + number, "type": "NodePort"} for name, number in NUMBERS.items()}
-    if variant in WITH_REDIS:
+    if variant in SINGLE:
         expected["redis"] = {"name": "redis", "port": 6379, "targetPort": "redis", "type": "ClusterIP"}
     assert ports == expected
 
@@ -437,8 +468,9 @@ def test_services_show_one_port_and_never_the_admin_port(variant: str) -> None:
 @in_each_variant
 def test_drain_of_a_node_evicts_one_pod_of_a_service_at_a_time_and_never_waits_for_redis(variant: str) -> None:
     budgets = [it["spec"] for it in of_kind(variant, "PodDisruptionBudget")]
-    assert sorted(selected(variant, budget.pop("selector")["matchLabels"]).name for budget in budgets) == sorted(SERVICES)
-    assert budgets == [{"maxUnavailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow"}] * len(SERVICES)
+    expected = [*SERVICES, *(["redis"] if variant in REPLICATED else [])]
+    assert sorted(selected(variant, budget.pop("selector")["matchLabels"]).name for budget in budgets) == sorted(expected)
+    assert budgets == [{"maxUnavailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow"}] * len(expected)
 
 
 @of_each_service
@@ -451,7 +483,8 @@ def test_number_of_pods_is_set_by_the_autoscaler_only(workload: Workload) -> Non
         assert 2 <= scaler["minReplicas"] < scaler["maxReplicas"]
         (metric,) = scaler["metrics"]
         aim = number(metric["resource"]["target"]["averageValue"])
-        assert number(workload.container["resources"]["requests"]["cpu"]) < aim < 1  # the service's only thread uses one core
+        # The service has one thread, which uses at most one core. So the autoscaler must aim for less than one core.
+        assert number(workload.container["resources"]["requests"]["cpu"]) < aim < 1
 
 
 @pytest.mark.parametrize("variant", PRODUCTION)
@@ -473,7 +506,31 @@ def test_network_policies_allow_what_is_needed_and_nothing_else(variant: str) ->
     both = ["Ingress", "Egress"]
     policies = {it["metadata"]["name"]: it["spec"] for it in of_kind(variant, "NetworkPolicy")}
     assert policies.pop("default-deny") == {"podSelector": {}, "policyTypes": both}
-    if variant in WITH_REDIS:
+    redis_ports = [{"port": 6379}]
+    if variant in REPLICATED:
+        redis_ports.append({"port": 26379})
+        among = [{"port": "redis"}, {"port": "sentinel"}]
+        assert policies.pop("redis") == {
+            "podSelector": {"matchLabels": {LABEL + "name": "redis"}},
+            "policyTypes": both,
+            "ingress": [
+                {"from": [{"podSelector": {"matchExpressions": [_is(LABEL + "component", "service", "store")]}}], "ports": among}
+            ],
+            "egress": [
+                {"to": [{"podSelector": {"matchLabels": {LABEL + "name": "redis"}}}], "ports": among},
+                {
+                    "to": [
+                        {
+                            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
+                            "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+                        },
+                        {"ipBlock": {"cidr": "169.254.20.10/32"}},
+                    ],
+                    "ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}],
+                },
+            ],
+        }
+    elif variant in WITH_REDIS:
         assert policies.pop("redis") == {
             "podSelector": {"matchLabels": {LABEL + "name": "redis"}},
             "policyTypes": both,
@@ -481,8 +538,8 @@ def test_network_policies_allow_what_is_needed_and_nothing_else(variant: str) ->
                 {"from": [{"podSelector": {"matchLabels": {LABEL + "component": "service"}}}], "ports": [{"port": "redis"}]}
             ],
         }
-        to_redis: Object = {"podSelector": {"matchExpressions": [_is(LABEL + "name", "redis")]}}
-    else:
+    to_redis: Object = {"podSelector": {"matchExpressions": [_is(LABEL + "name", "redis")]}}
+    if variant not in WITH_REDIS:
         to_redis = {"ipBlock": {"cidr": "192.0.2.0/24"}}
     dns = {
         "namespaceSelector": {"matchExpressions": [_is("kubernetes.io/metadata.name", "kube-system")]},
@@ -511,7 +568,7 @@ def test_network_policies_allow_what_is_needed_and_nothing_else(variant: str) ->
             "policyTypes": both,
             "ingress": [{"ports": [{"port": "http"}]}, {"from": [monitoring], "ports": [{"port": "admin"}]}],
             "egress": [
-                {"to": [to_redis], "ports": [{"port": 6379}]},
+                {"to": [to_redis], "ports": redis_ports},
                 any_dns,
             ],
         }
@@ -519,8 +576,8 @@ def test_network_policies_allow_what_is_needed_and_nothing_else(variant: str) ->
     }
 
 
-def _is(label: str, value: str) -> Object:
-    return {"key": label, "operator": "In", "values": [value]}
+def _is(label: str, *values: str) -> Object:
+    return {"key": label, "operator": "In", "values": [*values]}
 
 
 # --- Redis ---
@@ -532,7 +589,7 @@ def test_redis_keeps_what_it_acknowledged_and_forgets_nothing() -> None:
     }  # fmt: skip
     assert {name: setting(name) for name in expected} == expected
     for variant in WITH_REDIS:
-        assert redis(variant).object["spec"]["replicas"] == 1
+        assert redis(variant).object["spec"]["replicas"] == (3 if variant in REPLICATED else 1)
         assert "persistentVolumeClaim" in redis(variant).mounts[setting("dir")]
 
 
@@ -549,7 +606,8 @@ def check_sizes(store: Workload, conf: str, compose: str) -> None:
     """Check that the sizes of `store`, and of Redis in the text `compose`, follow from the maxmemory in the text `conf`."""
     (most,) = (number(line.split()[1]) for line in conf.splitlines() if line.startswith("maxmemory "))
     resources, tmp = store.container["resources"], store.mounts["/tmp"]["emptyDir"]["sizeLimit"]
-    assert number(resources["limits"]["memory"]) == 3 * most + number("32Mi")  # the fork of a rewrite may copy every page
+    # Valkey forks to rewrite the append-only file, and the fork may copy every page of memory.
+    assert number(resources["limits"]["memory"]) == 3 * most + number("32Mi")
     assert number(tmp) == 2 * most  # for the snapshot of a backup
     assert number(resources["limits"]["ephemeral-storage"]) == number(tmp) + number("64Mi")
     # Requests must equal limits, because a node first evicts the pods that use more than they request.
@@ -593,6 +651,10 @@ def test_redis_is_run_by_its_script_and_every_path_of_it_is_mounted(variant: str
     found = {name: probe["exec"]["command"][2:] for name, probe in container.items() if name.endswith("Probe")}
     assert found == {"livenessProbe": ["alive"], "readinessProbe": ["ready"]}
     script = (MANIFESTS / "redis" / "redis.sh").read_text()
+    if variant in REPLICATED:
+        further = (COMPONENT / "replicated.sh").read_text()
+        script += further if variant.endswith("-tls") else re.sub("^tls=.*", "", further, flags=re.MULTILINE)
+    mounts |= {"/etc/hosts": {}, "/etc/resolv.conf": {}}  # the kubelet mounts these in every container
     for path in re.findall(r"(?<![\w/])/(?:etc|run|data|tmp)\b[\w/.]*", script + " ".join(value for _, value in VALKEY_CONF)):
         assert any(Path(path).is_relative_to(folder) for folder in mounts), path
     assert setting("unixsocket") in script
@@ -620,3 +682,69 @@ def test_only_services_probes_and_the_operator_are_users_and_services_have_their
         assert all(re.fullmatch(r"\+[a-z]+(\|[a-z]+)?", right) for right in rights[len(keys) + 2 :])
     assert USERS["probe"][2:] == ["+ping"]
     assert USERS["operator"][2:] == ["+acl|load", "+sync", "+psync", "+replconf"]
+
+
+# --- the replicated Redis ---
+
+
+@pytest.mark.parametrize("variant", REPLICATED)
+def test_each_server_and_its_sentinel_have_an_address_of_their_own(variant: str) -> None:
+    for server in SERVERS:
+        spec = named(variant, "Service", server)["spec"]
+        assert spec["selector"] == {"statefulset.kubernetes.io/pod-name": server}
+        assert spec["publishNotReadyAddresses"] is True
+        ports = [(port["name"], port["port"], port["targetPort"]) for port in spec["ports"]]
+        assert ports == [("redis", 6379, "redis"), ("sentinel", 26379, "sentinel")]
+    assert f'pods="{" ".join(SERVERS)}"' in (COMPONENT / "replicated.sh").read_text()
+
+
+@pytest.mark.parametrize("variant", REPLICATED)
+def test_servers_are_on_different_nodes_each_with_a_sentinel(variant: str) -> None:
+    workload = redis(variant)
+    (spread,) = workload.pod["topologySpreadConstraints"]
+    assert (spread["maxSkew"], spread["topologyKey"]) == (1, "kubernetes.io/hostname")
+    assert spread["whenUnsatisfiable"] == "DoNotSchedule"
+    assert selected(variant, spread["labelSelector"]["matchLabels"]) == workload
+    assert [container["name"] for container in workload.containers] == ["redis", "redis-sentinel"]
+
+
+@pytest.mark.parametrize("variant", REPLICATED)
+def test_sentinel_is_run_by_the_same_script_and_image_and_remembers_the_primary(variant: str) -> None:
+    workload = redis(variant)
+    sentinel = workload.sentinel
+    assert sentinel["command"] == ["sh", "/etc/redis/redis.sh", "sentinel"]
+    assert sentinel["image"] == workload.container["image"]
+    assert sentinel["env"] == [{"name": "SERVER", "value": "sentinel"}]
+    mounts = workload.mounts_of(sentinel)
+    assert mounts["/data"] == workload.mounts["/data"]
+    assert mounts["/run/valkey"] != workload.mounts["/run/valkey"]  # each has a socket and a file of users there
+    for path in mounts.keys() - {"/data", "/run/valkey"}:
+        assert mounts[path] == workload.mounts[path]
+    # Both use the same certificate.
+    assert ("/run/secrets/redis-tls" in mounts) is ("/run/secrets/redis-tls" in workload.mounts) is variant.endswith("-tls")
+
+
+@pytest.mark.parametrize("variant", REPLICATED)
+def test_primary_hands_over_before_it_stops(variant: str) -> None:
+    workload = redis(variant)
+    assert workload.container["lifecycle"] == {"preStop": {"exec": {"command": ["sh", "/etc/redis/redis.sh", "hand-over"]}}}
+    # The hand-over takes at most 17 s, and Valkey's own shutdown waits at most 10 s for its replicas.
+    assert workload.pod["terminationGracePeriodSeconds"] >= 17 + 10
+
+
+def test_users_of_the_replicated_redis_have_the_rights_that_they_need_and_no_more() -> None:
+    # test_replicated_rights.py checks that these rights are enough.
+    lines = [line.split() for name in ("replicated.acl", "sentinel.acl") for line in (COMPONENT / name).read_text().splitlines()]
+    for words in (line for line in lines if line and line[0] != "#"):
+        rights = words[1:] if words[0] == "services" else words[2:]
+        assert words[0] in ("user", "services")
+        assert rights == ["off"] or all(
+            re.fullmatch(r"(resetchannels|allchannels|-@all|\+[a-z]+(\|[a-z-]+)?)", it) for it in rights
+        )
+    assert {words[1] for words in lines if words and words[0] == "user"} == {
+        "default",
+        "probe",
+        "operator",
+        "replica",
+        "sentinel",
+    }

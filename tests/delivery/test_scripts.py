@@ -1,4 +1,4 @@
-"""Each script answers wrong arguments with its usage and is in scripts/README.md. Two scripts fail if the builder is unknown."""
+"""Each script answers wrong arguments with its usage. scripts/README.md lists each script. Unknown builders are an error."""
 
 import os
 import re

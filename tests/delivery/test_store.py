@@ -17,10 +17,12 @@ from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermission
 from redis.retry import Retry
 
 from nanoservice.embedded import executable
+from nanoservice.errors import ConfigError
+from nanoservice.testing.served import serving
 from nanoservice.testing.valkey import Valkey, free_port
 from nanoservice.testing.waiting import SLACK, wait_for
 from tests.support import ROOT
-from tests.support.services import names
+from tests.support.services import names, services
 
 SOURCES = ROOT / "manifests" / "redis"
 USERS = (SOURCES / "users.acl").read_text()
@@ -181,7 +183,7 @@ def test_byte_order_mark_and_carriage_returns_are_not_part_of_a_password(stopped
         assert stopped.ask(NAME, "PING", password=password) is True
     with stopped.client(**BARE) as client, pytest.raises(AuthenticationError):
         client.execute_command("AUTH", NAME, "")
-    # redis.sh also strips both from the password that it uses itself. This fake valkey-cli prints that password.
+    # redis.sh must also strip the operator's password, with which it logs in. The fake valkey-cli prints the password it gets.
     client_program = stopped.root / "bin/valkey-cli"
     client_program.write_text('#!/bin/sh\nprintf "<%s>" "$REDISCLI_AUTH"\n')
     client_program.chmod(0o755)
@@ -194,6 +196,34 @@ def test_empty_line_is_not_a_valid_password(stopped: Shipped) -> None:
     assert stopped.ask(NAME, "PING", password="only") is True
     with stopped.client(**BARE) as client, pytest.raises(AuthenticationError):
         client.execute_command("AUTH", NAME, "")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "first", "first\n", "first\r\n", "first\r\r\n", "\ufefffirst\r\n", "\ufeff\r\nfirst\r\n", "\n\nfirst\nold\n",
+        " first \n", "caf\u00e9\n", "first\u2028\x0c\x85\n", "fi\rrst\n", "first\ufeff\n", "\n\ufefffirst\n",
+    ],
+)  # fmt: skip
+async def test_service_and_valkey_read_the_same_password_from_a_file(stopped: Shipped, content: str) -> None:
+    file = stopped.root / "run/secrets/redis" / NAME
+    file.write_bytes(content.encode())
+    stopped.start()
+    async with serving(services()[NAME], stopped.environ(REDIS_USERNAME=NAME, REDIS_PASSWORD_FILE=str(file))) as served:
+        async with served.client.get("/readyz") as answer:
+            assert answer.status == 200
+
+
+@pytest.mark.parametrize("content", ["", "\n", "\ufeff", "\r\n\r\n", "\ufeff\r\n"])
+def test_file_without_a_password_is_refused_by_valkey_and_by_the_service(stopped: Shipped, content: str) -> None:
+    file = stopped.root / "run/secrets/redis" / NAME
+    file.write_bytes(content.encode())
+    ended = stopped.script("start")
+    assert (ended.returncode, ended.stdout) == (1, b"")
+    assert ended.stderr.decode() == f"redis.sh: the secret redis-users has no password for {NAME}; run: make secret\n"
+    with pytest.raises(ConfigError) as refused:
+        services()[NAME].config.read(stopped.environ(REDIS_USERNAME=NAME, REDIS_PASSWORD_FILE=str(file)))
+    assert refused.value.problems == ["REDIS_PASSWORD_FILE must be the path of a file with a password in it"]
 
 
 def test_second_valkey_on_the_same_data_waits_until_the_first_has_exited(stopped: Shipped) -> None:

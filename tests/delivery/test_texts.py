@@ -59,7 +59,7 @@ def test_targets_of_links_exist(text: Path) -> None:
 
 @of_each_text
 def test_classes_are_in_the_file_that_the_text_links(text: Path) -> None:
-    """A text writes "[counter.py](../hitcounter/counter.py), `Lane`" or "`Lane` in [counter.py](../hitcounter/counter.py)"."""
+    """A text names a class after or before a link to its file: "[a.py](../a.py), `Lane`" or "`Lane` in [a.py](../a.py)"."""
     content = text.read_text()
     named = re.findall(r"\]\(([\w./]+\.py)\), `([A-Z]\w+)`", content)
     named += [(file, name) for name, file in re.findall(r"`([A-Z]\w+)` in \[[^]]*\]\(([\w./]+\.py)\)", content)]

@@ -70,7 +70,7 @@ def test_changes_of_every_kind_of_pin_are_shown(copy: Path) -> None:
 
     write(1)
     git(copy, "add", ".")
-    git(copy, "config", "diff.external", "true")  # users of an external diff viewer have such a setting
+    git(copy, "config", "diff.external", "true")  # some users set an external diff viewer in this way
     assert changes(copy) == ["nothing is newer"]
     write(2)
     assert changes(copy) == ["+++ b/pins", *(f"-{pin.format(1)}" for pin in pins), *(f"+{pin.format(2)}" for pin in pins)]

@@ -16,7 +16,7 @@ JOBS = [pytest.param(job, id=f"{name}-{key}") for name, workflow in WORKFLOWS.it
 RUNS = [run for workflow in WORKFLOWS.values() for run in runs(workflow)]
 # HERE is the text of .ci/run and .ci/steps. Titles of steps and comments are removed, because they run nothing.
 HERE = re.sub(r'step "[^"]*"|(?<!\S)#.*', "step", "".join((ROOT / ".ci" / name).read_text() for name in ("run", "steps")))
-# test_publish.py reads these commands from the workflow of releases and executes them unchanged.
+# These are the commands of a release that this machine can run. test_publish.py executes them unchanged.
 EXECUTED = {run.line for run in runs(RELEASE) if run.here}
 
 

@@ -84,7 +84,7 @@ async def test_path_accepts_its_methods_and_lists_them(served: Served) -> None:
 async def test_body_up_to_a_mebibyte_is_discarded(served: Served, size: int, framing: str) -> None:
     body = b"x" * size
     async with connected(served.port) as wire:
-        for number in (1, 2):  # both use one connection, so the service must read the first body completely
+        for number in (1, 2):  # both requests use one connection, so the service must read the first body to its end
             if framing == "chunked":
                 await wire.send(request("POST", "/", JSON, "Transfer-Encoding: chunked"), *chunked(body, 60_000))
             else:
@@ -143,7 +143,7 @@ async def test_bodies_are_not_kept_in_memory(spawn: Spawn, valkey: Valkey) -> No
             wires = [await stack.enter_async_context(connected(process.port)) for _ in range(number)]
             for wire in wires:
                 await wire.send(request("POST", "/", f"Content-Length: {MIB}"))
-            for piece in [MIB // 16] * 15 + [MIB // 16 - 1]:  # at most one piece of each body is in flight
+            for piece in [MIB // 16] * 15 + [MIB // 16 - 1]:  # send in pieces, so that little of each body is in flight
                 for wire in wires:
                     await wire.send(b"x" * piece)
                 await eventually(received, 10 * SLACK)
@@ -154,7 +154,7 @@ async def test_bodies_are_not_kept_in_memory(spawn: Spawn, valkey: Valkey) -> No
         return used
 
     before = await upload(5)
-    assert await upload(200) - before < 80 * MIB  # the bodies have 200 MiB; the event loop has read buffers
+    assert await upload(200) - before < 80 * MIB  # the bodies have 200 MiB; 80 MiB leave room for read buffers
 
 
 async def test_hit_with_a_body_is_a_hit(served: Served) -> None:

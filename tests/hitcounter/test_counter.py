@@ -90,7 +90,7 @@ def writers(valkey: Valkey) -> list[str]:
 
 
 async def test_client_that_disconnects_disturbs_no_other_request_of_its_batch(valkey: Valkey) -> None:
-    environ = valkey.environ(LANES="1", REQUEST_TIMEOUT="20", REDIS_TIMEOUT="20")
+    environ = valkey.environ(LANES="1", REQUEST_TIMEOUT="10", REDIS_TIMEOUT="10")
     async with serving(SERVICE, environ) as served, contextlib.AsyncExitStack() as stack:
         wires = [await stack.enter_async_context(connected(served.port)) for _ in range(30)]
         for wire in wires:
@@ -102,7 +102,7 @@ async def test_client_that_disconnects_disturbs_no_other_request_of_its_batch(va
         await eventually(lambda: metric(served, "counter_pending"), 5 * SLACK)
         for wire in wires[::3]:
             wire.writer.transport.abort()
-        await asyncio.sleep(0.05)  # the service notices the disconnects
+        await asyncio.sleep(0.05)  # until the service has noticed the disconnects
         valkey.thaw()
         numbers = [(await wire.reply()).json["hits"] for number, wire in enumerate(wires) if number % 3]
         assert len(set(numbers)) == 20
@@ -125,7 +125,7 @@ async def test_waiter_cancelled_while_its_batch_is_in_flight_disturbs_no_other(v
         await it.hit()
         valkey.freeze()
         waiting = [it.hit() if kind == "hit" else it.post(f"key{n}" if kind == "keyed post" else None) for n in range(99)]
-        await asyncio.sleep(0.05)  # the batch is sent
+        await asyncio.sleep(0.05)  # until the batch is sent
         for future in waiting[::3]:
             future.cancel()
         valkey.thaw()
@@ -211,12 +211,12 @@ async def test_request_beyond_max_pending_is_refused_at_once_and_memory_stays_fl
                     used.append(tracemalloc.get_traced_memory()[0])
         finally:
             tracemalloc.stop()
-        assert max(used[1:]) - used[0] < 2_000_000, used  # bytes; 10,000 waiting requests need about ten million bytes
+        assert max(used[1:]) - used[0] < 2_000_000, used  # bytes; if 10,000 requests leaked, they would keep about ten million
         valkey.thaw()
 
         async def counts() -> bool:
             with contextlib.suppress(UnavailableError):
-                return (await it.hit()).hits <= 5 * most + 20  # hits that got 503 may have been counted
+                return (await it.hit()).hits <= 5 * most + 20  # an upper bound: hits that got 503 may have been counted
             return False
 
         await eventually(counts, 10 * SLACK)
@@ -226,7 +226,7 @@ async def test_all_are_answered_by_the_deadline_whatever_the_batch_waits_for(val
     async with counting(valkey, timeout=0.5, lanes=1) as it:
         valkey.freeze()
         began, waiting = time.monotonic(), []
-        for _ in range(10):  # some requests are in the batch in flight, others in later batches
+        for _ in range(10):  # some requests join the batch that is sent first, the others join later batches
             waiting += [it.hit() for _ in range(20)]
             await asyncio.sleep(0.02)
         results = await outcomes(waiting)
@@ -343,7 +343,7 @@ async def test_try_that_is_cut_off_by_its_deadline_is_not_logged(valkey: Valkey,
     async with Proxy(valkey.port, fate) as proxy, counting(valkey, proxy.port, timeout=1.5, redis_timeout=3.0) as it:
         with pytest.raises(UnavailableError, match="NOPERM"):
             await within(it.hit())
-        await asyncio.sleep(0.1)  # the counter cancels the try meanwhile
+        await asyncio.sleep(0.1)  # until the counter has cancelled the try that gets no reply
         assert next(tries) == 2
         assert caplog.messages == ["Redis fails: its user may not do this (NOPERM)"]
 
@@ -428,7 +428,7 @@ async def test_batches_in_flight_together_log_one_loss_once(valkey: Valkey) -> N
         waiting = []
         for _ in range(2):
             waiting += [it.hit() for _ in range(10)]
-            await asyncio.sleep(0.05)  # the batch is sent, so the next batch uses the other lane
+            await asyncio.sleep(0.05)  # until this batch is sent, so that the next batch uses the other lane
         valkey.thaw()
         assert sorted(hits(await outcomes(waiting))) == list(range(1, 21))
         assert it.metric("counter_batch_size_count") >= 3
@@ -689,9 +689,9 @@ async def test_close_answers_all_waiters_at_once(valkey: Valkey, wait: float) ->
         await it.counter.close()
         assert all(future.done() for future in waiting)
         assert time.monotonic() - began < 1 * SLACK
-        assert {type(result) for result in await outcomes(waiting)} == {UnavailableError}
+        assert {str(result) for result in await outcomes(waiting)} == {"this process is shutting down"}
         assert it.metric("counter_pending") == 0
-        await asyncio.sleep(0.05)  # late events reach the closed counter
+        await asyncio.sleep(0.05)  # until replies and timers that come late have reached the closed counter
     valkey.thaw()
     assert not failed
 

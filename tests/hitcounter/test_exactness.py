@@ -18,7 +18,7 @@ from tests.support.process import Process, Spawn
 
 CONNECTIONS = 1000
 SECONDS = 10  # the duration of each load
-LOST_REPLIES = 100  # the fewest lost replies in the test of a bad network
+LOST_REPLIES = 100  # the test of a bad network must lose at least this many replies
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ async def watching(valkey: Valkey, tally: Tally) -> AsyncIterator[None]:
     async def watch() -> None:
         while True:
             answered = tally.highest_hits, tally.highest_posts
-            with contextlib.suppress(redis.RedisError):  # Redis is down
+            with contextlib.suppress(redis.RedisError):  # Redis may be down
                 hits, posts = await asyncio.to_thread(totals, valkey)
                 assert answered[0] <= hits
                 assert answered[1] <= posts

@@ -9,5 +9,5 @@ from tests.support.process import Spawn
 
 async def test_two_thousand_hostile_requests_leave_nothing_behind(spawn: Spawn, valkey: Valkey, tmp_path: Path) -> None:
     errors = tmp_path / "errors"
-    environ = valkey.environ(REQUEST_TIMEOUT="30", **PATIENT)
+    environ = valkey.environ(REQUEST_TIMEOUT="10", **PATIENT)
     await survive(spawn(environ, command=telling("hitcounter", errors)), errors, 2_000, connections=5)  # 4 lanes, 1 probe

@@ -4,7 +4,7 @@ from tests.support import ROOT
 from tests.support.imports import imported, modules, violations
 
 # The layers, the lowest first. A module may import modules of lower layers, and modules of the chassis that are in the image.
-LAYERS = ["counter", "app", "__main__"]
+LAYERS = ["counter eviction", "app", "__main__"]
 
 
 def test_each_module_imports_only_modules_of_lower_layers() -> None:

@@ -63,7 +63,7 @@ def check(process: Process, folder: Path, *options: str) -> None:
 
 
 def test_schemathesis_finds_nothing(spawn: Spawn, valkey: Valkey, tmp_path: Path) -> None:
-    process = spawn(valkey.environ(REDIS_TIMEOUT="30", REQUEST_TIMEOUT="30"))
+    process = spawn(valkey.environ(REDIS_TIMEOUT="30", REQUEST_TIMEOUT="10"))
     check(process, tmp_path)
     check(process, tmp_path, "--header", "Accept: application/json", "--include-path", "/")
     with urllib.request.urlopen(f"http://127.0.0.1:{process.admin_port}/metrics") as answer:

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from hitcounter.app import SERVICE
-from nanoservice.connection import max_connections
+from nanoservice.listen import max_connections
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.support.process import Process, Spawn, metric, resident
 from tests.support.refusals import Act, refusals
 from tests.support.relay import relaying
+from tests.support.topologies import running
 from tests.support.wire import request
 
 
@@ -77,7 +79,8 @@ async def test_short_restart_is_waited_out_without_a_503(
 async def test_redis_that_refuses_is_named_once_and_recovered_from(
     valkey: Valkey, caplog: pytest.LogCaptureFixture, breaks: Act, mends: Act, cause: str
 ) -> None:
-    # With one lane, the script replies "unknown" to the second batch. Such a reply is an answer, but not successful work.
+    # Redis refuses the first batch and stores nothing of it, so with one lane the script replies "unknown" to the second batch.
+    # Such a reply is an answer, but not successful work.
     async with serving(SERVICE, valkey.environ(REQUEST_TIMEOUT="1", LANES="1")) as served:
         breaks(valkey)
         answers = await asyncio.gather(*(get(served) for _ in range(30)))
@@ -92,6 +95,33 @@ async def test_redis_that_refuses_is_named_once_and_recovered_from(
 
         await eventually(works, 4 * SLACK)
         assert len([line for line in caplog.messages if line == "Redis works again"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        ("Sentinel", "it does not know a command: it is a Sentinel, or older than Redis 6.2"),
+        ("CLUSTERDOWN", "it is a node of a Redis Cluster, which is not supported"),
+        ("MOVED", "it is a node of a Redis Cluster, which is not supported"),
+    ],
+)
+async def test_sentinel_and_node_of_a_cluster_are_named_and_not_ready(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, cause: str
+) -> None:
+    with running(kind, tmp_path) as server:
+
+        def refuses() -> bool:
+            with pytest.raises(redis.ResponseError) as refused:
+                server.run("GET", "{hitcounter}:hits")
+            return kind in ("Sentinel", refused.value.status_code)
+
+        await eventually(refuses, 5 * SLACK)
+        async with serving(SERVICE, server.environ(REQUEST_TIMEOUT="0.3")) as served:
+            for path in ("/readyz", "/", "/readyz"):
+                status, problem, _ = await get(served, path)
+                assert (status, problem["detail"]) == (503, f"Redis: {cause}")
+                await asyncio.sleep(1.1)  # the result of one check is valid for 1 s
+    assert caplog.messages == [f"Redis fails: {cause}"]
 
 
 async def test_lanes_need_the_current_password_for_each_new_connection(valkey: Valkey, tmp_path: Path) -> None:
@@ -134,7 +164,8 @@ async def test_lost_counts_are_logged_once_and_counting_goes_on(
 
 async def test_ten_thousand_requests_wait_one_more_gets_503_at_once_and_memory_stays_flat(valkey: Valkey, spawn: Spawn) -> None:
     most = min(10_000, max_connections() - 100)  # fewer where the limit on open files is lower
-    process = spawn(valkey.environ(BIND_HOST="127.0.0.1", MAX_PENDING=str(most), REQUEST_TIMEOUT="60", REDIS_TIMEOUT="60"))
+    limits = {"MAX_PENDING": str(most), "MAX_CONNECTIONS": str(most + 10)}
+    process = spawn(valkey.environ(BIND_HOST="127.0.0.1", REQUEST_TIMEOUT="10", REDIS_TIMEOUT="10", **limits))
     hit = request("GET", "/", "Accept: application/json")
     used = []
     with contextlib.ExitStack() as stack:
@@ -149,13 +180,11 @@ async def test_ten_thousand_requests_wait_one_more_gets_503_at_once_and_memory_s
         one_more = connect()
         one_more.sendall(hit)
         assert answer(one_more)["hits"] == 1
-        waiting: list[socket.socket] = []
+        waiting = [connect() for _ in range(most)]
         for number in range(3):
             valkey.freeze()
-            for index in range(most):
-                if not number:
-                    waiting.append(connect())
-                waiting[index].sendall(hit)
+            for client in waiting:
+                client.sendall(hit)
             await eventually(lambda: _pending(process, most), 20 * SLACK)
             used.append(resident(process) >> 20)
             began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Test `count.lua` on a real Valkey: each step of the argument in its first comment, its keys, and its permissions."""
+"""Test `count.lua` on a real Valkey: each case in its first comment, its keys, and its permissions."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ HITS, POSTS, WRITER, ANSWERS, ORDER = _keys("hitcounter", "w")
 
 
 class Script:
-    """Calls the script, and shows what it changed. Leaves the sequence number and the total of all posts out of its replies."""
+    """Calls the script, and shows what it changed. Omits the sequence number and the total of all posts from replies."""
 
     all_posts = 0  # the total of all posts in the last reply
 
@@ -87,7 +87,7 @@ def msgpack(*parts: int | str) -> bytes:
     )
 
 
-# --- the argument ---
+# --- the cases a to d in the first comment of count.lua ---
 
 
 def test_a_batch_sent_again_gets_its_first_reply_and_counts_nothing(script: Script) -> None:
@@ -174,6 +174,14 @@ def test_answers_to_keys_are_remembered_for_a_day_even_after_the_clock_was_set_b
     script(2, 0, 0, "b")
     for key in (ANSWERS, ORDER):
         assert 2 * DAY - 60 <= script.client.ttl(key) <= 2 * DAY
+
+
+def test_newest_key_is_remembered_for_a_whole_day_after_the_clock_was_set_back_by_half_a_second(script: Script) -> None:
+    script(1, 0, 0, "a")
+    script.client.zadd(ORDER, {"a": int(script.client.zscore(ORDER, "a")) + 600000})
+    script(2, 0, 0, "b")
+    for key in (ANSWERS, ORDER):
+        assert script.client.pttl(key) > DAY * 1000
 
 
 def test_totals_never_expire(script: Script) -> None:
@@ -338,7 +346,7 @@ def make_user(valkey: Valkey, without: str = "") -> dict[str, str]:
 
 def refused() -> "pytest.RaisesExc[ResponseError]":
     """Expect that Redis refuses a command, or a command of the script, for lack of a permission."""
-    # Redis 7.0 and older use the second message.
+    # The pattern has two messages; Redis 7.0 and older send the second.
     return pytest.raises(ResponseError, match=r"(?i)permission|The user executing the script can't run this command")
 
 

@@ -7,17 +7,17 @@ from aiohttp import web
 from prometheus_client import Gauge
 
 from nanoservice.answer import Answer
-from nanoservice.errors import ProblemError
+from nanoservice.direct import discard_body, expect_short_body
+from nanoservice.errors import header_lines
 from nanoservice.metrics import REGISTRY
 from nanoservice.redis import STORE
 from nanoservice.server import main
 from nanoservice.service import Service
 from tests.nanoservice import second_service
 
-BODY_LIMIT = 1 << 20  # bytes
 HITS, POSTS = "{sample}:hits", "{sample}:posts"
 
-_JSON = b"Content-Type: application/json\r\nCache-Control: no-store\r\n"
+_JSON = header_lines({"Content-Type": "application/json", "Cache-Control": "no-store"})
 
 
 def setup(app: web.Application, config: second_service.Config) -> None:
@@ -37,15 +37,12 @@ def setup(app: web.Application, config: second_service.Config) -> None:
         return Answer(None, _JSON)
 
     async def post(request: web.Request) -> Answer:
-        if (request.content_length or 0) > BODY_LIMIT:
-            raise ProblemError(413, f"a body has at most {BODY_LIMIT} bytes")
-        async for _ in request.content.iter_any():
-            pass
+        await discard_body(request)
         return await count("posts")
 
     app.router.add_get("/", get, allow_head=False)
     app.router.add_head("/", head)
-    app.router.add_post("/", post)
+    app.router.add_post("/", post, expect_handler=expect_short_body)
 
 
 SERVICE = Service("sample", "1.0", second_service.Config, setup)

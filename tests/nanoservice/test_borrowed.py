@@ -6,6 +6,7 @@ file before all other tests: `python -m pytest --noconftest -x tests/*/test_borr
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
@@ -22,21 +23,21 @@ OWNERS: dict[str, Callable[[], Any]] = {
     "registry": of("prometheus_client", "registry"),
     "utils": of("prometheus_client", "utils"),
     "AbstractConnection": of("redis.asyncio.connection", "AbstractConnection"),
+    "Connection": lambda: import_module("redis.asyncio").Connection(),
     "Pipeline": lambda: import_module("redis.asyncio").Redis().pipeline(),
     "Redis": lambda: import_module("redis.asyncio").Redis(),
     "SSLConnection": lambda: import_module("redis.asyncio").SSLConnection(),
     "Server": lambda: import_module("aiohttp.web").Server(None),
-    "AbstractAccessLogger": of("aiohttp.abc", "AbstractAccessLogger"),
     "AbstractStreamWriter": of("aiohttp.abc", "AbstractStreamWriter"),
     "EMPTY_PAYLOAD": of("aiohttp", "EMPTY_PAYLOAD"),
+    "BaseProtocol": lambda: import_module("aiohttp.base_protocol").BaseProtocol(None),
     "HttpProcessingError": of("aiohttp.http_exceptions", "HttpProcessingError"),
+    "HttpRequestParser": of("aiohttp.http", "HttpRequestParser"),
     "LineTooLong": of("aiohttp.http_exceptions", "LineTooLong"),
     "RawRequestMessage": of("aiohttp.http", "RawRequestMessage"),
     "StreamReader": of("aiohttp", "StreamReader"),
-    **{
-        name: of("aiohttp.web", name)
-        for name in ("BaseRequest", "HTTPException", "Request", "RequestHandler", "RequestPayloadError", "StreamResponse")
-    },
+    "StreamWriter": of("aiohttp.http", "StreamWriter"),
+    **{name: of("aiohttp.web", name) for name in ("BaseRequest", "RequestPayloadError", "StreamResponse")},
 }
 CHASSIS = ROOT / "nanoservice"
 LISTS = {name: Borrowed(CHASSIS / f"{name}.py", OWNERS) for name in ("answer", "connection", "embedded", "metrics", "redis")}
@@ -59,7 +60,7 @@ def remove(borrowed: Borrowed, name: str, monkeypatch: pytest.MonkeyPatch) -> No
         if attribute in vars(place):
             try:
                 monkeypatch.delattr(place, attribute)
-            except TypeError:  # the class is written in C
+            except TypeError:  # the class is written in C, so its attributes cannot be deleted
                 break
     if borrowed.has(name):
         monkeypatch.setitem(OWNERS, owner, of("builtins", "gone"))
@@ -81,18 +82,19 @@ def test_every_private_name_of_a_library_is_listed() -> None:
 def overrides() -> Iterator[tuple[type, type, str]]:
     """Yield each method that a class of the chassis overrides: the class, the library's class, and the method's name."""
     for module, own, base in (
-        ("connection", "Connection", OWNERS["RequestHandler"]()),
-        ("connection", "ConnectionFactory", of("aiohttp.web", "Server")()),
+        ("connection", "Connection", type(OWNERS["BaseProtocol"]())),
         ("answer", "Answer", OWNERS["StreamResponse"]()),
-        ("metrics", "RequestRecorder", OWNERS["AbstractAccessLogger"]()),
         ("redis", "_WatchedClient", type(OWNERS["Redis"]())),
         ("redis", "_WatchedPipeline", type(OWNERS["Pipeline"]())),
         ("redis", "_DiscreetConnection", OWNERS["AbstractConnection"]()),
+        ("redis", "_TcpConnection", type(OWNERS["Connection"]())),
+        ("redis", "_PrimaryConnection", OWNERS["AbstractConnection"]()),
         ("redis", "_TlsConnection", type(OWNERS["SSLConnection"]())),
     ):
         overriding: type = of(f"nanoservice.{module}", own)()
         for name, value in vars(overriding).items():
-            if inspect.isfunction(value) and hasattr(base, name) and (name == "__call__" or not name.startswith("__")):
+            inherited = any(name in vars(place) for place in places(base))
+            if inspect.isfunction(value) and inherited and (name == "__call__" or not name.startswith("__")):
                 yield overriding, base, name
 
 
@@ -105,10 +107,12 @@ def test_overridden_methods_are_listed_and_have_the_parameters_of_the_library() 
         assert ours == theirs, f"{base.__name__}.{name} now has the parameters {theirs}; {own.__name__} overrides it with {ours}"
 
 
-def test_access_log_is_called_at_once() -> None:
-    assert not inspect.iscoroutinefunction(OWNERS["RequestHandler"]().log_access)
-
-
-def test_request_factory_gets_the_message_the_body_and_the_protocol_first() -> None:
+def test_request_factory_gets_the_message_the_body_the_protocol_the_writer_and_the_task() -> None:
     make: Any = of("aiohttp.web", "Server")()._make_request
-    assert list(inspect.signature(make).parameters)[1:4] == ["message", "payload", "protocol"]
+    assert list(inspect.signature(make).parameters)[1:] == ["message", "payload", "protocol", "writer", "task"]
+
+
+def test_requests_read_only_those_names_of_the_protocol_that_a_connection_has() -> None:
+    source = inspect.getsource(import_module("aiohttp.web_request"))
+    read = set(re.findall(r"(?<!web_)\b_?protocol\.([a-z]\w*)", source))
+    assert read <= {"ssl_context", "peername", "sockname", "transport", "max_field_size", "max_headers"}

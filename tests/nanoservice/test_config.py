@@ -43,6 +43,8 @@ def test_each_kind_of_value_is_read() -> None:
     )
     assert (found.bind_port, found.drain_seconds, found.log_level) == (0, 2.5, "debug")
     assert (found.redis_host, found.redis_tls, found.lanes) == ("::1", True, 2)
+    found = Config.read({"REDIS_SENTINELS": "a.example:26379, 10.0.0.1:1,[::1]:65535"})
+    assert found.redis_sentinels == (("a.example", 26379), ("10.0.0.1", 1), ("::1", 65535))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,15 @@ def test_each_kind_of_value_is_read() -> None:
         ("LOG_LEVEL", "loud", "one of debug, info, warning, error"),
         ("LOG_FORMAT", "xml", "one of json, text"),
         ("LANES", "0", "a whole number from 1 to 64"),
+        ("REDIS_SENTINELS", "sentinel-0", "host:port of each Sentinel, with commas between them"),
+        ("REDIS_SENTINELS", "sentinel-0:26379,", "host:port of each Sentinel"),
+        ("REDIS_SENTINELS", "redis://u:secret@h:26379", "host:port of each Sentinel"),
+        ("REDIS_REPLICAS", "17", "a whole number from 0 to 16"),
         ("REDIS_PASSWORD_FILE", "/nowhere", "the path of a file that can be read: No such file"),
+        ("REDIS_PASSWORD_FILE", "/dev/null", "the path of a file with a password in it"),
+        ("REDIS_PASSWORD", "\ufeff\r\n", "a password, not only line ends"),
+        ("REDIS_USERNAME", "svc\n", "a name without spaces, line ends and control characters"),
+        ("REDIS_USERNAME", "\ufeffsvc", "a name without spaces, line ends and control characters"),
         ("REDIS_PASSWORD", "caf\udce9", "UTF-8"),  # Python reads the byte E9 as this surrogate.
         ("REDIS_USERNAME", "caf\udce9", "UTF-8"),
         ("REDIS_CA_FILE", "/", "the path of a file that can be read: Is a directory"),
@@ -142,7 +152,7 @@ def test_variables_that_kubernetes_sets_for_a_service_named_redis_are_ignored() 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the paths of files for TLS: a certificate, its key, this key with a passphrase, another key, and a letter."""
+    """Return the paths of files for TLS: a certificate, its key, this key with a passphrase, another key, and plain text."""
     folder = tmp_path_factory.mktemp("tls")
     mine, other = (trustme.CA().issue_cert("client@example.org") for _ in range(2))
     locked = serialization.load_pem_private_key(mine.private_key_pem.bytes(), None).private_bytes(
@@ -161,6 +171,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ("environ", "named"),
     [
         ({"REDIS_PASSWORD": "s3cret", "REDIS_PASSWORD_FILE": "letter"}, "REDIS_PASSWORD and REDIS_PASSWORD_FILE"),
+        ({"REDIS_SENTINELS": "s:26379"}, "REDIS_HOST and REDIS_SENTINELS are both set: keep one"),
         ({"REDIS_USERNAME": "u"}, "REDIS_USERNAME needs"),
         ({"REDIS_TLS": "on", "REDIS_CERT_FILE": "certificate"}, "REDIS_CERT_FILE and REDIS_KEY_FILE"),
         ({"REDIS_CA_FILE": "certificate"}, "need REDIS_TLS=true"),
@@ -183,10 +194,11 @@ def test_certificate_and_its_key_are_accepted(files: dict[str, str]) -> None:
     assert found.redis_key_file == Path(files["key"])
 
 
-@pytest.mark.parametrize("name", ["REDIS_PASSWORD", "REDIS_TLS", "REDIS_PASSWORD_FILE"])
+@pytest.mark.parametrize("name", ["REDIS_PASSWORD", "REDIS_TLS", "REDIS_PASSWORD_FILE", "REDIS_REPLICAS"])
 def test_redis_settings_without_a_redis_host_are_reported(name: str) -> None:
-    value = {"REDIS_TLS": "on", "REDIS_PASSWORD_FILE": __file__}.get(name, "s3cret")
-    assert "REDIS_HOST must be set" in problems({name: value})[0]
+    value = {"REDIS_TLS": "on", "REDIS_PASSWORD_FILE": __file__, "REDIS_REPLICAS": "1"}.get(name, "s3cret")
+    assert "REDIS_HOST or REDIS_SENTINELS must be set" in problems({name: value})[0]
+    assert Config.read({name: value, "REDIS_SENTINELS": "s:26379"})
 
 
 def test_repr_does_not_show_a_secret() -> None:

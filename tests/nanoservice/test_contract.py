@@ -225,7 +225,7 @@ UNPARSED = {
     "header with a control character": (400, request("GET", "/", f"X: {MARK}\x01")),
     "header that is folded": (400, request("GET", "/", "X: y", f" {MARK}")),
     "lines that end in LF": (400, f"GET /{MARK} HTTP/1.1\nHost: x\n\n".encode()),
-    "long line": (431, request("GET", f"/{MARK}" + "a" * 9000)),
+    "long line": (414, request("GET", f"/{MARK}" + "a" * 9000)),
     "long header": (431, request("GET", "/", f"X: {MARK}" + "a" * 9000)),
     "long name of a header": (431, request("GET", "/", f"{MARK}" + "a" * 9000 + ": x")),
     "many headers": (431, request("GET", "/", *(f"X-{number}: {MARK}" for number in range(200)))),

@@ -16,7 +16,7 @@ from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.nanoservice.sample import SERVICE
-from tests.support.attack import MARK, MIB, PATIENT, hit, idle, survive, telling
+from tests.support.attack import MARK, MIB, PATIENT, hit, survive, telling
 from tests.support.process import Spawn
 from tests.support.wire import LIMIT, Wire, chunked, connected, request
 
@@ -26,7 +26,7 @@ SAMPLE = "tests.nanoservice.sample"
 async def test_ten_thousand_hostile_requests_leave_nothing_behind(spawn: Spawn, valkey: Valkey, tmp_path: Path) -> None:
     errors = tmp_path / "errors"
     process = spawn(valkey.environ(**PATIENT), command=telling(SAMPLE, errors))
-    await survive(process, errors, 10_000, connections=16)  # the pool has 16
+    await survive(process, errors, 10_000, connections=16)  # the pool keeps up to 16
 
 
 # --- slow clients ---
@@ -37,7 +37,7 @@ async def silent(wire: Wire) -> None:
 
 
 async def drip(wire: Wire, *data: bytes) -> None:
-    """Send `data`, of its last piece only one byte every 0.2 s; then send nothing more."""
+    """Send the pieces `data`, but only one byte of the last piece every 0.2 s; then send nothing more."""
     await wire.send(*data[:-1])
     for byte in data[-1]:
         await asyncio.sleep(0.2)
@@ -48,7 +48,6 @@ async def drip(wire: Wire, *data: bytes) -> None:
 HEAD = request("GET", "/livez", "X: " + "a" * 4000)
 BODY = b"x" * 4000
 
-UPGRADE = "Connection: upgrade", "Upgrade: websocket"
 LENGTH, CHUNKED = "Content-Length: 4000", "Transfer-Encoding: chunked"
 
 SLOW: dict[str, tuple[Callable[[Wire], Awaitable[None]], int]] = {
@@ -56,26 +55,19 @@ SLOW: dict[str, tuple[Callable[[Wire], Awaitable[None]], int]] = {
     "sends half a line": (lambda wire: drip(wire, b"GET", b""), 0),
     "sends its head slowly": (lambda wire: drip(wire, HEAD), 0),
     "sends empty lines slowly": (lambda wire: drip(wire, b"\r\n" * 2000), 0),
-    "sends its body slowly": (lambda wire: drip(wire, request("POST", "/", LENGTH), BODY), 0),
-    "sends its chunks slowly": (lambda wire: drip(wire, request("POST", "/", CHUNKED), b"1\r\nx\r\n" * 800), 0),
-    "sends no body at all": (lambda wire: drip(wire, request("POST", "/", LENGTH), b""), 0),
+    "sends its body slowly": (lambda wire: drip(wire, request("POST", "/", LENGTH), BODY), 1),
+    "sends its chunks slowly": (lambda wire: drip(wire, request("POST", "/", CHUNKED), b"1\r\nx\r\n" * 800), 1),
+    "sends no body at all": (lambda wire: drip(wire, request("POST", "/", LENGTH), b""), 1),
     "sends a body slowly that no handler reads": (lambda wire: drip(wire, request("GET", "/livez", LENGTH), BODY), 1),
     "sends a body slowly to an unknown path": (lambda wire: drip(wire, request("POST", "/x", LENGTH), BODY), 1),
-    "sends a body slowly that is too long": (lambda wire: drip(wire, request("POST", "/", "Content-Length: 2000000"), BODY), 1),
-    "sends a body slowly after 100": (lambda wire: drip(wire, request("POST", "/", "Expect: 100-continue", LENGTH), BODY), 1),
+    "sends a body slowly after 100": (lambda wire: drip(wire, request("POST", "/", "Expect: 100-continue", LENGTH), BODY), 2),
     "sends a second head slowly": (lambda wire: drip(wire, request("GET", "/livez"), HEAD), 1),
     "sends a second head slowly after a body": (lambda wire: drip(wire, request("POST", "/livez", body=b"x"), HEAD), 1),
     "sends a second body slowly": (
-        lambda wire: drip(wire, request("GET", "/livez"), request("POST", "/", LENGTH), BODY), 1,
+        lambda wire: drip(wire, request("GET", "/livez"), request("POST", "/", LENGTH), BODY), 2,
     ),
-    "sends a head slowly after an upgrade that is declined": (
-        lambda wire: drip(wire, request("GET", "/livez", *UPGRADE), HEAD), 1,
-    ),
-    "sends a body slowly after an upgrade that is declined": (
-        lambda wire: drip(wire, request("GET", "/livez", *UPGRADE), request("POST", "/", LENGTH), BODY), 1,
-    ),
-    "sends a body slowly with an upgrade that is unknown": (
-        lambda wire: drip(wire, request("POST", "/", "Connection: upgrade", "Upgrade: h2c", LENGTH), BODY), 0,
+    "sends a body slowly with an upgrade": (
+        lambda wire: drip(wire, request("POST", "/", "Connection: upgrade", "Upgrade: h2c", LENGTH), BODY), 1,
     ),
 }  # fmt: skip
 
@@ -116,7 +108,6 @@ IDLE: dict[str, tuple[tuple[bytes, ...], int]] = {
     "a body that is read": ((request("POST", "/", body=b"x" * MIB),), 1),
     "a body that is not read": ((request("GET", "/livez", body=b"x" * MIB),), 1),
     "chunks to an unknown path": ((request("POST", "/x", "Transfer-Encoding: chunked"), *chunked(b"x" * MIB)), 1),
-    "an upgrade that is declined": ((request("GET", "/livez", *UPGRADE),), 1),
 }
 
 
@@ -125,7 +116,7 @@ async def check_times(port: int, limit: float) -> None:
     slow = [time_to_close(port, way, limit + 5 * SLACK) for way in SLOW]
     kept = [stays_open(port, limit + 2, *way) for way in IDLE.values()]
     times, _ = await asyncio.gather(asyncio.gather(*slow), asyncio.gather(*kept))
-    # The chassis closes overdue connections once a second. A client may begin up to half a second before its measurement.
+    # The chassis closes overdue connections once a second, so a slow client may be closed later than its limit.
     assert {
         way: seconds for way, seconds in zip(SLOW, times, strict=True) if not limit - 0.1 <= seconds <= limit + 2 * SLACK
     } == {}
@@ -185,7 +176,7 @@ async def test_client_that_reads_no_answer_is_closed(short: Served) -> None:
 
 async def test_client_that_reads_its_answer_slowly_is_not_closed(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "SEND_SECONDS", 3)
-    size = 48 * MIB  # the kernel buffers 10 MiB of the answer at once
+    size = 24 * MIB
 
     async def large(request: web.Request) -> Answer:
         return Answer(b"x" * size)  # the answer is sent in one write
@@ -201,9 +192,9 @@ async def test_client_that_reads_its_answer_slowly_is_not_closed(valkey: Valkey,
                 data = await asyncio.wait_for(wire.reader.read(1 << 16), LIMIT)
                 assert data, "the service closed the connection"
                 read += len(data)
-                if read > (time.monotonic() - began) * 12 * MIB:
+                if read > (time.monotonic() - began) * 6 * MIB:
                     await asyncio.sleep(0.05)
-            assert time.monotonic() - began > 3  # longer than `SEND_SECONDS`
+            assert time.monotonic() - began > 3  # the client read for longer than `SEND_SECONDS`
 
 
 async def test_slow_request_is_logged_without_any_of_its_text(served: Served, caplog: pytest.LogCaptureFixture) -> None:
@@ -224,54 +215,9 @@ async def test_slow_request_is_logged_without_any_of_its_text(served: Served, ca
 async def test_client_that_pipelines_lets_others_in(served: Served, path: str) -> None:
     number = 4_000
     async with connected(served.port) as piped, connected(served.port) as other:
-        piped.writer.write(request("GET", path) * number)  # without waiting, so that both arrive together
+        piped.writer.write(request("GET", path) * number)  # without `drain`, so both clients' requests arrive together
         other.writer.write(request("GET", "/livez"))
         assert (await other.reply()).status == 200
-        assert served.running._factories[0].requests_count < number / 10
-
-
-# --- too many connections ---
-
-
-# asyncio accepts connections in a loop before any of them is counted, uvloop does not: both must leave descriptors to spare.
-@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-async def test_surplus_connections_are_closed_and_the_others_served(
-    spawn: Spawn, valkey: Valkey, tmp_path: Path, loop: str
-) -> None:
-    process = spawn(valkey.environ(**PATIENT), command=telling(SAMPLE, tmp_path / "errors", "ulimit -n 256;"), loop=loop)
-    await hit(process.port)
-    for _ in range(2):
-        async with contextlib.AsyncExitStack() as stack:
-
-            async def connect() -> Wire:
-                return await stack.enter_async_context(connected(process.port))
-
-            early = [await connect() for _ in range(10)]
-            late = await asyncio.gather(*(connect() for _ in range(390)))
-            served = await asyncio.gather(*(answers(wire) for wire in late))
-            assert 100 < sum(served) <= 256 - 128 - 10
-            assert all(await asyncio.gather(*(answers(wire) for wire in early)))
-            assert not idle(process)
-            async with connected(process.admin_port) as admin:
-                await admin.send(request("GET", "/metrics"))
-                assert (await admin.reply()).status == 200
-        await eventually(lambda: answers_again(process.port), 20 * SLACK)
-    assert process.end() == 0
-    assert (tmp_path / "errors").read_text() == ""
-    told = [line["message"].partition(";")[0] for line in process.log if line["level"] not in ("debug", "info")]
-    assert set(told) - {"slow request"} == {"too many connections: new ones are closed at once"}
-
-
-async def answers(wire: Wire) -> bool:
-    """Return whether the server answers on this connection; False if it closes it."""
-    try:
-        await wire.send(request())
-        reply = await wire.reply()
-    except (ConnectionError, AssertionError):
-        return False
-    return reply.status == 200
-
-
-async def answers_again(port: int) -> bool:
-    async with connected(port) as wire:
-        return await answers(wire)
+        async with served.client.get(f"http://127.0.0.1:{served.admin_port}/metrics") as answer:
+            assert answer.status == 200
+        assert piped.reader._buffer.count(b"HTTP/1.1 ") < number / 10  # type: ignore[attr-defined] # the client has not read

@@ -25,7 +25,7 @@ async def statuses(served: Served) -> list[int]:
     for path in ("/", "/readyz"):
         async with served.client.get(path) as answer:
             found.append(answer.status)
-    await asyncio.sleep(1.1)  # a result is valid for 1 s
+    await asyncio.sleep(1.1)  # the result of a readiness check is valid for 1 s
     return found
 
 
@@ -60,7 +60,7 @@ async def test_connection_that_is_lost_in_an_exchange_raises_the_same_on_each_ev
         await connection.send_command("PING")
         await connection.read_response()
         relay.reset()
-        await asyncio.sleep(0.1)  # The reset arrives.
+        await asyncio.sleep(0.1)  # until the reset has arrived
         with pytest.raises(exceptions.ConnectionError):
             await connection.send_command("PING")
             await connection.read_response()

@@ -8,8 +8,10 @@ from tests.support.imports import imported, modules, violations
 # The layers, the lowest first. A module may import modules of lower layers, but no module of its own layer.
 LAYERS = [
     "errors",
-    "config logs answer listen negotiation embedded",
-    "health",
+    "config logs answer listen negotiation embedded bounds failures",
+    "health direct",
+    "sentinel",
+    "replication",
     "redis",
     "probes metrics",
     "connection",
@@ -19,6 +21,7 @@ LAYERS = [
     # The last two layers are for tests alone, so no lower layer imports them.
     "testing testing.waiting testing.proxy",
     "testing.valkey testing.served",
+    "testing.replicated",
 ]
 
 

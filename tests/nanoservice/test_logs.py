@@ -1,18 +1,27 @@
 """The log has one JSON object a line, or readable text on a terminal, and never a secret."""
 
+import asyncio
 import io
 import json
 import logging
+import os
+import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, TextIO
 
 import aiohttp
 import pytest
 
 from nanoservice import logs
 from nanoservice.testing.valkey import Valkey
-from tests.support.process import Spawn
+from nanoservice.testing.waiting import SLACK
+from tests.support import ROOT
+from tests.support.process import Spawn, environment
+from tests.support.wire import ask, connected, request
 
 
 class Terminal(io.StringIO):
@@ -109,3 +118,94 @@ def test_standard_output_is_the_default(capsys: pytest.CaptureFixture[str]) -> N
     logging.getLogger("x").info("here")
     sys.stdout.flush()
     assert json.loads(capsys.readouterr().out)["message"] == "here"
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[IO[bytes], TextIO]]:
+    """Yield the two ends of a pipe: for the reader of the log, and for the service."""
+    ends = os.pipe()
+    with open(ends[0], "rb") as reader, open(ends[1], "w") as writer:
+        yield reader, writer
+        logging.getLogger().handlers[0].flush()
+
+
+def fill(size: int = 1000) -> int:
+    """Log numbered lines until 100 of them are dropped, and return the number of lines."""
+    for number in range(1 << 20):
+        if logs.dropped() >= 100:
+            return number
+        logging.getLogger("x").info("x" * size, extra={"number": number})
+    raise AssertionError("no line was dropped")
+
+
+def read(reader: IO[bytes], until: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Return the lines up to the first one that fulfils `until`."""
+    lines = [json.loads(reader.readline())]
+    while not until(lines[-1]):
+        lines.append(json.loads(reader.readline()))
+    return lines
+
+
+def test_lines_that_nobody_reads_are_dropped_and_counted_and_the_log_says_how_many(pipe: tuple[IO[bytes], TextIO]) -> None:
+    reader, writer = pipe
+    logs.configure("info", "json", writer)
+    total = fill()
+    lines = read(reader, lambda line: "lines" in line)
+    assert [line["number"] for line in lines[:-1]] == list(range(total - 100))
+    assert (lines[-1]["level"], lines[-1]["lines"]) == ("warning", 100)
+    logging.getLogger("x").info("works again")
+    assert json.loads(reader.readline())["message"] == "works again"
+    assert logs.dropped() == 100
+
+
+def test_memory_of_a_log_that_nobody_reads_is_bounded(pipe: tuple[IO[bytes], TextIO]) -> None:
+    reader, writer = pipe
+    logs.configure("info", "json", writer)
+    assert fill(100_000) * 100_000 < (2 << 20) + 200 * 100_000  # two times the limit, the lines that are dropped, and the pipe
+    read(reader, lambda line: "lines" in line)
+
+
+def test_exit_waits_for_a_slow_reader_but_not_for_ever(tmp_path: Path) -> None:
+    code = "import logging; from nanoservice import logs; logs.configure('info', 'json')\n"
+    code += "for number in range(3000): logging.info('x' * 100, extra={'number': number})"
+    began = time.monotonic()
+    with subprocess.Popen([sys.executable, "-c", code], env=environment({}), cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        slow = b""
+        while chunk := os.read(process.stdout.fileno(), 1 << 14):
+            slow += chunk
+            time.sleep(0.01)
+    assert [json.loads(line)["number"] for line in slow.splitlines()] == list(range(3000))
+    with subprocess.Popen([sys.executable, "-c", code], env=environment({}), cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.wait(10 * SLACK) == 0  # nobody reads
+    assert time.monotonic() - began < 5 * SLACK
+
+
+@pytest.mark.parametrize("reader", ["silent", "gone"])
+async def test_service_goes_on_and_stops_when_nobody_reads_its_log(valkey: Valkey, tmp_path: Path, reader: str) -> None:
+    environ = environment(valkey.environ(BIND_HOST="127.0.0.1", LOG_LEVEL="debug", LOG_FORMAT="json"))
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.nanoservice.sample"], env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        try:
+            ports = read(process.stdout, lambda line: "port" in line)[-1]
+            if reader == "gone":
+                process.stdout.close()
+            dropped = 0.0
+            async with asyncio.timeout(60):
+                while dropped < 100:
+                    async with connected(ports["port"]) as client:
+                        await client.send(request("GET", "/x") * 200)
+                        for _ in range(200):
+                            assert (await client.reply()).status == 404
+                    page = (await ask(ports["admin_port"], request("GET", "/metrics"))).body.decode()
+                    dropped = float(
+                        next(line for line in page.splitlines() if line.startswith("log_lines_dropped_total ")).split()[1]
+                    )
+            process.terminate()
+            assert await asyncio.to_thread(process.wait, 10 * SLACK) == 0
+        finally:
+            process.kill()
+        assert process.stderr.read() == b""

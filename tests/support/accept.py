@@ -1,4 +1,4 @@
-"""Values of `Accept`, each with the media type that is expected from a resource that offers text first and JSON second."""
+"""Values of `Accept`. Each comes with the media type of the answer, if a resource offers text first and JSON second."""
 
 TEXT, JSON = "text/plain", "application/json"
 
@@ -17,7 +17,7 @@ CHOICES = [
     ("text/plain;q=0.123,application/json;q=0.124", JSON),
     ("text/plain; Q=0.1 ; ext=1, application/json; q=0.2", JSON),
     ("text/plain;q=0.001", TEXT),
-    # the most specific range that matches a media type decides its quality, at whatever position
+    # the most specific range that matches a media type decides its quality, wherever the range stands
     ("*/*, text/plain;q=0.1", JSON),
     ("text/plain;q=0.1, */*;q=0.2", JSON),
     ("*/*;q=0.1, application/json", JSON),

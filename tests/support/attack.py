@@ -14,9 +14,9 @@ from tests.support.process import Process, resident
 from tests.support.wire import ask, request
 
 MIB = 1 << 20
-MARK = b"zq7"  # each hostile request has a mark that begins with this; no answer and no log line may contain it
+MARK = b"zq7"  # each hostile request has a mark that begins with these bytes; no answer and no log line may contain them
 
-# The timeout is so long that even a busy machine does not reach it.
+# Even on a busy machine, no call to Redis takes longer than this timeout.
 PATIENT = {"BIND_HOST": "127.0.0.1", "REDIS_TIMEOUT": "30"}
 
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE", "CONNECT", "PROPFIND", "get", "G\u00cbT", "A" * 300, "")
@@ -157,7 +157,7 @@ def hostile(rng: random.Random, mark: bytes) -> list[bytes]:
 
 
 class Attack:
-    """Sends many hostile requests at a time. Records the status of each answer, and each answer that reveals something."""
+    """Sends many hostile requests at a time. Records each status, and each answer with the mark or the software's name."""
 
     def __init__(self, port: int, seed: int) -> None:
         self.port = port
@@ -167,7 +167,7 @@ class Attack:
         self.leaks: list[bytes] = []
 
     async def run(self, number: int, together: int = 100) -> None:
-        """Send `number` requests over `together` connections at a time."""
+        """Send `number` requests in total, over `together` connections at the same time."""
         self._left = number
         await asyncio.gather(*(self._attack() for _ in range(together)))
 
@@ -184,7 +184,7 @@ class Attack:
             with contextlib.suppress(ConnectionError, TimeoutError):
                 for piece in pieces:
                     writer.write(piece)
-                    async with asyncio.timeout(patience):  # a server that does not read would block the client
+                    async with asyncio.timeout(patience):  # without a limit, a server that does not read would block the client
                         await writer.drain()
                     await asyncio.sleep(0)
                 while data := await asyncio.wait_for(reader.read(1 << 16), patience):
@@ -206,14 +206,14 @@ def descriptors(process: Process) -> int:
 
 
 def idle(process: Process) -> bool:
-    """Return whether no client is connected, so no socket on the port is in state ESTABLISHED or CLOSE_WAIT."""
+    """Return whether no client is connected: no socket on the service's port is in state ESTABLISHED or CLOSE_WAIT."""
     lines = Path(f"/proc/{process.popen.pid}/net/tcp").read_text().splitlines()
     sockets = [line.split()[1:4] for line in lines]
     return not any(here.endswith(f":{process.port:04X}") and state in ("01", "08") for here, _, state in sockets)
 
 
 def telling(module: str, errors: Path, before: str = "") -> tuple[str, ...]:
-    """Return a command that runs `module` with standard error in the file `errors`. The shell code `before` runs first."""
+    """Return a command that runs `module` and writes standard error to the file `errors`. The shell code `before` runs first."""
     return "sh", "-c", f'{before} exec "$@" 2>"$0"', str(errors), sys.executable, "-m", module
 
 
@@ -225,11 +225,11 @@ async def hit(port: int) -> int:
 
 
 async def survive(process: Process, errors: Path, number: int, *, connections: int) -> None:
-    """Attack a service whose standard error goes to `errors`; fail if it leaks memory, descriptors or text, or loses a hit.
+    """Attack a service whose standard error goes to `errors`. Fail if it leaks memory, descriptors or text, or loses a hit.
 
     `connections` is the number of additional connections to Redis that the service may keep after the attack.
     """
-    await Attack(process.port, seed=0).run(1_000)  # fills caches, metrics, and connections to Redis
+    await Attack(process.port, seed=0).run(1_000)  # fill caches and metrics before the measurement
     await Attack(process.admin_port, seed=2).run(100)
     await hit(process.port)
     await eventually(lambda: idle(process), 20 * SLACK)
@@ -238,8 +238,8 @@ async def survive(process: Process, errors: Path, number: int, *, connections: i
     await attack.run(number)
     assert attack.sent == number
     assert not attack.leaks, attack.leaks[0]
-    assert attack.statuses.keys() <= {100, 200, 204, 400, 404, 405, 406, 413, 417, 431}
-    # The attack must provoke these statuses. On a busy machine many clients give up before they get their answer.
+    assert attack.statuses.keys() <= {100, 200, 204, 400, 404, 405, 406, 413, 414, 417, 431}
+    # The attack must provoke these statuses. One answer in 100 is enough, because on a busy machine many clients give up.
     assert attack.statuses.keys() >= {200, 400, 404, 431}
     assert attack.statuses.total() > number / 100
     await eventually(lambda: idle(process), 20 * SLACK)
@@ -253,6 +253,8 @@ async def survive(process: Process, errors: Path, number: int, *, connections: i
     assert process.end() == 0
     assert errors.read_text() == ""
     assert MARK.decode() not in str(process.log)
-    # The log has only the start, the shutdown, and requests that are slow because the machine is busy.
-    assert {line["message"].partition(";")[0] for line in process.log} <= {"listening", "draining", "stopped", "slow request"}
+    # The log has only the start, the shutdown, the surplus of connections on the admin port, and requests that are slow because
+    # the machine is busy.
+    messages = {line["message"].partition(";")[0].partition(":")[0] for line in process.log}
+    assert messages <= {"listening", "draining", "stopped", "too many connections", "slow request"}
     assert len(process.log) < 100

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-DOCUMENTED = {"_exit", "_asdict"}  # these names of the standard library look private
+DOCUMENTED = {"_exit", "_asdict"}  # these names of the standard library look private, but are documented
 
 # If a class of these modules defines an attribute, the attribute comes from Python and not from a library.
 _PYTHONS = {"builtins", "asyncio.protocols", "abc", "typing"}

@@ -42,7 +42,7 @@ class Namespace:
         return run(KUBECTL, f"--namespace={self.name}", "--request-timeout=60s", *arguments, **options)
 
     def make(self, *arguments: str, **options: Any) -> str:
-        """Run a target of the Makefile on this namespace."""
+        """Run `make` with `arguments` for this namespace, and return the output."""
         return run("make", "--no-print-directory", f"NAMESPACE={self.name}", *arguments, **options)
 
     def get(self, *what: str) -> Any:
@@ -89,7 +89,7 @@ class Namespace:
         return None
 
     def create(self, level: str = "restricted") -> None:
-        """Create the namespace, with Pod Security of this level."""
+        """Create the namespace, and let it enforce the Pod Security Standard `level`."""
         run(KUBECTL, "create", "namespace", self.name)
         run(KUBECTL, "label", "namespace", self.name, f"pod-security.kubernetes.io/enforce={level}")
 
@@ -105,7 +105,7 @@ class Namespace:
         return self.kubectl("exec", "redis-0", "--", "sh", "-c", script, "sh", user, password or "", *command).strip()
 
 
-RUN = f"hitcounter-e2e-{secrets.token_hex(3)}"  # the names of this run's namespaces begin with this
+RUN = f"hitcounter-e2e-{secrets.token_hex(3)}"  # the names of this run's namespaces begin with this text
 
 
 @dataclass
@@ -124,7 +124,7 @@ def deployed() -> Deployed:
     """Run `make deploy` once for all tests, and return the result; run `make undeploy` when the tests are finished."""
     namespace = Namespace(RUN)
     atexit.register(namespace.make, "undeploy")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # delete everything, as on Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # on SIGTERM, delete everything, as on Ctrl-C
     url = namespace.make("deploy", seconds=900).splitlines()[-1]
     image, valkey = [
         namespace.get(kind, name)["spec"]["template"]["spec"]["containers"][0]["image"]
@@ -136,7 +136,7 @@ def deployed() -> Deployed:
 
 @contextmanager
 def namespace(name: str, level: str = "restricted") -> Iterator[Namespace]:
-    """Create a namespace of this run. After the block, start to delete the namespace, and do not wait until it is gone."""
+    """Create a namespace of this run. After the block, start to delete the namespace, without waiting until it is deleted."""
     one = Namespace(f"{RUN}-{name}-{secrets.token_hex(2)}")
     one.create(level)
     try:
@@ -153,7 +153,7 @@ def compose(deployed: Deployed, namespace: Namespace, *lines: str) -> str:
     try:
         text = [f"namespace: {namespace.name}", *lines, "images:"]
         for name, image in images.items():
-            if "@" not in image:  # not the image that the manifests name by digest
+            if "@" not in image:  # an image with a digest is the one that the manifests name already
                 new, tag = image.rsplit(":", 1)
                 text.append(f'  - {{name: {name}, newName: {new}, newTag: "{tag}"}}')
         (folder / "kustomization.yaml").write_text("\n".join(text))

@@ -14,17 +14,18 @@ async def check_head(port: int, paths: Iterable[str], *headers: str) -> None:
             await wire.send(request("GET", path, *headers), request("HEAD", path, *headers))
             get, head = await wire.reply(), await wire.reply(head=True)
             assert head.status == get.status == 200
-            varying = {"Date", "Content-Length"} if path == "/" else {"Date"}  # HEAD counts nothing, so the length is unknown
+            # HEAD of `/` counts nothing, so the server cannot say how long the body of a GET would be.
+            varying = {"Date", "Content-Length"} if path == "/" else {"Date"}
             assert {name: get.headers[name] for name in get.headers.keys() - varying} == {
                 name: head.headers[name] for name in head.headers.keys() - varying
             }
         await wire.send(request("HEAD", "/nowhere"), request("GET"))
         assert (await wire.reply(head=True)).status == 404
-        assert (await wire.reply()).status == 200  # a body after HEAD would break this answer
+        assert (await wire.reply()).status == 200  # if HEAD had a body, this answer would begin with it
 
 
 async def check_methods(port: int, paths: Mapping[str, str]) -> None:
-    """Fail unless each of `paths` accepts the methods that it is mapped to, lists them, and answers 405 to all others."""
+    """Fail unless each of `paths` accepts the methods that it is mapped to, names them in `Allow`, and answers 405 to others."""
     async with connected(port) as wire:
         for path, allowed in paths.items():
             for method in METHODS:

@@ -32,7 +32,7 @@ def violations(package: Path, layers: list[str], where: str) -> list[str]:
     """Return a sentence for each violation of this rule: a module of `package` may import only modules of lower layers.
 
     `layers` has the lowest layer first, and names the modules without the name of the package. `__init__.py` of the package is
-    below all layers. The sentences name `where` as the file that has the layers.
+    below all layers. The sentences refer to the layers in the file `where`.
     """
     found = modules(package)
     level = {package.name: 0} | {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
-from nanoservice.connection import max_connections
+from nanoservice.listen import max_connections
 
 _LENGTH = re.compile(rb"\r\nContent-Length: (\d+)", re.IGNORECASE)
 _HEAD = b"/ HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n"
@@ -77,10 +77,14 @@ class Tally:
 
 
 class Load:
-    """Sends GETs, POSTs, and POSTs with keys to `ports` of loopback, over `connections` keep-alive connections."""
+    """Sends GETs, POSTs, and POSTs with keys to `ports` of loopback, over `connections` keep-alive connections.
 
-    def __init__(self, ports: list[int], connections: int, *, most: int = 1_000_000) -> None:
+    Each connection waits `pause` seconds between an answer and its next request.
+    """
+
+    def __init__(self, ports: list[int], connections: int, *, most: int = 1_000_000, pause: float = 0) -> None:
         self.tally = Tally()
+        self.pause = pause
         self._ports = ports
         self._connections = connections
         self._until = 0.0
@@ -130,6 +134,13 @@ class Load:
         return next(self._requests, None) if time.monotonic() < self._until else None
 
 
+class PostLoad(Load):
+    """Sends only POSTs without a key, which a proxy must not repeat."""
+
+    def _mix(self) -> Iterator[tuple[str | None, bytes]]:
+        return itertools.repeat(("", _POST + b"\r\n"))
+
+
 class _Client(asyncio.Protocol):
     """A connection that sends one request at a time."""
 
@@ -147,6 +158,8 @@ class _Client(asyncio.Protocol):
         self._send()
 
     def _send(self) -> None:
+        if self.transport.is_closing():
+            return
         request = self._load.next()
         if request is None:
             self.transport.close()
@@ -169,6 +182,8 @@ class _Client(asyncio.Protocol):
         self._load.tally.add(self._kind, int(head[9:12]), body)
         if b"connection: close" in head.lower():
             self.transport.close()
+        elif self._load.pause:
+            asyncio.get_running_loop().call_later(self._load.pause, self._send)
         else:
             self._send()
 

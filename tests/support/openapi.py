@@ -64,7 +64,7 @@ async def check_417(served: Served, found: dict[str, Any]) -> None:
 
 
 async def check_503(served: Served, found: dict[str, Any]) -> None:
-    """Fail unless the same operations answer 503 and document 503, with `Retry-After`. Redis must be down during this check."""
+    """Fail unless the operations that answer 503 are those that document 503, with `Retry-After`. Redis must be down."""
     unavailable = set()
     for path, method in operations(found):
         async with served.client.request(method, path) as answer:

@@ -124,7 +124,7 @@ def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
         output, errors = process.communicate(timeout=10 * SLACK)
     finally:
-        process.kill()  # the caller's `with` would wait for ever for a process that ignores the signal
+        process.kill()  # otherwise the caller's `with` would wait for ever for a process that ignores the signal
     return process.returncode, output + errors
 
 
@@ -153,7 +153,7 @@ async def metric(service: Served | Process, name: str) -> float:
 
 
 async def check_requests_in_flight(process: Process, valkey: Valkey, pending: str) -> None:
-    """Fail unless a request that waits for Redis when SIGTERM arrives is answered, and the process then exits with status 0.
+    """Send SIGTERM while a request waits for Redis. Fail unless the request is answered and the process exits with status 0.
 
     `pending` is the metric with the number of requests that wait.
     """

@@ -12,9 +12,9 @@ Act = Callable[[Valkey], object]
 
 
 def refusals(command: str) -> list[Any]:
-    """Return parameters for a test.
+    """Return parameters for a test, one for each kind of refusal.
 
-    Each has a function that makes Redis refuse `command`, a function that ends the refusal, and the cause.
+    A parameter has a function that makes Redis refuse `command`, a function that ends the refusal, and the cause in the log.
     """
     return [
         pytest.param(
@@ -46,7 +46,7 @@ def refusals(command: str) -> list[Any]:
 
 
 def _fail_to_save(valkey: Valkey) -> None:
-    """Make a snapshot fail, by a folder in the place of its file. Valkey then refuses writes."""
+    """Make a snapshot fail, by a folder that has the name of the snapshot's file. Valkey then refuses writes."""
     (valkey.data / "dump.rdb" / "x").mkdir(parents=True)
     valkey.run("CONFIG", "SET", "save", "1 1000000")
     valkey.run("CONFIG", "SET", "stop-writes-on-bgsave-error", "yes")

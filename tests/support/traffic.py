@@ -76,7 +76,7 @@ class Traffic:
         """Send requests until `ended` is set and at least `least` requests have been sent."""
         connector = aiohttp.TCPConnector(
             limit=0, socket_factory=own_port
-        )  # with a limit, requests would wait in this client, and not in the service, while Redis is away
+        )  # with a limit, requests would wait in this client, and not in the service, while Redis is down
         timeout = aiohttp.ClientTimeout(total=10, connect=5)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers={"Accept": "application/json"}) as session:
             session._retry_connection = False
@@ -119,7 +119,7 @@ class Traffic:
 async def traffic(url: str, rate: float, *, least: int = 0) -> AsyncIterator[Traffic]:
     """Send `rate` requests a second to `url` while the block runs.
 
-    If fewer than `least` requests were sent, continue after the block until they are.
+    If the block ends before `least` requests are sent, continue until they are sent.
     """
     one = Traffic(url, rate)
     ended = asyncio.Event()

@@ -19,6 +19,7 @@ NOT_HERE = {
     "make builder": "BuildKit's image cannot be pulled; the engine's own builder makes the same image with another digest",
     "make tools": "the target fetches Skaffold from a site that cannot be reached",
     "make render-check": "the target needs Skaffold",
+    "sudo apt-get install": "the command installs a package that Debian has and the runner's Ubuntu lacks",
     "skaffold": "Skaffold is on a site that cannot be reached; `skaffold.yaml` is checked against its schema",
     "curl": "the command asks minikube, which does not run here; `make e2e` asks the node's port of another cluster",
     "kubectl wait": "the command waits for objects that Skaffold deletes",
@@ -66,7 +67,7 @@ def execute(run: Run, expressions: dict[str, str], **environ: str) -> str:
     def value(expression: "re.Match[str]") -> str:
         return expressions[expression[1]]
 
-    # With these variables, a `make` in the command would be a part of the make that runs the tests.
+    # With these variables, a `make` in the command would act as a part of the `make` that runs the tests.
     outer = {name: text for name, text in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     given = {name: re.sub(r"\$\{\{ (.+?) \}\}", value, text) for name, text in run.environ}
     ended = subprocess.run(

@@ -15,7 +15,7 @@ from nanoservice.service import Service
 NAME = "starter"
 COUNT = f"{{{NAME}}}:count"  # the user in Redis may use only keys that begin with the service's name in braces
 
-_NO_STORE = b"Cache-Control: no-store\r\n"
+_NO_STORE = {"Cache-Control": "no-store"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Settings(Config):
 
 def setup(app: web.Application, settings: Settings) -> None:
     """Add the routes to `app`."""
+    app[STORE].check = "GET", COUNT
     redis = app[STORE].client
 
     async def get(request: web.Request) -> Answer:

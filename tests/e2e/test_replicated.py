@@ -1,0 +1,266 @@
+"""With the component redis-replicated, the loss of a server or of its node loses no answered hit, and restarts fail no request.
+
+These tests need a cluster with three nodes. The variable NODES names a command that loses a node and brings it back:
+`NODES cut NAME` takes the node's network away, `NODES heal NAME` gives it back, `NODES kill NAME` is a power failure, and
+`NODES start NAME` starts the node again.
+"""
+
+import functools
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import TimeoutExpired
+from typing import Any
+
+import pytest
+import trustme
+
+from nanoservice.testing.waiting import wait_for
+from tests.e2e.test_crashes import blows
+from tests.support.cluster import KUBECTL, Deployed, Namespace, compose, deployed, install, run
+from tests.support.traffic import counts, step, traffic
+
+pytestmark = pytest.mark.nodes
+
+SERVERS = ["redis-0", "redis-1", "redis-2"]
+COMPONENT = "components: [../components/redis-replicated]"
+
+
+def change_store(one: Deployed, *lines: str) -> None:
+    """Deploy manifests/minikube again, with the further `lines` of a kustomization, and the service on the first node.
+
+    The first node is the one whose address the tests use, and the tests lose only other nodes.
+    """
+    text = compose(one, one.namespace, "resources: [../minikube]", *lines)
+    run(KUBECTL, "apply", "--server-side", "--force-conflicts", "--filename=-", input=text)
+    patch = {"spec": {"template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": first_node(one)}}}}}
+    one.namespace.kubectl("patch", "deployment/hitcounter", "--patch", json.dumps(patch))
+
+
+def first_node(one: Deployed) -> str:
+    """Return the name of the node that has the address of the service's URL."""
+    address = one.url.removeprefix("http://").split(":")[0]
+    for node in one.namespace.get("nodes"):
+        if {"type": "InternalIP", "address": address} in node["status"]["addresses"]:
+            return str(node["metadata"]["name"])
+    raise AssertionError(f"no node has the address {address}")
+
+
+def on_server(namespace: Namespace, pod: str, *command: str) -> str | None:
+    """Run a command of redis.sh in the pod. Return its output, or None if it fails or takes more than 20 s."""
+    try:
+        return namespace.kubectl("exec", pod, "--container=redis", "--", "sh", "/etc/redis/redis.sh", *command, seconds=20)
+    except (AssertionError, TimeoutExpired):
+        return None
+
+
+def primary(namespace: Namespace, *without: str) -> str | None:
+    """Return the pod of the primary, or None if there is not exactly one. Do not ask the pods in `without`.
+
+    A primary that was cut off calls itself a primary until the Sentinels reach it.
+    """
+    found = [pod for pod in SERVERS if pod not in without and on_server(namespace, pod, "is-primary") is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def whole(namespace: Namespace) -> bool:
+    """Return whether one server is the primary, and the other two are ready, which means that they have its data."""
+    return len(namespace.ready("app.kubernetes.io/name=redis")) == len(SERVERS) and primary(namespace) is not None
+
+
+@functools.cache
+def moved() -> tuple[tuple[int, int], Deployed]:
+    """Move the deployment from one Valkey to three, as docs/operations.md says. Return the counts before, and the deployment."""
+    one = deployed()
+    before = one.namespace.counts()
+    change_store(one, COMPONENT)
+    one.namespace.kubectl("delete", "pod", "redis-0")
+    for what in "statefulset/redis", "deployment/hitcounter":
+        one.namespace.await_rollout(what)
+    one.namespace.kubectl("delete", "service", "redis")
+    return before, one
+
+
+@pytest.fixture
+def replicated() -> Deployed:
+    """Return the deployment of `make deploy`, moved to three servers, when all of them work."""
+    _, one = moved()
+    wait_for(lambda: whole(one.namespace), 120)
+    return one
+
+
+@pytest.fixture
+def lost(replicated: Deployed) -> Iterator[str]:
+    """Yield the node of the primary, which is not the first node, for a test that loses this node. Bring it back afterwards."""
+    namespace, first = replicated.namespace, first_node(replicated)
+    assert os.environ.get("NODES"), "set NODES to a command that loses a node: see the head of this file"
+    for _ in range(2):
+        pod = str(primary(namespace))
+        node = str(namespace.get("pod", pod)["spec"]["nodeName"])
+        if node != first:
+            break
+        on_server(namespace, pod, "hand-over")
+    assert node != first
+    yield node
+
+
+def change_node(action: str, node: str) -> None:
+    run(*os.environ["NODES"].split(), action, node)
+
+
+def test_three_servers_take_over_the_counts_of_one_and_run_on_three_nodes() -> None:
+    (hits, posts), one = moved()
+    assert wait_for(one.namespace.answered, 30) == (hits + 1, posts)
+    pods = one.namespace.pods("app.kubernetes.io/name=redis")
+    assert len({pod["spec"]["nodeName"] for pod in pods}) == len(pods) == len(SERVERS)
+
+
+async def test_rolling_restart_fails_no_request(replicated: Deployed) -> None:
+    namespace = replicated.namespace
+    before = await counts(replicated.url)
+    async with traffic(replicated.url, 100) as load:
+        await step(namespace.kubectl, "rollout", "restart", "statefulset/redis")
+        await step(namespace.await_rollout, "statefulset/redis")
+    print(f"\n{load.statuses()}")
+    assert not load.failures
+    load.check(before, await counts(replicated.url))
+
+
+async def test_primary_deleted_by_force_loses_no_answered_hit(replicated: Deployed) -> None:
+    namespace = replicated.namespace
+    async with blows(replicated, "the primary's pod deleted with grace 0") as (_, windows, times):
+        for _ in range(2):
+            old = await step(primary, namespace)
+            began = time.monotonic()
+            await step(namespace.kubectl, "delete", "pod", old, "--grace-period=0", "--force")
+            times.append(await windows.recover(began, namespace, functools.partial(primary, namespace, str(old))))
+            await step(wait_for, lambda: whole(namespace), 120)
+
+
+@pytest.mark.parametrize(
+    ("lose", "bring_back"), [("kill", "start"), pytest.param("cut", "heal", marks=pytest.mark.slow)], ids=["kill", "cut"]
+)
+async def test_loss_of_the_primary_s_node_loses_no_answered_hit(
+    replicated: Deployed, lost: str, lose: str, bring_back: str
+) -> None:
+    namespace = replicated.namespace
+    old = await step(primary, namespace)
+    async with blows(replicated, f"the primary's node: {lose}") as (_, windows, times):
+        began = time.monotonic()
+        await step(change_node, lose, lost)
+        try:
+            times.append(await windows.recover(began, namespace, lambda: primary(namespace, old)))
+        finally:
+            began = time.monotonic()
+            await step(change_node, bring_back, lost)
+        # The old primary comes back under load, and must not take a hit that is then lost.
+        await step(wait_for, lambda: whole(namespace), 180)
+        windows.all.append((began, time.monotonic()))
+
+
+@pytest.mark.slow
+async def test_passwords_are_rotated_without_a_failed_request(replicated: Deployed) -> None:
+    namespace = replicated.namespace
+    users = "hitcounter", "probe", "operator", "replica", "sentinel"
+    read = [namespace.kubectl("exec", "redis-1", "--", "cat", f"/run/secrets/redis/{user}").strip() for user in users]
+    async with traffic(replicated.url, 100) as load:
+        await step(namespace.make, "secret-rotate")
+    print(f"\n{load.statuses()}")
+    assert not load.failures
+    for user, password in zip(users, read, strict=True):
+        for container in "redis", "redis-sentinel":
+            script = 'REDISCLI_AUTH=$2 exec valkey-cli -s /run/valkey/socket --user "$1" PING'
+            said = namespace.kubectl(
+                "exec", "redis-1", f"--container={container}", "--", "sh", "-c", script, "sh", user, password
+            )
+            assert re.search("WRONGPASS|NOAUTH", said), (user, container)
+    wait_for(lambda: whole(namespace), 60)
+
+
+@pytest.mark.slow
+def test_restore_brings_back_the_counts_of_the_backup(replicated: Deployed, tmp_path: Path) -> None:
+    namespace, file = replicated.namespace, tmp_path / "hitcounter.rdb"
+    hits, posts = namespace.counts()
+    namespace.make("backup", f"FILE={file}")
+    for _ in range(3):
+        namespace.counts()
+    namespace.make("restore", f"FILE={file}")
+    assert wait_for(namespace.answered, 60) == (hits + 1, posts)
+    wait_for(lambda: whole(namespace), 60)
+
+
+ON_SERVERS: list[tuple[str, ...]] = [
+    ("replica", "GET", "{hitcounter}:hits"), ("replica", "REPLICAOF", "NO", "ONE"), ("sentinel", "GET", "{hitcounter}:hits"),
+    ("sentinel", "CONFIG", "SET", "appendonly", "no"), ("sentinel", "SHUTDOWN"), ("operator", "FAILOVER"),
+    ("hitcounter", "REPLICAOF", "NO", "ONE"),
+]  # fmt: skip
+ON_SENTINELS: list[tuple[str, ...]] = [
+    ("hitcounter", "SENTINEL", "FAILOVER", "primary"), ("hitcounter", "SENTINEL", "SET", "primary", "quorum", "1"),
+    ("operator", "SENTINEL", "REMOVE", "primary"), ("sentinel", "SENTINEL", "RESET", "*"), ("probe", "INFO"),
+]  # fmt: skip
+
+
+def test_users_may_not_do_more_than_they_need(replicated: Deployed) -> None:
+    def ask(container: str, user: str, *command: str) -> str:
+        script = 'REDISCLI_AUTH=$(cat "/run/secrets/redis/$1"); export REDISCLI_AUTH; user=$1; shift;'
+        script += 'exec valkey-cli -s /run/valkey/socket --user "$user" "$@"'
+        pod = ["exec", "redis-1", f"--container={container}"]
+        return replicated.namespace.kubectl(*pod, "--", "sh", "-c", script, "sh", user, *command).strip()
+
+    for container, denied in (("redis", ON_SERVERS), ("redis-sentinel", ON_SENTINELS)):
+        for command in denied:
+            assert ask(container, *command).startswith("NOPERM"), command
+    # The control: each user may run the commands that it needs.
+    assert ask("redis", "probe", "ROLE")
+    assert ask("redis-sentinel", "hitcounter", "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "primary").endswith("6379")
+
+
+@pytest.mark.slow
+def test_tls_component_encrypts_replication_and_survives_a_hand_over(replicated: Deployed, other: Namespace) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert(*SERVERS)
+    data: dict[str, Any] = {
+        "ca.crt": authority.cert_pem.bytes().decode(),
+        "tls.crt": b"".join(part.bytes() for part in certificate.cert_chain_pems).decode(),
+        "tls.key": certificate.private_key_pem.bytes().decode(),
+    }
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "redis-tls"}, "stringData": data}
+    other.apply(json.dumps(secret | {"type": "kubernetes.io/tls"}))
+    install(replicated, other, "components: [../components/redis-replicated-tls]")
+    assert wait_for(other.answered, 30) == (1, 0)
+    old = primary(other)
+    assert old
+    on_server(other, old, "hand-over")
+    assert wait_for(lambda: primary(other), 30) != old
+    assert wait_for(other.answered, 30) == (2, 0)
+    for port in "6379", "26379":
+        script = 'timeout 3 valkey-cli -h redis-1 -p "$1" PING 2>&1 || true'
+        said = other.kubectl("exec", "redis-0", "--container=redis", "--", "sh", "-c", script, "sh", port)
+        assert not re.search("NOAUTH|PONG", said)  # without TLS, no server and no Sentinel answers
+
+
+@pytest.mark.slow
+def test_one_server_takes_over_the_counts_of_three(replicated: Deployed) -> None:
+    """This test must be the last one, because it undoes `moved`."""
+    namespace = replicated.namespace
+    hits, posts = namespace.counts()
+    for _ in range(4):
+        pod = primary(namespace)
+        if pod == "redis-0":
+            break
+        # Sentinel chooses the new primary. With one replica less, it can choose only redis-0.
+        (spare,) = {"redis-1", "redis-2"} - {str(pod)}
+        namespace.kubectl("delete", "pod", spare, "--wait=false")
+        on_server(namespace, str(pod), "hand-over")
+        wait_for(lambda: whole(namespace), 120)
+    assert primary(namespace) == "redis-0"
+    namespace.kubectl("scale", "statefulset/redis", "--replicas=1")
+    namespace.kubectl("wait", "--for=delete", "pod/redis-1", "pod/redis-2", "--timeout=120s")
+    change_store(replicated)
+    for what in "statefulset/redis", "deployment/hitcounter":
+        namespace.await_rollout(what)
+    assert wait_for(namespace.answered, 60) == (hits + 1, posts)
+    moved.cache_clear()
