@@ -1,12 +1,14 @@
 """A primary with two replicas and three Sentinels, and a network between all of them that a test can slow down or cut.
 
 Each server has an address of its own on loopback, which works on Linux. The network in front of a server tells its peers apart by
-their source addresses.
+their source addresses. Tests that run at the same time use different addresses. Otherwise a connection of one test could have the
+port that a server of the other test wants to listen on.
 """
 
 import asyncio
 import contextlib
 import os
+import random
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from enum import Enum, auto
@@ -117,10 +119,9 @@ def _is_old() -> bool:
 class Server(Valkey):
     """One of the three servers, and the network in front of it."""
 
-    def __init__(self, data: Path, number: int) -> None:
+    def __init__(self, data: Path, host: str) -> None:
         super().__init__(data)
-        self.network = Network(f"127.0.0.1{number}", self.port)
-        host = self.network.host
+        self.network = Network(host, self.port)
         self.options = (
             # Before version 7, Redis has no option for the source address, and uses the first address that it listens on.
             *(("--bind", host, "127.0.0.1") if _is_old() else ("--bind-source-addr", host)), "--repl-diskless-sync-delay", "0",
@@ -143,10 +144,11 @@ class Replicated:
     def __init__(self, data: Path) -> None:
         self.data = data
         self.servers = []
+        subnet = f"127.{random.randrange(1, 255)}.{random.randrange(1, 255)}"
         for number in range(1, _SERVERS + 1):
             (data / str(number)).mkdir(parents=True)
-            self.servers.append(Server(data / str(number), number))
-        self.sentinels = [(f"127.0.0.2{number}", free_port()) for number in range(1, _SENTINELS + 1)]
+            self.servers.append(Server(data / str(number), f"{subnet}.1{number}"))
+        self.sentinels = [(f"{subnet}.2{number}", free_port()) for number in range(1, _SENTINELS + 1)]
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:

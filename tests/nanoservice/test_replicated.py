@@ -60,7 +60,7 @@ async def test_failover_is_followed_logged_once_and_measured(store: Replicated, 
         await eventually(lambda: _ready(served), 2 * SLACK)
         assert await metric(served, "redis_failovers_total") == 1
         assert len([line for line in caplog.messages if line == "Redis has failed over to another primary"]) == 1
-        assert [record for record in caplog.records if vars(record).get("redis", "").startswith("127.0.0.1")]
+        assert [record for record in caplog.records if vars(record).get("redis", "").startswith("127.")]
 
 
 async def _ready(served: Served) -> bool:
@@ -153,7 +153,7 @@ async def test_sentinels_that_know_no_primary_are_named(valkey: Valkey, store: R
             status, body = await get(served, path)
             assert status == 503
             assert cause in body
-            assert "127.0.0" not in body
+            assert "127." not in body
 
 
 async def test_connection_to_a_demoted_primary_is_not_used_again(store: Replicated) -> None:
