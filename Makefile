@@ -32,22 +32,16 @@ TAG ?=               # the tag of the release, such as v0.1.0
 DIGESTS ?=           # the expected digest of each image, as `make release-digest` prints them: {"hitcounter":"sha256:..."}
 SUMS ?=              # the expected digest of SHA256SUMS, the file with the checksums of a release's files
 
-PROXIES ?=           # the folder of the machine's own nginx and haproxy, such as /usr/sbin, for `make test-proxies`
-RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
-ATTACK_SECONDS ?= 10
-DEBIAN_MIRROR ?= http://deb.debian.org/debian
-
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE SERVERS RESTARTS ATTACK_SECONDS DEBIAN_MIRROR NODES
+export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE SERVERS
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 # --- Every day ---
 
-.PHONY: help run services service remove rename-project test test-newest test-servers test-clock test-proxies attack chaos
-.PHONY: coverage lint format types clean
+.PHONY: help run services service remove rename-project test test-newest test-servers coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -56,11 +50,6 @@ $(VENV)/can-run: requirements.txt requirements-dev.txt
 # Most other targets need the development packages as well as the service's packages.
 $(VENV)/installed: $(VENV)/can-run
 	@sh scripts/install.sh $@
-
-# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
-DEBIAN := .tools/debian
-$(DEBIAN)/proxies/done: scripts/debian.sh
-	@sh scripts/debian.sh $@ nginx-light haproxy
 
 help: ## list the targets
 	@awk -F ':.*## ' \
@@ -92,19 +81,6 @@ test-newest: ## run the contract tests with the newest aiohttp and redis-py; the
 
 test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2, Redis 8 and Valkey 8 (or SERVERS=)
 	@sh scripts/test-servers.sh
-
-test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
-	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
-
-chaos: $(VENV)/installed ## break the primary of a replicated store 45 times in 20 minutes; no number may be lost
-	@$(BIN)/python -m tests.hitcounter.chaos
-
-# Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
-test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test the service behind nginx and HAProxy
-	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
-
-attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
-	@$(PYTEST_SLOW) -m attack tests
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
@@ -155,6 +131,34 @@ update: $(VENV)/installed ## take newer versions (of packages, only those publis
 	@sh scripts/update-changes.sh
 
 # hitcounter: begin
+# --- Harder tests of hitcounter ---
+
+.PHONY: test-clock test-proxies attack chaos
+
+PROXIES ?=           # the folder of the machine's own nginx and haproxy, such as /usr/sbin, for `make test-proxies`
+RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
+ATTACK_SECONDS ?= 10
+DEBIAN_MIRROR ?= http://deb.debian.org/debian
+export RESTARTS ATTACK_SECONDS DEBIAN_MIRROR
+
+# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
+DEBIAN := .tools/debian
+$(DEBIAN)/proxies/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ nginx-light haproxy
+
+test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
+	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
+
+# Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
+test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test the service behind nginx and HAProxy
+	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
+
+attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
+	@$(PYTEST_SLOW) -m attack tests
+
+chaos: $(VENV)/installed ## break the primary of a replicated store 45 times in 20 minutes; no number may be lost
+	@$(BIN)/python -m tests.hitcounter.chaos
+
 # --- Benchmark ---
 
 .PHONY: bench bench-quick
@@ -180,7 +184,7 @@ bench-quick: $(BENCH)/peers ## show that the benchmark runs; write nothing
 
 # --- Image ---
 
-.PHONY: wheels image image-check image-multiarch image-digest builder test-image test-compose test-publish
+.PHONY: wheels image image-check image-multiarch image-digest builder test-image test-publish
 
 wheels: $(VENV)/can-run ## download the packages for images, and check their hashes; builds then need no network
 	@sh scripts/wheels.sh
@@ -214,10 +218,13 @@ test-image: $(VENV)/installed ## run the tests of the image, on the first engine
 	@$(HAS_WHEELS)
 	@$(PYTEST_SLOW) -m image tests/delivery
 
+# hitcounter: begin
+.PHONY: test-compose
 test-compose: $(VENV)/installed ## run the tests of compose.yaml, with Docker Compose
 	@docker compose version >/dev/null || { echo "make: Docker with its plugin Compose is needed" >&2; exit 1; }
 	@$(HAS_WHEELS)
 	@$(PYTEST_SLOW) -m compose tests/delivery
+# hitcounter: end
 
 test-publish: $(VENV)/installed ## run the tests that publish into the registry REGISTRY, on the first engine that is found
 	@[ "$$REGISTRY" ] \
@@ -227,7 +234,7 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 
 # --- Kubernetes ---
 
-.PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check e2e e2e-nodes e2e-nodes-slow
+.PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check
 
 deploy: ## build and deploy all services, or SERVICE, on the current cluster; print the URLs
 	@sh scripts/deploy-check.sh
@@ -259,11 +266,15 @@ tools: ## with Docker, write the Skaffold that devcontainer/Containerfile pins t
 render-check: $(VENV)/installed ## compare the output of `skaffold render` with manifests/rendered/
 	@PATH="$(abspath $(TOOLS)):$$PATH" $(BIN)/python -m pytest -m skaffold tests/delivery/test_skaffold.py
 
+# hitcounter: begin
+.PHONY: e2e e2e-nodes e2e-nodes-slow
+
 e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in their own namespaces and in `monitoring`
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m cluster tests/e2e
 
 NODES ?=             # a command that loses a node of the cluster: see tests/e2e/test_replicated.py
+export NODES
 e2e-nodes: $(VENV)/installed ## run the tests of a replicated Redis and of a lost node, on a cluster of three nodes (NODES=)
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m "nodes and not slow" tests/e2e
@@ -271,6 +282,7 @@ e2e-nodes: $(VENV)/installed ## run the tests of a replicated Redis and of a los
 e2e-nodes-slow: $(VENV)/installed ## run the other tests of a replicated Redis on the same cluster, in about six minutes (NODES=)
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m "nodes and slow" tests/e2e
+# hitcounter: end
 
 # --- Releases ---
 

@@ -50,20 +50,19 @@ PORTS = {"nodePort, value: {}": 30080, "localPort: {}": 8080, ":-{}}": 8080}
 BELONGINGS = [
     "bench",
     "docs/how-a-request-is-counted.md",
-    # These tests need the counts of hitcounter, and a container engine or a cluster.
+    "scripts/debian.sh",
+    # These tests need the counts of hitcounter, and most need a container engine or a cluster.
     "tests/delivery/test_compose.py",
+    "tests/delivery/test_image_attacked.py",
     "tests/delivery/test_image_runs.py",
-    "tests/e2e/conftest.py",
-    "tests/e2e/test_backup.py",
-    "tests/e2e/test_changes.py",
-    "tests/e2e/test_crashes.py",
-    "tests/e2e/test_deploy.py",
-    "tests/e2e/test_inner_loop.py",
-    "tests/e2e/test_policies.py",
-    "tests/e2e/test_release.py",
-    "tests/e2e/test_runbook.py",
-    "tests/e2e/test_services.py",
-    "tests/e2e/test_variants.py",
+    "tests/e2e",
+    # Only those tests and hitcounter's own use these modules.
+    "tests/support/cluster.py",
+    "tests/support/exhaustion.py",
+    "tests/support/load.py",
+    "tests/support/proxies.py",
+    "tests/support/topologies.py",
+    "tests/support/traffic.py",
 ]
 # hitcounter: end
 UNTOUCHED = re.compile(r"CHANGELOG\.md|LICENSE|manifests/rendered/.*|requirements.*\.txt|.*\.(svg|sum|lock)|.*-lock\.json")
@@ -75,7 +74,8 @@ BEFORE_PROJECT = [
     r"--field-manager=",
     r"^module ",
     r"\"there ",
-    r"OWNER/",
+    r"(?<!ghcr\.io/)OWNER/",
+    r"^# (?=\S+\n)",
     r"&& cd ",
     r"buildx (?:rm|create)(?: --\S+)* ",
     r"RUN = f\"",
@@ -194,11 +194,12 @@ def write(root: Path, name: str, new: bool) -> None:
 
 def remove(name: str) -> None:
     """Remove the service `name`."""
-    known = list(numbers(Path()))
+    known = numbers(Path())
     if name not in known:
         raise RefusalError(f"NAME={name}: the services are {' '.join(known)}")
     if len(known) == 1:
         raise RefusalError(f"NAME={name}: this is the only service; first make another: make service NAME=...")
+    heir = next(other for other in known if other != name)
 
     def change(root: Path) -> None:
         before = files(root)
@@ -217,13 +218,17 @@ def remove(name: str) -> None:
                 if begin and not lines[begin - 1] and (end == len(lines) or not lines[end]):
                     begin -= 1  # one of the two empty lines
                 del lines[begin:end]
+            if not known[name]:  # one service always has the number 0, and so the first ports, which texts and workflows name
+                for first in first_lines(lines, file, heir):
+                    begin, end = extent(lines, lines.index(first))
+                    lines[begin:end] = [with_ports(line, known[heir], 0) for line in lines[begin:end]]
             (root / file).write_text("\n".join(renumbered(lines)) + "\n")
         for file in DOCUMENTS:
             comment, texts = documents(root / file)
             kept = [text for text in texts if not re.search(rf"^  name: {name}$", text, re.MULTILINE)]
             (root / file).write_text(comment + "---\n".join(kept))
         if example:
-            forget(root, name, next(other for other in known if other != name), before)
+            forget(root, name, heir, before)
         finish(root)
 
     print("\n".join(transact(change)))
@@ -280,20 +285,25 @@ def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
     """
     deleted = before.keys() - files(root).keys()
     kept = {Path(file).name for file in files(root)}
-    tests = "|".join(re.escape(Path(file).name) for file in deleted if "/test_" in file and Path(file).name not in kept)
-    words = {re.escape(file) for file in deleted}
-    words |= {rf"{Path(file).parts[0]}/" for file in deleted if not (root / Path(file).parts[0]).exists()} | {tests or "(?!)"}
+    # If the other service has such a file too, a line that names the file names that one afterwards.
+    deleted = {file for file in deleted if not (root / re.sub(rf"\b{name}\b", other, file)).exists()}
+    alone = {Path(file).name for file in deleted} - kept
+    tests = rf"(?:tests/\w+/)?(?:{'|'.join(re.escape(file) for file in alone if file.startswith('test_')) or '(?!)'})"
+    words = {re.escape(file) for file in deleted | alone}
+    words |= {rf"{folder}[/.]" for file in deleted if (folder := Path(file).parts[0]) != name and not (root / folder).exists()}
     folders = {"nanoservice", "scripts", "manifests", *numbers(root)}
     sources = [path for path in texts(root) if path.suffix in (".py", ".sh") and path.relative_to(root).parts[0] in folders]
     code = "".join(path.read_text() for path in sources)
-    source = "".join(content.decode() for file, content in before.items() if file in deleted and file.startswith(f"{name}/"))
+    source = "".join(content.decode() for file, content in before.items() if file.startswith(f"{name}/"))
     words |= {metric for metric in re.findall(r"\"([a-z]+_[a-z_]+)\"", source) if metric not in code}
+    own = re.findall(r"(?m)^    (\w+): \w+ = setting\(", source)
+    words |= {f"`{field.upper()}`" for field in own if f"    {field}: " not in code}
 
-    def is_gone(line: str) -> bool:
-        """Return whether a line of a text names a file, metric, make target or message that is gone."""
-        quoted = [part.strip() for text in re.findall("`([^`]+)`", line) if " " in text for part in re.split(r": |\.\.\.", text)]
+    def is_gone(sentence: str) -> bool:
+        """Return whether a sentence names a file, metric, make target or message that is gone."""
+        quoted = [it.strip() for text in re.findall("`([^`]+)`", sentence) if " " in text for it in re.split(r": |\.\.\.", text)]
         quoted = [re.sub("^Redis:? ", "", part) for part in quoted if len(part) > 3]
-        return bool(gone.search(line)) or any(part in source and part not in code for part in quoted)
+        return bool(gone.search(sentence)) or any(part in source and part not in code for part in quoted)
 
     targets = set(re.findall(r"(?m)^([a-z0-9-]+):", before["Makefile"].decode()))
     makefile = re.sub(rf"(?m)^.*\b{name}: begin\b(?:.*\n)+?.*\b{name}: end\b.*\n", "", (root / "Makefile").read_text())
@@ -301,13 +311,17 @@ def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
     gone = re.compile(rf"(?<![\w-])(?:{'|'.join(sorted(words, key=len, reverse=True))})")
     for path in texts(root):
         text = re.sub(rf"(?m)^.*\b{name}: begin\b(?:.*\n)+?.*\b{name}: end\b.*\n", "", path.read_text())
+        if path.suffix != ".py":
+            text = re.sub(r"\n{3,}", "\n\n", text)
         if path.suffix == ".md" and path.parts[-2] != "template":
-            if tests:  # a mention of a test is not worth a line
-                text = re.sub(rf" \(`(?:{tests})`[^)]*\)", "", text)
-                text = re.sub(rf"`(?:{tests})`, (?=`)|(?<=`), `(?:{tests})`", "", text)
-                text = re.sub(rf"\| `(?:{tests})` \|$", "| no test provokes this |", text, flags=re.MULTILINE)
+            # A mention of a test is not worth a line.
+            text = re.sub(rf"`{tests}`, (?=`)|(?<=`), `{tests}`", "", text)
+            text = re.sub(rf"\s\(`{tests}`[^)]*\)", "", text)
+            text = re.sub(rf"\| `{tests}` \|$", "| no test provokes this |", text, flags=re.MULTILINE)
             rows = [re.match(r"\| \[(.+?)\]\(#([\w-]+)\)", line) for line in text.splitlines() if is_gone(line)]
-            text = "".join(line for line in text.splitlines(keepends=True) if not is_gone(line))
+            text = "".join(sentence for sentence in sentences(text) if not is_gone(sentence))
+            text = re.sub(r"(?m)^ *```\w*\n *```\n", "", text)  # a block of code that has no line any more
+            text = re.sub(r"\n{3,}", "\n\n", text)
             for heading, anchor in (row.groups() for row in rows if row):  # a row of an index: its section goes, too
                 text = re.sub(rf"(?ms)^### {re.escape(heading)}\n.*?(?=^##)", "", text)
                 text = re.sub(rf"(?m)^.*\]\(#{anchor}\).*\n", "", text)
@@ -324,16 +338,29 @@ def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
 
 
 def drop_dead_links(root: Path) -> None:
-    """Delete the lines of Markdown texts that link to a file that does not exist."""
+    """Delete the sentences of Markdown texts that link to a file that does not exist."""
     for path in (path for path in texts(root) if path.suffix == ".md"):
-        lines = path.read_text().splitlines(keepends=True)
+        before = sentences(path.read_text())
         alive = [
-            line
-            for line in lines
-            if all((path.parent / target).exists() for target in re.findall(r"\]\((?!https?://|mailto:)([\w./-]+)", line))
+            sentence
+            for sentence in before
+            if all((path.parent / target).exists() for target in re.findall(r"\]\((?!https?://|mailto:)([\w./-]+)", sentence))
         ]
-        if alive != lines:
+        if alive != before:
             path.write_text("".join(alive))
+
+
+def sentences(text: str) -> list[str]:
+    """Return the parts of a Markdown text in order: a sentence, which may continue over lines, or another line."""
+    parts, fenced, continues = [""], False, False
+    for line in text.splitlines(keepends=True):
+        if continues and not re.match(r" *([-*] |\d+\. |[|#]|```|<!--|$)", line):
+            parts[-1] += line
+        else:
+            parts.append(line)
+        fenced ^= line.lstrip().startswith("```")
+        continues = not fenced and not re.search(r"[.:!?|]$|^ *(#|```|<!--)|^ {4}|^$", line.rstrip("\n"))
+    return parts
 
 
 def texts(root: Path) -> list[Path]:
@@ -385,7 +412,11 @@ def extent(lines: list[str], begin: int) -> tuple[int, int]:
 def renamed(text: str, old: str, new: str, old_number: int, number: int) -> str:
     """Return `text` with the name and the ports of another service. An image that was not built yet has the digest of zeros."""
     text = re.sub(rf"(?<!namespace: )\b{old}(?![a-z0-9])", new, text).replace(f"{old.upper()}_", f"{new.upper()}_")
-    text = re.sub("(?<=digest: )sha256:[0-9a-f]{64}", ZEROS, text)
+    return with_ports(re.sub("(?<=digest: )sha256:[0-9a-f]{64}", ZEROS, text), old_number, number)
+
+
+def with_ports(text: str, old_number: int, number: int) -> str:
+    """Return `text` with the ports of the service `number` instead of those of the service `old_number`."""
     for form, first in PORTS.items():
         text = text.replace(form.replace("{}", str(first + old_number)), form.replace("{}", str(first + number)))
     return text

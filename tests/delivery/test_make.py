@@ -87,6 +87,17 @@ def test_help_is_the_default_and_lists_every_target() -> None:
     assert max(map(len, shown.splitlines())) <= 130
 
 
+def test_each_target_that_runs_tests_finds_some() -> None:
+    """pytest fails if it finds no test. The Makefile names tests by a path, and perhaps by markers."""
+    commands = re.findall(r"(?:PYTEST_SLOW\)|pytest) (.*)", (ROOT / "Makefile").read_text())
+    chosen = [re.search(r"(?:-m (\"[^\"]+\"|\w+) )?(tests[\w/.]*)", command) for command in commands]
+    assert any(one and one[1] for one in chosen)
+    for markers, path in (one.groups() for one in chosen if one):
+        files = [ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("test_*.py")
+        wanted = set(re.findall(r"\w+", re.sub(r"\bnot \w+|\band\b", "", markers or "")))
+        assert any(all(f"pytest.mark.{marker}" in file.read_text() for marker in wanted) for file in files), path
+
+
 def test_update_without_an_environment_makes_one_first(copy: Path, tmp_path: Path) -> None:
     """`make update` takes only versions that were published before a date, and needs Python to compute this date."""
     ended = make("update", cwd=copy, PATH=str(tools(tmp_path / "bin", "make", "sh", "awk", "mkdir", "rmdir")))

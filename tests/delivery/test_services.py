@@ -100,10 +100,13 @@ def test_each_service_runs_on_its_own_ports_unless_told_otherwise(three: Path) -
 
 # --- make service, make remove ---
 
+FIRST = names()[0]
+NEW, NEWER = [name for name in ("likes", "visits", "stars") if name != FIRST][:2]
+
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy the files of the repository into a git repository of its own, and return its folder."""
+    """Copy the files of the repository into a git repository of its own, with the first service only. Return its folder."""
     if not (ROOT / ".git").exists() or not shutil.which("kubectl"):
         pytest.skip("`make service` needs git and kubectl")
     folder = tmp_path_factory.mktemp("clone")
@@ -113,6 +116,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     git(folder, "init", "--quiet")
+    for name in names()[1:]:
+        assert service(folder, "remove", name).returncode == 0
     commit(folder)
     return folder
 
@@ -176,17 +181,17 @@ def test_no_list_lacks_a_service() -> None:
 
 def test_new_service_is_complete_and_is_removed_completely(repository: Path) -> None:
     before = tree(repository)
-    made = service(repository, "add", "likes")
+    made = service(repository, "add", NEW)
     assert made.returncode == 0, made.stderr
-    assert "made    likes/app.py" in made.stdout
+    assert f"made    {NEW}/app.py" in made.stdout
     assert made.stdout.endswith("curl --request POST http://localhost:8081/\n")
     git(repository, "add", "--all")
-    check(repository, "tests/likes", "tests/delivery/test_manifests.py", "tests/delivery/test_skaffold.py")
+    check(repository, f"tests/{NEW}", "tests/delivery/test_manifests.py", "tests/delivery/test_skaffold.py")
     complete = tree(repository)
-    again = service(repository, "add", "likes")
-    assert (again.returncode, again.stdout) == (0, "likes exists already and is complete; nothing has changed\n")
+    again = service(repository, "add", NEW)
+    assert (again.returncode, again.stdout) == (0, f"{NEW} exists already and is complete; nothing has changed\n")
     assert tree(repository) == complete
-    removed = service(repository, "remove", "likes")
+    removed = service(repository, "remove", NEW)
     assert removed.returncode == 0, removed.stderr
     assert tree(repository) == before
 
@@ -197,7 +202,7 @@ def test_ten_services_have_ten_of_everything(repository: Path) -> None:
         # Only the last run needs to render the manifests.
         made_one = service(repository, "add", name, KUBECTL="kubectl" if name == made[-1] else "true")
         assert made_one.returncode == 0, made_one.stderr
-    every = ["hitcounter", *made]
+    every = [FIRST, *made]
     assert script("services.sh", "names", cwd=repository).stdout.split() == every
     assert script("services.sh", "json", cwd=repository).stdout == f"services={json.dumps(every, separators=(',', ':'))}\n"
     check(repository, "tests/delivery/test_manifests.py", "-k", "accepts_every_object and 1.34 or only_the_objects or in_redis")
@@ -252,7 +257,7 @@ def test_failure_half_way_leaves_the_tree_as_it_was(repository: Path, tmp_path: 
     failing.write_text("#!/bin/sh\nexit 1\n")
     failing.chmod(0o755)
     for kubectl in (str(failing), "no-such-kubectl"):
-        failed = service(repository, "add", "likes", KUBECTL=kubectl)
+        failed = service(repository, "add", NEW, KUBECTL=kubectl)
         assert failed.returncode == 1
         assert "so nothing has changed" in failed.stderr
         assert ("kubectl is needed" in failed.stderr) == (kubectl == "no-such-kubectl")
@@ -260,15 +265,15 @@ def test_failure_half_way_leaves_the_tree_as_it_was(repository: Path, tmp_path: 
     # One file cannot be written, so the files that were changed already have to be restored.
     blocking = repository / "manifests" / "redis" / ".users.acl.new"
     blocking.mkdir()
-    assert service(repository, "add", "likes").returncode == 1
+    assert service(repository, "add", NEW).returncode == 1
     blocking.rmdir()
     assert tree(repository) == before
 
 
 def test_only_service_and_unknown_service_are_not_removed(repository: Path) -> None:
     before = tree(repository)
-    assert "this is the only service" in service(repository, "remove", "hitcounter").stderr
-    assert "NAME=likes: the services are hitcounter" in service(repository, "remove", "likes").stderr
+    assert "this is the only service" in service(repository, "remove", FIRST).stderr
+    assert f"NAME={NEW}: the services are {FIRST}" in service(repository, "remove", NEW).stderr
     assert tree(repository) == before
 
 
@@ -287,7 +292,8 @@ def test_only_service_and_unknown_service_are_not_removed(repository: Path) -> N
     ],
 )
 def test_line_that_is_missing_is_named_and_added_again(repository: Path, file: str, line: str, said: str) -> None:
-    assert service(repository, "add", "likes").returncode == 0
+    line, said = line.replace("likes", NEW), said.replace("likes", NEW)
+    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0  # this test needs no rendered manifests
     complete = tree(repository)
     text = (repository / file).read_text()
     assert text.count(f"{line}\n") == 1
@@ -296,21 +302,21 @@ def test_line_that_is_missing_is_named_and_added_again(repository: Path, file: s
     assert (found.returncode, found.stderr.count(" has no ")) == (1, 1)
     assert said in found.stderr
     assert "make service NAME=... adds what is missing" in found.stderr
-    assert service(repository, "add", "likes").returncode == 0
+    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0
     assert tree(repository) == complete
 
 
 def test_numbers_of_the_other_services_stay_when_one_is_removed(repository: Path) -> None:
-    for name in ("likes", "visits"):
-        assert service(repository, "add", name).returncode == 0
-    assert service(repository, "remove", "likes").returncode == 0
+    for name in (NEW, NEWER):
+        assert service(repository, "add", name, KUBECTL="true").returncode == 0
+    assert service(repository, "remove", NEW, KUBECTL="true").returncode == 0
     assert service(repository, "check").returncode == 0
     listed = script("services.sh", cwd=repository).stdout
-    assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [("hitcounter", "80"), ("visits", "82")]
-    assert "/build/artifacts/1/docker/target, value: dev}   # visits" in (repository / "skaffold.yaml").read_text()
-    assert service(repository, "add", "likes").returncode == 0  # it gets the lowest number that is free
+    assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [(FIRST, "80"), (NEWER, "82")]
+    assert f"/build/artifacts/1/docker/target, value: dev}}   # {NEWER}" in (repository / "skaffold.yaml").read_text()
+    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0  # it gets the lowest number that is free
     listed = script("services.sh", cwd=repository).stdout
-    assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [("hitcounter", "80"), ("likes", "81"), ("visits", "82")]
+    assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [(FIRST, "80"), (NEW, "81"), (NEWER, "82")]
 
 
 # hitcounter: begin
@@ -326,12 +332,20 @@ def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> 
     assert {it["metadata"].get("namespace", it["metadata"]["name"]) for it in rendered} == {"shop"}
     images = [it["spec"]["template"]["spec"]["containers"][0]["image"] for it in rendered if it["kind"] == "Deployment"]
     assert images == [f"registry.example.com/shop/orders@sha256:{'0' * 64}"]
+    assert re.findall(r"^(\w+) +(\d+)", script("services.sh", cwd=repository).stdout, re.MULTILINE) == [("orders", "8080")]
+    assert "${ORDERS_PORT:-8080}" in (repository / "compose.yaml").read_text()
     assert yaml.safe_load((repository / "compose.yaml").read_text())["name"] == "shop"
     check(
         repository, "tests/orders", "tests/delivery/test_manifests.py", "tests/delivery/test_skaffold.py",
         "tests/delivery/test_texts.py", "tests/delivery/test_columns.py", "tests/delivery/test_deploy_played.py",
         "tests/delivery/test_workflows.py", "tests/delivery/test_scripts.py",
+        "tests/delivery/test_make.py::test_each_target_that_runs_tests_finds_some",
     )  # fmt: skip
+    # No file names a file of the new service that only hitcounter had.
+    named = {
+        one for content in tree(repository).values() for one in re.findall(rb"\b(?:tests/)?orders/\w+\.(?:py|lua)\b", content)
+    }
+    assert {one.decode() for one in named} <= tree(repository).keys()
     again = service(repository, "rename-project", "shop")
     assert again.stdout == "the project's name is shop already; nothing has changed\n"
 
@@ -360,6 +374,7 @@ def act(folder: Path, command: str) -> str:
     outer = {name: text for name, text in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     environ = {**outer, "PYTEST_ADDOPTS": "-p no:cacheprovider tests/likes", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b"}
     environ |= {"GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b", "GIT_CONFIG_GLOBAL": os.devnull}
+    environ |= {"MYPY_CACHE_DIR": str(ROOT / ".mypy_cache")}  # a type check of the whole repository is slow without its cache
     ended = subprocess.run(["bash", "-c", command], cwd=folder, env=environ, text=True, capture_output=True, timeout=600)
     assert ended.returncode == 0, f"{command}\n{ended.stdout}{ended.stderr}"
     return ended.stdout + ended.stderr
@@ -380,6 +395,7 @@ def running(folder: Path, command: str) -> Iterator[str]:
             process.communicate(timeout=30)
 
 
+@pytest.mark.skipif(FIRST == "likes", reason="the example of the page exists")
 def test_commands_of_the_page_work_in_the_order_of_the_page(repository: Path) -> None:
     page = repository / "docs" / "second-service.md"
     made, listed, served, asked, tested = steps(page, "On this machine")

@@ -13,7 +13,8 @@ TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 of_each_text = pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
 
 
-@of_each_text
+# A changelog also names targets that were removed later.
+@pytest.mark.parametrize("text", [text for text in TEXTS if text.name != "CHANGELOG.md"], ids=lambda path: path.name)
 def test_make_targets_exist(text: Path) -> None:
     commands = re.findall(r"^ *make ([a-z][a-z0-9 -]*)|`make ([a-z][a-z0-9 -]*)", text.read_text(), re.MULTILINE)
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
