@@ -71,9 +71,9 @@ remove: $(VENV)/installed ## remove the service NAME: its files, and its entry i
 rename-project: $(VENV)/installed ## name namespace, labels, Compose project and the images' folder NAME; needs git and kubectl
 	@$(BIN)/python scripts/service.py rename-project "$(NAME)"
 
-# Run the tests in two processes: while a test of one process waits, a test of the other process runs.
+# Run the tests in four processes: while a test of one process waits, tests of the other processes run.
 test: $(VENV)/installed ## run all tests that need only this machine
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -n 4 --dist worksteal
 
 test-newest: ## run the contract tests with the newest aiohttp and redis-py; these tests may fail
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
@@ -83,7 +83,7 @@ test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2,
 	@sh scripts/test-servers.sh
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
-	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
+	@$(BIN)/coverage run -m pytest -n 4 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 # shellcheck needs the option --shell, because redis.sh, .ci/steps and the files in scripts/lib/ do not name their shell.
 lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
@@ -138,6 +138,7 @@ update: $(VENV)/installed ## take newer versions (of packages, only those publis
 PROXIES ?=           # the folder of the machine's own nginx and haproxy, such as /usr/sbin, for `make test-proxies`
 RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
 ATTACK_SECONDS ?= 10
+ATTACKS ?=           # the attacks of `make attack`, as an expression for pytest's option -k; default: all
 DEBIAN_MIRROR ?= http://deb.debian.org/debian
 export RESTARTS ATTACK_SECONDS DEBIAN_MIRROR
 
@@ -154,9 +155,9 @@ test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test
 	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
 
 attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
-	@$(PYTEST_SLOW) -m attack tests
+	@$(PYTEST_SLOW) -m attack $(if $(ATTACKS),-k '$(ATTACKS)') tests
 
-chaos: $(VENV)/installed ## break the primary of a replicated store 45 times in 20 minutes; no number may be lost
+chaos: $(VENV)/installed ## break the primary of a replicated store 35 times in 15 minutes; no number may be lost
 	@$(BIN)/python -m tests.hitcounter.chaos
 
 # --- Benchmark ---

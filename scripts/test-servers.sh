@@ -40,6 +40,6 @@ for package in ${SERVERS:-$packages}; do
   fetch "$package"
   ".servers/$package/server" --version
   # shellcheck disable=SC2046 # each service's folder is an argument
-  REDIS_SERVER=$PWD/.servers/$package/server "$VENV/bin/python" -m pytest -n 2 --dist worksteal $(services | sed 's|^|tests/|') \
+  REDIS_SERVER=$PWD/.servers/$package/server "$VENV/bin/python" -m pytest -n 4 --dist worksteal $(services | sed 's|^|tests/|') \
     tests/nanoservice/test_redis.py tests/nanoservice/test_outage.py tests/nanoservice/test_idle.py
 done

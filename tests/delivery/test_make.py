@@ -90,7 +90,7 @@ def test_help_is_the_default_and_lists_every_target() -> None:
 def test_each_target_that_runs_tests_finds_some() -> None:
     """pytest fails if it finds no test. The Makefile names tests by a path, and perhaps by markers."""
     commands = re.findall(r"(?:PYTEST_SLOW\)|pytest) (.*)", (ROOT / "Makefile").read_text())
-    chosen = [re.search(r"(?:-m (\"[^\"]+\"|\w+) )?(tests[\w/.]*)", command) for command in commands]
+    chosen = [re.search(r"(?:-m (\"[^\"]+\"|\w+) .*)?\b(tests[\w/.]*)$", command) for command in commands]
     assert any(one and one[1] for one in chosen)
     for markers, path in (one.groups() for one in chosen if one):
         files = [ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("test_*.py")

@@ -11,7 +11,6 @@ import time
 from enum import Enum, auto
 from pathlib import Path
 
-from nanoservice.sentinel import PRIMARY_NAME
 from nanoservice.testing.replicated import DOWN_AFTER, Peer, Replicated, Server
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.support.load import Load
@@ -31,8 +30,6 @@ class Fault(Enum):
     FROZEN = auto()
     CUT_FROM_SERVERS = auto()  # The services still reach the primary; its replicas and the Sentinels do not.
     CUT_OFF = auto()
-    SUSPECTED = auto()  # Only the Sentinels do not reach the primary: they promote a replica beside a primary that still works.
-    REPLACED = auto()  # A Sentinel is asked for a failover: the same, on purpose.
 
     def begin(self, server: Server, store: Replicated) -> None:
         if self is Fault.KILLED:
@@ -40,13 +37,8 @@ class Fault(Enum):
             server.network.abort()
         elif self is Fault.FROZEN:
             server.freeze()
-        elif self is Fault.REPLACED:
-            assert store.ask(0, "FAILOVER", PRIMARY_NAME)
         else:
-            cut = {
-                Fault.CUT_FROM_SERVERS: {Peer.REPLICA, Peer.SENTINEL}, Fault.CUT_OFF: set(Peer), Fault.SUSPECTED: {Peer.SENTINEL}
-            }  # fmt: skip
-            server.network.cut = frozenset(cut[self])
+            server.network.cut = frozenset(Peer if self is Fault.CUT_OFF else {Peer.REPLICA, Peer.SENTINEL})
 
     def end(self, server: Server) -> None:
         """Let the server come back. It does not know that it is not the primary any more."""
@@ -137,7 +129,7 @@ class Chaos:
 
 
 async def main() -> None:
-    """Let 45 faults happen, one after another."""
+    """Let 35 faults happen, one after another."""
     faults = [*[Fault.KILLED] * 20, *list(Fault)[1:] * 5]
     with tempfile.TemporaryDirectory() as folder, spawning("hitcounter") as spawn:
         async with Replicated(Path(folder) / "store").running() as store:

@@ -1,6 +1,7 @@
 """A request is answered the same whether the connection answers it directly or aiohttp's application does."""
 
 import asyncio
+import contextlib
 import logging
 import random
 import signal
@@ -104,7 +105,8 @@ async def answers(served: Served, pieces: Pieces) -> bytes:
             for piece in pieces:
                 wire.writer.write(piece)
                 await asyncio.sleep(0.002)
-            wire.writer.write_eof()
+            with contextlib.suppress(OSError, RuntimeError):  # The service may have closed the connection already.
+                wire.writer.write_eof()
             while await wire.more():
                 pass
         except (ConnectionError, OSError):

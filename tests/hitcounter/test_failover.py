@@ -15,6 +15,10 @@ from nanoservice.testing.waiting import SLACK
 from tests.hitcounter.chaos import MEDIAN_SECONDS, Chaos, Fault
 from tests.support.process import Spawn
 
+# The network between the servers aborts connections while it writes to them, which can crash uvloop. The services under test are
+# processes of their own, and run on the event loop that `EVENT_LOOP` names.
+pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])
+
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Replicated]:

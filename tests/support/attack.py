@@ -256,5 +256,5 @@ async def survive(process: Process, errors: Path, number: int, *, connections: i
     # The log has only the start, the shutdown, the surplus of connections on the admin port, and requests that are slow because
     # the machine is busy.
     messages = {line["message"].partition(";")[0].partition(":")[0] for line in process.log}
-    assert messages <= {"listening", "draining", "stopped", "too many connections", "slow request"}
+    assert messages <= {"listening", "draining", "stopped", "too many connections", "slow request"}, messages
     assert len(process.log) < 100
