@@ -52,7 +52,7 @@ class Shipped(Valkey):
             (root / "bin" / name).symlink_to(executable())
         with open(root / "etc/redis/users.acl", "a") as file:
             file.write("user all resetchannels ~* &* +@all\n")  # this user may run every command
-        for name in ("probe", "operator", NAME, "all"):
+        for name in ("probe", "operator", *names(), "all"):
             self.set_passwords(name, f"{name}'s\n")
 
     def set_passwords(self, name: str, lines: str) -> None:

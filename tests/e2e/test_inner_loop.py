@@ -40,7 +40,7 @@ def published(target: str) -> str:
     """Build a target of the Containerfile, give the image to the cluster, and return the image's name in the cluster."""
     name = f"hitcounter-{target}"
     options = f"{os.environ.get('BUILD_OPTIONS', '')} --target={target}"
-    run("make", "--no-print-directory", "image", f"IMAGE={name}", f"BUILD_OPTIONS={options}", seconds=600)
+    run("make", "--no-print-directory", "image", "SERVICE=hitcounter", f"IMAGE={name}", f"BUILD_OPTIONS={options}", seconds=600)
     return run("scripts/image-to-cluster.sh", env={"IMAGE": name}).splitlines()[-1]
 
 
