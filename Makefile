@@ -167,7 +167,7 @@ chaos: $(VENV)/installed ## break the primary of a replicated store 35 times in 
 BENCH := .venv-bench
 BEFORE ?=            # another checkout of this repository, to compare its hitcounter with this one's
 
-# The image has the Python of Debian 13, which was built with optimisation. A Python that was not is half as fast.
+# The image has the Python of Debian 13, which was built with optimisation. A Python without optimisation is half as fast.
 $(DEBIAN)/bench/done: scripts/debian.sh
 	@sh scripts/debian.sh $@ python3.13-venv wrk nginx-light libnginx-mod-http-lua webdis
 

@@ -36,7 +36,7 @@ from nanoservice import embedded
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PEERS = HERE / "peers"
-# The root of the Debian whose programs are used: wrk, nginx with its Lua module, webdis. `make bench` unpacks one.
+# The root folder of the Debian whose programs are used: wrk, nginx with its Lua module, webdis. `make bench` unpacks one.
 DEBIAN = Path(os.environ.get("DEBIAN_ROOT") or "/")
 CONNECTIONS = 64
 HITS = "{hitcounter}:hits"
@@ -252,8 +252,8 @@ def wrk(process: Process, connections: int, mark: Callable[[], Any] = lambda: No
 
 
 def window(server: Server, process: Process, connections: int, core: int, store: "redis.Redis") -> report.Figures:
-    """Measure one window of a closed loop. Redis has the number of requests; where it has not, the server answers it."""
-    # Under a load, a connection that is open already gets its answer sooner than a new one.
+    """Measure one window of a closed loop. The number of requests comes from Redis, or from the server if Redis has none."""
+    # Under load, an open connection gets its answer sooner than a new connection.
     client = socket.create_connection(("127.0.0.1", process.port), 5)
 
     def mark() -> tuple[float, int, float, float]:
@@ -274,7 +274,7 @@ def windows(
 ) -> Iterator[tuple[str, int, report.Figures]]:
     """Run all servers at the same time, measure one of them after the other, and yield each window's figures.
 
-    A server without load uses no time. So the windows of two servers are close together, and see the same machine.
+    A server without load uses no CPU time. So the windows of two servers are close together, and have the same conditions.
     """
     with contextlib.ExitStack() as stack:
         processes = []

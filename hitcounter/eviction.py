@@ -1,4 +1,4 @@
-"""Report a Redis that may evict keys. Evicted Idempotency-Keys would count again, and nothing would show it."""
+"""Report a Redis that may evict keys. An evicted Idempotency-Key would be counted again, and nothing would show this."""
 
 import asyncio
 import logging

@@ -5,9 +5,10 @@ write. tests/nanoservice/test_borrowed.py reports each one that an upgrade remov
 
 - `StreamResponse.prepare`, `StreamResponse.write_eof`: the chassis and handlers call both methods of a response. Without them
   nothing is sent. `web.Response` will replace them once its cost no longer matters.
-- `StreamResponse.force_close`, `StreamResponse.keep_alive`: aiohttp documents both. Without them nobody can close a connection
-  after an answer.
-- `StreamResponse.enable_compression`: aiohttp documents it, and `Answer` refuses the call. Without it the override can go.
+- `StreamResponse.force_close`, `StreamResponse.keep_alive`: aiohttp documents both. Without them a handler cannot close a
+  connection after its answer.
+- `StreamResponse.enable_compression`: aiohttp documents it, and `Answer` refuses the call. Without it the override can
+  be removed.
 - `StreamResponse._cookies`: it holds the cookies that were set after the answer was made. Without it they are not sent.
 - `BaseRequest._prepare_hook`: it runs the signals `on_response_prepare`. Without it these signals miss an `Answer`.
 - `BaseRequest.writer`, `AbstractStreamWriter.write_eof`: they write to the socket. Without them an answer needs several writes.
@@ -47,7 +48,7 @@ def check_lines(lines: bytes) -> None:
 
 
 def encode(status: int, lines: bytes, body: bytes | None, connection: bytes = b"", *, whole: bool = True) -> bytes:
-    """Return an answer as it is sent, with the header lines `lines` and `connection`; its body only if `whole`."""
+    """Return the bytes of an answer, with the header lines `lines` and `connection`. They include the body only if `whole`."""
     start = _STATUS_LINE[status] + _date_line(int(time.time())) + lines
     if body is None:
         return b"%b%b\r\n" % (start, connection)
@@ -90,7 +91,7 @@ class Answer(web.StreamResponse):
         return request.writer
 
     def encode(self, http_1_0: bool = False, *, whole: bool = True) -> bytes:
-        """Return the answer as it is sent; its body only if `whole`."""
+        """Return the bytes of the answer. They include the body only if `whole`."""
         lines = self._changed_lines() if self.headers or self._cookies else self._lines
         connection = b"Connection: keep-alive\r\n" if http_1_0 else b""
         return encode(self.status, lines, self._content, _CLOSE if self.keep_alive is False else connection, whole=whole)

@@ -57,8 +57,8 @@ def utf8(text: str) -> str:
 def password(text: str) -> str:
     """Return the first password in `text`. manifests/redis/redis.sh reads the passwords of Redis's users by the same rule.
 
-    Each line is a password, without its line end; empty lines and a byte-order mark are ignored. Raises ValueError if there is
-    none, or if the text is not UTF-8.
+    Each line is a password, without its line end; empty lines and a byte-order mark are ignored. Raises ValueError if `text`
+    has no password, or is not UTF-8.
     """
     for line in utf8(text).removeprefix("\ufeff").split("\n"):
         if found := line.rstrip("\r"):
@@ -134,7 +134,7 @@ def host(text: str) -> str:
 
 
 def addresses(text: str) -> tuple[tuple[str, int], ...]:
-    """Return the hosts and ports in `text`, which has commas between them. An IPv6 address is in brackets."""
+    """Return the hosts and ports that `text` lists, with commas between them. An IPv6 address is in brackets."""
     try:
         parts = [part.strip().rpartition(":") for part in text.split(",")]
         return tuple((host(re.sub(r"^\[(.*)\]$", r"\1", name)), integer(1, 65535)(port)) for name, _, port in parts)

@@ -1,16 +1,17 @@
 """The HTTP connections of clients: one request at a time, within limits, each error answered with problem details.
 
-aiohttp's C parser reads the bytes, its application handles the requests, and its writer writes the answers. Everything between
-them is here. An error answer neither quotes the request nor names a version. A connection whose request is not complete in time
-is closed. Each answer takes at least one iteration of the event loop, so a client that pipelines lets others in. WebSockets do
-not work: the answer to an upgrade request closes the connection. `bounds.py` has the limits for all connections together.
+aiohttp's C parser reads the bytes, its application handles the requests, and its writer writes the answers. This module does
+everything between them. An error answer neither quotes the request nor names a version. A connection whose request is not
+complete in time is closed. Each answer takes at least one iteration of the event loop, so a client that pipelines does not block
+other clients. WebSockets do not work: the answer to an upgrade request closes the connection. `bounds.py` has the limits for all
+connections together.
 
 This module borrows names that aiohttp does not promise to keep. tests/nanoservice/test_borrowed.py reports each one that an
 upgrade removes. Each entry says what the chassis loses without the name.
 
 - `HttpRequestParser.feed_data`: it parses requests. Without it the chassis needs another parser.
-- `RawRequestMessage._replace`: it changes a parsed request. Without it `GET http://host` is not found, and the answers to the
-  last request of a connection do not say so.
+- `RawRequestMessage._replace`: it changes a parsed request. Without it `GET http://host` is not found, and the answer to the
+  last request of a connection does not say that it is the last one.
 - `HttpProcessingError`, `LineTooLong`: the parser raises these errors. Without them no malformed request is answered.
 - `RequestPayloadError`: the body of a request is malformed. Without it a malformed body is a 500 with a traceback.
 - `BaseProtocol.pause_writing`, `BaseProtocol.resume_writing`, `BaseProtocol.connection_made`, `BaseProtocol.connection_lost`,
@@ -51,12 +52,12 @@ from nanoservice.metrics import RequestRecorder
 
 RECEIVE_SECONDS = 10.0  # A request must be complete within this time.
 SEND_SECONDS = 30.0  # A client may leave its answers unread for this time.
-# Longer than common proxies keep an idle connection to a server. Google's load balancers keep theirs for 600 s.
+# This is longer than common proxies keep an idle connection to a server. Google's load balancers keep theirs for 600 s.
 KEEPALIVE_SECONDS = 620.0
 
 _KEPT_HEADERS = "Allow", "Retry-After", "WWW-Authenticate"  # These headers of aiohttp's errors are kept.
 _LINE_BYTES = 8190  # the maximum size of a URL
-_FIELD_BYTES = 8192  # the maximum size of a header; it differs, so that the parser's error shows what is too long
+_FIELD_BYTES = 8192  # the maximum size of a header; unequal to `_LINE_BYTES`, so that the parser's error shows what is too long
 _MAX_HEADERS = 128
 _HEAD_TOO_LARGE = (
     f"the head is longer than {HEAD_BYTES} bytes, a header than {_FIELD_BYTES}, or there are more than {_MAX_HEADERS}"
@@ -98,13 +99,14 @@ class Connection(BaseProtocol):
         self._parser: Any = HttpRequestParser(
             self, factory.loop, BUFFER_BYTES, max_line_size=_LINE_BYTES, max_field_size=_FIELD_BYTES, max_headers=_MAX_HEADERS,
             payload_exception=web.RequestPayloadError,
-            auto_decompress=False,  # A compressed body cannot expand in memory.
+            auto_decompress=False,  # A compressed body must not expand in memory.
         )  # fmt: skip
         self._factory = factory
         self._bounds = factory.bounds
-        # `_busy`: a request whose head is complete is being received or answered. `_body` is its body; the parser has not got
-        # `_left` bytes of it (None for chunks). `_message` is set until its handling begins, at `_started`. `_discarding`: the
-        # request is answered, and the rest of its body is being discarded. `_long`: a handler collects a long body.
+        # `_busy`: a request whose head is complete is being received or answered. `_body`: the body of this request. `_left`: the
+        # number of bytes of the body that the parser has not got yet (None for chunks). `_message` is set until its handling
+        # begins, at `_started`. `_discarding`: the request is answered, and the rest of its body is being discarded. `_long`: a
+        # handler collects a long body.
         self._body: StreamReader = EMPTY_PAYLOAD
         self._message: RawRequestMessage | None = None
         self._left: int | None = 0
@@ -206,7 +208,7 @@ class Connection(BaseProtocol):
             self.read()
 
     def read(self) -> None:
-        """Parse the received bytes up to the end of one request, and have it answered."""
+        """Parse the received bytes up to the end of one request, and have this request answered."""
         if self._deaf:
             return
         data, self._later = self._later, b""
@@ -273,7 +275,7 @@ class Connection(BaseProtocol):
         """Return whether the body may be received now. A long body that a handler collects may have to wait for others."""
         if self._body.total_bytes > LONG_BYTES:
             low, _ = self._body.get_read_buffer_limits()
-            self._long = low > BUFFER_BYTES  # `await request.read()` has raised it
+            self._long = low > BUFFER_BYTES  # `await request.read()` has raised this limit
         return not self._long or self._discarding or self._bounds.may_receive(self)
 
     def _read_body(self, data: bytes) -> bytes:
@@ -480,7 +482,7 @@ class Connection(BaseProtocol):
         self._close(linger=True)
 
     def _finish(self, keep: bool, now: float) -> None:
-        """End the request, because it is answered, and continue with the next one."""
+        """End the request, which is answered, and continue with the next one."""
         if not keep or self._deaf or self._factory.draining or (self._ended and not self._later):
             self._close(linger=not self._body.is_eof() or bool(self._later))
             return
@@ -623,7 +625,7 @@ class ConnectionFactory:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while self.bounds.open or self._tasks:
-                    self.pre_shutdown()  # A connection that was accepted last is reported only now.
+                    self.pre_shutdown()  # The last connections that were accepted may be reported only now.
                     await asyncio.sleep(0.005)
         for connection in self.connections:
             connection.abort()

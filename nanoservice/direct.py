@@ -2,8 +2,8 @@
 
 Most of the cost of a small request is aiohttp's: a task, a request, a writer, and the search for the route. A handler in two
 halves needs none of them. Its first half gets the headers, and returns a future and its second half, which makes the answer from
-the result of the future. `add` also makes an aiohttp handler from the same two functions. It answers all requests that are not
-small or not plain: those with a body that arrives later, with `Expect`, with a query, or of HTTP/1.0.
+the result of the future. `add` also makes an aiohttp handler from the same two functions. This handler answers all requests
+that are not small or not plain: those with a body that arrives later, with `Expect`, with a query, or of HTTP/1.0.
 """
 
 import asyncio

@@ -13,7 +13,7 @@ _Kind = tuple[str, ...]  # the type of the error, and the file and line of each 
 
 
 class FailureLog:
-    """Logs each failure, but the same traceback only a few times a minute, and then how many were left out."""
+    """Logs failures. It logs the same traceback only a few times a minute, and then how many failures it has left out."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger

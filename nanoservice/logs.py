@@ -76,7 +76,7 @@ class BackgroundHandler(logging.Handler):
                     return
                 self._lines.append(line)
                 self._waiting += len(line)
-                if not self._thread.is_alive():  # A process that was forked has no thread either.
+                if not self._thread.is_alive():  # A forked process has no such thread either.
                     self._thread = threading.Thread(target=self._write, name="log", daemon=True)
                     self._thread.start()
                 self._changed.notify_all()

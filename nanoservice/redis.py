@@ -132,7 +132,7 @@ class _TcpConnection(Connection):
         timeout: float = self.socket_connect_timeout  # type: ignore[assignment] # `_options` sets it
         async with asyncio.timeout(timeout):
             addresses = await asyncio.get_running_loop().getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-            # All addresses are tried in the first half of the time, or in half a second.
+            # The attempts for all addresses begin within the first half of the time, and within half a second.
             delay = min(0.5, timeout / 2) / len(addresses)
             self._socket = await start_connection(addresses, happy_eyeballs_delay=delay)
             await super()._connect()  # type: ignore[no-untyped-call] # typed in part
@@ -249,8 +249,8 @@ class Store:
     Handlers run commands and pipelines through `client`. If Redis fails, these raise UnavailableError, which is answered with
     503. `connection()` is for code that needs a connection of its own; such code uses `replication` itself.
 
-    A Sentinel, and each node of a Redis Cluster, answers PING. To make `/readyz` find them, set `check` to a command that reads a
-    key of the service.
+    A Sentinel answers PING, and so does each node of a Redis Cluster. To make `/readyz` answer 503 with them, set `check` to a
+    command that reads a key of the service.
     """
 
     def __init__(self, config: Config, registry: CollectorRegistry, socket: str | None = None) -> None:
@@ -261,7 +261,7 @@ class Store:
         other = self._kind
 
         def to(host: str, port: int) -> AbstractConnection:
-            """Return a connection to a Sentinel or to any server, not open yet."""
+            """Return a connection, which is not open yet, to a Sentinel or to any server."""
             return other(**self._options | {"host": host, "port": port, "socket_timeout": None})
 
         timeout, with_sentinels = config.redis_timeout, bool(config.redis_sentinels)

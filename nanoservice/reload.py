@@ -17,8 +17,8 @@ from nanoservice.errors import StartError
 from nanoservice.listen import bind, child_environ
 
 _POLL_SECONDS = 0.1  # the time between two scans of the files; scanning a few dozen files costs next to nothing
-# The service must stop within this time, which is longer than its own limits. If a handler blocks the event loop, the service
-# does not hear signals.
+# The service must stop within this time, which is longer than the service's own limits. A service whose handler blocks the event
+# loop does not react to signals.
 _STOP_SECONDS = 20.0
 
 

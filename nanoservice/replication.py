@@ -39,13 +39,14 @@ class Replication:
     ) -> None:
         self._replicas = replicas
         self._connection = connection
-        # For the question whether a replica is a primary. Together with WAIT this must be less than `timeout`.
+        # The time limit for asking a replica whether it is a primary. This time and that of WAIT must together be less than
+        # `timeout`.
         self._seconds = timeout * 0.4
         self._wait_seconds = timeout / 2  # If WAIT took longer than `timeout`, its reply would be lost.
         self._wanted = replicas
         self._primary: Address | None = None
         self._known: set[Address] = set()  # the replicas that have been attached to this primary
-        self._offset = 0  # of the primary, at the last survey
+        self._offset = 0  # the primary's offset at the last survey
         self._next_survey = 0.0
         if replicas:
             self._have = Gauge("redis_replicas", "Replicas that had the last write in time", registry=registry)
@@ -79,9 +80,9 @@ class Replication:
             self._survey(await connection.read_response())
 
     async def begin(self, primary: Address, role: list[Any]) -> None:
-        """Record the replicas of `primary`, to which a connection was opened. Raises NoPrimaryError if another server is one.
+        """Record the replicas of `primary`, to which a connection was opened. `role` is the primary's reply to ROLE.
 
-        `role` is the reply to ROLE.
+        Raises NoPrimaryError if another server is a primary now.
         """
         if not self._replicas:
             return
@@ -94,7 +95,10 @@ class Replication:
         self._wanted = max(self._replicas, len(attached))
 
     def _survey(self, role: list[Any]) -> None:
-        """Update the replicas that a write needs. A replica whose offset does not grow is attached, but cannot be reached."""
+        """Update the number of replicas that a write needs.
+
+        A replica whose offset does not grow is attached, but cannot be reached.
+        """
         if role[0] != b"master":
             raise NoPrimaryError("it is not the primary any more")
         attached = _attached(role)

@@ -45,7 +45,7 @@ class Sentinels:
         self._search: asyncio.Task[Address | str] | None = None
         self._failovers = Counter("redis_failovers", "Times that another server became the primary", registry=registry)
         self.primary: Address | None = None
-        self._successor: tuple[float, Address, Address] | None = None  # when it was learnt, a former primary, and its primary
+        self._successor: tuple[float, Address, Address] | None = None  # when it was learnt, the former primary, its successor
 
     async def find(self) -> Address:
         """Return the address of the primary. Raises NoPrimaryError if no Sentinel names one in time.
@@ -67,7 +67,7 @@ class Sentinels:
         """Record the role that the server at `address` reports, which is its reply to ROLE.
 
         Raises NoPrimaryError unless it is a primary. In a planned failover the former primary knows its successor a second before
-        the Sentinels do. So for a second, `find` returns the successor instead of this server.
+        the Sentinels do. So for a second, `find` returns the successor instead of the former primary.
         """
         if role[0] != b"master":
             if role[0] == b"slave":

@@ -222,13 +222,13 @@ class Running:
     async def _stop_listening(self) -> None:
         """Close the listening sockets, and serve the connections that the kernel has accepted for them.
 
-        To a client, such a connection is established. If it were reset, a proxy could not send a POST again.
+        To a client, such a connection is established. If the service reset it, a proxy could not send a POST again.
         """
         loop = asyncio.get_running_loop()
         while self._sites:
             site, sock, factory = self._sites.pop()
-            # asyncio's loop serves a connection in the iteration after its accept(), and drops it if the server is closed then.
-            # So stop the loop's accepting one iteration earlier. uvloop has no reader here, and does not need this.
+            # asyncio's loop serves a connection one iteration after its accept(), and drops it if the server is closed by then.
+            # So stop accepting one iteration before the close. uvloop has no reader here, and does not need this.
             loop.remove_reader(sock)
             await asyncio.sleep(0)
             accepted = accept_queued(sock)
@@ -248,7 +248,7 @@ class Running:
         return sum(len(factory.connections) for factory in self._factories)
 
     async def cut_off(self) -> int:
-        """Close idle connections, and return the number of the others, on each of which a request is not answered yet."""
+        """Close idle connections. Return the number of the other connections, each with a request that is not answered yet."""
         if closing := [asyncio.create_task(runner.cleanup()) for runner in self._connection_runners]:
             await asyncio.wait(closing, timeout=0.1)
         return self._connections()

@@ -1,8 +1,8 @@
 """A primary with two replicas and three Sentinels, and a network between all of them that a test can slow down or cut.
 
 Each server has an address of its own on loopback, which works on Linux. The network in front of a server tells its peers apart by
-their source addresses. Tests that run at the same time use different addresses. Otherwise a connection of one test could have the
-port that a server of the other test wants to listen on.
+their source addresses. Tests that run at the same time use different addresses. Otherwise a connection of one test could occupy
+the port that a server of another test must listen on.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ DOWN_AFTER = 2.0  # seconds without an answer of the primary, after which a Sent
 
 
 class Peer(Enum):
-    """Who is at the other end of a connection to a server."""
+    """The kind of peer at the other end of a connection to a server."""
 
     SERVICE = auto()
     REPLICA = auto()
@@ -38,7 +38,7 @@ class Peer(Enum):
 class Network:
     """The network in front of one server: it listens at the address `host`:`port` and passes bytes to `upstream` on 127.0.0.1.
 
-    The peers in `cut` get no byte and send none, and their connections stay open; what was under way arrives when the cut ends.
+    No bytes pass to or from the peers in `cut`, and their connections stay open. Bytes under way arrive when the cut ends.
     `delay` is the number of seconds that a replica's bytes need, in each direction.
     """
 
@@ -221,6 +221,6 @@ class Replicated:
         return True
 
     def environ(self, **more: str) -> dict[str, str]:
-        """Return the settings of a service that finds the primary by the Sentinels and listens on free ports."""
+        """Return the settings of a service that finds the primary through the Sentinels and listens on free ports."""
         sentinels = ",".join(f"{host}:{port}" for host, port in self.sentinels)
         return {"REDIS_SENTINELS": sentinels, "BIND_PORT": "0", "ADMIN_PORT": "0", **more}

@@ -717,7 +717,7 @@ def test_sentinel_is_run_by_the_same_script_and_image_and_remembers_the_primary(
     assert sentinel["env"] == [{"name": "SERVER", "value": "sentinel"}]
     mounts = workload.mounts_of(sentinel)
     assert mounts["/data"] == workload.mounts["/data"]
-    assert mounts["/run/valkey"] != workload.mounts["/run/valkey"]  # each has a socket and a file of users there
+    assert mounts["/run/valkey"] != workload.mounts["/run/valkey"]  # each container has its own socket and file of users there
     for path in mounts.keys() - {"/data", "/run/valkey"}:
         assert mounts[path] == workload.mounts[path]
     # Both use the same certificate.

@@ -99,7 +99,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def test_rights_are_enough_for_planned_failovers_and_for_the_loss_of_the_primary(store: Store) -> None:
     first = wait_for(store.primary, 30 * SLACK)
     wait_for(store.whole, 30 * SLACK)
-    # A Sentinel refuses until it knows the state of a replica.
+    # A Sentinel refuses a failover until it knows the state of a replica.
     wait_for(lambda: store.ask(store.sentinels[0], "SENTINEL FAILOVER", "primary", "COORDINATED"), 30 * SLACK)
     second = wait_for(lambda: (port := store.primary()) not in (None, first) and port, 30 * SLACK)
     wait_for(store.whole, 30 * SLACK)

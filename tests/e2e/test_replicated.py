@@ -67,7 +67,7 @@ def primary(namespace: Namespace, *without: str) -> str | None:
 
 
 def whole(namespace: Namespace) -> bool:
-    """Return whether one server is the primary, and the other two are ready, which means that they have its data."""
+    """Return whether one server is the primary and the other two are ready, which means that they have the primary's data."""
     return len(namespace.ready("app.kubernetes.io/name=redis")) == len(SERVERS) and primary(namespace) is not None
 
 
@@ -156,7 +156,7 @@ async def test_loss_of_the_primary_s_node_loses_no_answered_hit(
         finally:
             began = time.monotonic()
             await step(change_node, bring_back, lost)
-        # The old primary comes back under load, and must not take a hit that is then lost.
+        # The old primary comes back under load, and must not accept a hit that is then lost.
         await step(wait_for, lambda: whole(namespace), 180)
         windows.all.append((began, time.monotonic()))
 

@@ -18,7 +18,7 @@ from nanoservice.testing.valkey import Valkey
 KEYS = int(os.environ.get("CLOCK_KEYS", "25000"))  # `make test-clock` sends more
 KEEP = KEYS // 5
 DAY = 86400
-_SLOW = 30  # seconds, at most, that a batch takes on a busy machine; its keys have arrived that much earlier
+_SLOW = 30  # the most seconds that a batch takes on a busy machine; its keys may have arrived this much earlier
 _SHIFT = "{test}:shift"
 # In the script, the clock shows `_SHIFT` seconds more than the server's clock.
 _SHIFTED = f"""

@@ -1,6 +1,6 @@
 """A failover loses no answered number and gives none twice, if each answer waits for a replica.
 
-Without that, counts are lost, and the service notices this.
+If answers wait for no replica, counts are lost, and the service notices this.
 """
 
 from collections.abc import AsyncIterator

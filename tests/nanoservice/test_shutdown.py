@@ -293,7 +293,7 @@ def stop_while_it_hangs(valkey: Valkey, signals: Sequence[int], **code: str) -> 
         began = time.monotonic()
         for number in signals:
             process.send_signal(number)
-            time.sleep(0.3)  # a second signal that arrived with the first would be one signal
+            time.sleep(0.3)  # two signals that arrive together count as one
         status, said = interrupted(process)
     return status, said, time.monotonic() - began
 
@@ -317,4 +317,4 @@ def test_clean_up_that_hangs_is_ended_in_time_and_the_log_names_it(valkey: Valke
     limit = server.CLEAN_UP_SECONDS + server.CLOSE_SECONDS
     assert (status, limit - 2 < seconds < limit + 2 * SLACK) == (0, True)
     assert '"message": "a resource takes too long to close", "resources": ["hanging"]' in said
-    assert ("the first resource is closed" in said) == (obeys == "True")  # it follows when the one that hangs is cancelled
+    assert ("the first resource is closed" in said) == (obeys == "True")  # after the hanging one is cancelled

@@ -1,4 +1,4 @@
-"""Check rarely used rules of HTTP/1.1 which proxies and old clients rely on."""
+"""Check rarely used rules of HTTP/1.1 that proxies and old clients rely on."""
 
 import asyncio
 
@@ -63,7 +63,7 @@ async def test_body_that_is_too_long_gets_413_instead_of_100_continue(served: Se
         await wire.closed()
 
 
-# asyncio and uvloop handle a connection that the client has half closed in code of their own.
+# asyncio and uvloop have different code for a connection that the client has half closed.
 @pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 @pytest.mark.parametrize("number", [1, 3])
 async def test_client_that_closes_its_side_gets_its_answers(served: Served, number: int) -> None:
@@ -126,7 +126,7 @@ async def test_request_line_that_is_too_long_gets_414(served: Served) -> None:
     assert is_problem(await ask(served.port, request("GET", "/", "X: /" + "a" * 9000)), 431)
 
 
-# Without this, the kernel would reset the connection, and the client might lose the answer.
+# If the rest of the request were not read, the kernel would reset the connection, and the client might lose the answer.
 @pytest.mark.parametrize("data", [b"bad\r\n\r\n", request("POST", "/", f"Content-Length: {MAX_BODY + 1}")])
 async def test_client_that_is_refused_may_finish_its_request_before_it_reads_the_answer(
     served: Served, monkeypatch: pytest.MonkeyPatch, data: bytes

@@ -37,7 +37,7 @@ _PROBE = request("GET", "/livez", "Connection: close")
 
 @dataclass(frozen=True)
 class Attack:
-    """What each of some connections does. A connection that the service closes is opened again."""
+    """What each connection of an attack does. A connection that the service closes is opened again."""
 
     connections: int
     data: bytes = b""  # sent first
@@ -244,7 +244,7 @@ async def _probe(probes: Probes, host: str, port: int) -> None:
 
 @contextlib.asynccontextmanager
 async def _probing(host: str, port: int) -> AsyncIterator[Probes]:
-    """Send a probe on a new connection every 20 ms, as a kubelet would do more rarely."""
+    """Send a probe on a new connection every 20 ms. A kubelet sends such probes more rarely."""
     probes, sent = Probes(), set()
 
     async def send() -> None:

@@ -47,7 +47,7 @@ http {{
 }}
 """
 
-# `redispatch` sends a request to the other instance if this instance refuses the connection. A request that was sent is never
+# `redispatch` sends a request to the other instance if the first one refuses the connection. A request that was sent is never
 # repeated.
 _HAPROXY = """
 global

@@ -20,7 +20,7 @@ class Sentinel(Valkey):
 
 
 class Node(Valkey):
-    """A node of a Redis Cluster. The node has no slots. If `moved`, another node, which does not run, has all of them."""
+    """A node of a Redis Cluster. The node has no slots. If `moved`, another node has all slots, and does not run."""
 
     def __init__(self, data: Path, moved: bool) -> None:
         super().__init__(data, "--cluster-enabled", "yes", "--cluster-node-timeout", "60000")
