@@ -296,11 +296,12 @@ def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
     code = "".join(path.read_text() for path in sources)
     source = "".join(content.decode() for file, content in before.items() if file.startswith(f"{name}/"))
     words |= {metric for metric in re.findall(r"\"([a-z]+_[a-z_]+)\"", source) if metric not in code}
+    words |= {header for header in re.findall(r"\"([A-Z][a-z]+(?:-[A-Z][a-z]+)+)\"", source) if header not in code}
     own = re.findall(r"(?m)^    (\w+): \w+ = setting\(", source)
     words |= {f"`{field.upper()}`" for field in own if f"    {field}: " not in code}
 
     def is_gone(sentence: str) -> bool:
-        """Return whether a sentence names a file, metric, make target or message that is gone."""
+        """Return whether a sentence names a file, metric, header, setting, make target or message that is gone."""
         quoted = [it.strip() for text in re.findall("`([^`]+)`", sentence) if " " in text for it in re.split(r": |\.\.\.", text)]
         quoted = [re.sub("^Redis:? ", "", part) for part in quoted if len(part) > 3]
         return bool(gone.search(sentence)) or any(part in source and part not in code for part in quoted)
