@@ -141,15 +141,19 @@ class Connection(BaseProtocol):
         """Close the connection at once, and free its memory. Unlike close(), this does not wait for the client."""
         if self.transport:
             self.transport.abort()
+        if not self._body.is_eof() and self._body.exception() is None:
+            with contextlib.suppress(RuntimeError):  # A handler waits for the body, so none of it is buffered.
+                self._body.read_nowait()
         self._forget()
 
     def _forget(self) -> None:
         self._bounds.remove(self)
         self._deaf, self._idle, self._later, self._counted, self._message, self._parser = True, False, b"", 0, None, None
         if not self._body.is_eof() and self._body.exception() is None:
-            with contextlib.suppress(RuntimeError):  # A handler waits for the body, so none of it is buffered.
-                self._body.read_nowait()
-            self._body.set_exception(web.RequestPayloadError("the connection was closed"))
+            error = web.RequestPayloadError("the connection was closed")
+            self._body.set_exception(error)
+            # A handler that has been woken for data, but has not run yet, finds none and waits again. So wake it again.
+            self._factory.loop.call_soon(self._body.set_exception, error)
 
     def eof_received(self) -> bool:
         """Return whether the connection stays open for an answer, although the client has closed its side."""

@@ -306,3 +306,16 @@ async def test_client_that_reads_no_answer_makes_room_for_newcomers(
 
 def test_idle_connections_are_kept_longer_than_proxies_keep_theirs() -> None:
     assert connection.KEEPALIVE_SECONDS > 600
+
+
+@pytest.mark.parametrize("path", ["/", "/x"], ids=["the handler reads the body", "the answer is sent"])
+async def test_reader_of_a_body_ends_if_its_connection_is_aborted_just_after_data_has_arrived(served: Served, path: str) -> None:
+    factory = served.running._factories[0]
+    async with connected(served.port) as wire:
+        await wire.send(request("POST", path, "Content-Length: 1000"), b"x")
+        await eventually(lambda: factory._tasks, 5 * SLACK)
+        await asyncio.sleep(0.1)  # The task waits for more of the body.
+        (client,) = factory.connections
+        client.data_received(b"y")
+        client.abort()
+        await eventually(lambda: not factory._tasks, 5 * SLACK)
