@@ -67,6 +67,7 @@ _HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9
 _END = b"\r\n\r\n"  # A request head ends with these bytes, and so does a body in chunks.
 _PARSE_SECONDS = 0.01  # In one iteration of the event loop, requests that are not small are parsed for this time.
 _HEADER_WEIGHT = 350  # bytes that the Python objects for one header take
+_REQUEST_WEIGHT = 8 << 10  # bytes that aiohttp's objects for one request take, with their task
 _CHUNK_WEIGHT = 48  # bytes that the Python objects for half a chunk take
 _CLOSE = b"Connection: close\r\n"
 _CONTINUE = "100-continue"
@@ -350,7 +351,8 @@ class Connection(BaseProtocol):
             else:
                 future.add_done_callback(self._on_direct_result)
         else:
-            self._bounds.hold(self, _HEADER_WEIGHT * (len(headers) + 10))
+            sizes = (_HEADER_WEIGHT + 3 * (len(name) + len(value)) for name, value in message.raw_headers)
+            self._bounds.hold(self, _REQUEST_WEIGHT + sum(sizes))
             if last and not message.should_close:
                 message = message._replace(should_close=True)
             if message.url.absolute and message.url.raw_path == "/":  # aiohttp does not find an empty path
@@ -400,6 +402,9 @@ class Connection(BaseProtocol):
         except Exception as error:  # an error of the chassis itself, or of a signal that fails for each response
             factory.failures.log(error)
             self.abort()
+        finally:
+            if (broken := body.exception()) is not None:
+                broken.__traceback__ = None  # It refers to the request, whose memory only the garbage collector would free.
 
     async def _respond(self, message: RawRequestMessage, body: StreamReader) -> tuple[int, str, bool]:
         """Answer a request. Return the status, the template of the route, and whether the connection can stay open."""

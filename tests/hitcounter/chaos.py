@@ -53,9 +53,9 @@ class Fault(Enum):
 class Chaos:
     """Two services under load, with a replicated store whose primary breaks."""
 
-    def __init__(self, store: Replicated, spawn: Spawn, replicas: int) -> None:
+    def __init__(self, store: Replicated, spawn: Spawn, replicas: int, **settings: str) -> None:
         self.store = store
-        self.services = [spawn(store.environ(REDIS_REPLICAS=str(replicas))) for _ in range(2)]
+        self.services = [spawn(store.environ(REDIS_REPLICAS=str(replicas), **settings)) for _ in range(2)]
         self.load = Load([service.port for service in self.services], CONNECTIONS, most=10_000_000, pause=_PAUSE)
         self.tally = self.load.tally
         self.gaps: dict[Fault, list[float]] = {fault: [] for fault in Fault}

@@ -47,7 +47,8 @@ async def test_planned_failover_fails_no_request(store: Replicated, spawn: Spawn
         def end(self, server: Server) -> None:
             pass
 
-    chaos, fault = Chaos(store, spawn, replicas=1), cast("Fault", Planned())
+    # The hand-over takes about a second. On a busy machine it may take longer than the default of REQUEST_TIMEOUT, 2 s.
+    chaos, fault = Chaos(store, spawn, replicas=1, REQUEST_TIMEOUT="10"), cast("Fault", Planned())
     chaos.gaps = {fault: []}
     for server in store.servers:
         server.network.delay = 0.001  # as between nodes of one data centre

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -206,7 +208,7 @@ async def test_memory_that_connections_hold_is_counted_exactly(collecting: Serve
     assert bounds_of._held == 0
     assert not bounds_of.waiting
     assert not bounds_of._receiving
-    monkeypatch.setattr(bounds, "HELD_BYTES", 300_000)  # A body that is read does not add to what is held.
+    monkeypatch.setattr(bounds, "HELD_BYTES", 2 * MIB)  # A body that is read does not add to what is held.
     for number in (1, 10):
         assert {reply.json for reply in await asyncio.gather(*(ask(collecting.port, BODY) for _ in range(number)))} == {MIB}
 
@@ -319,3 +321,28 @@ async def test_reader_of_a_body_ends_if_its_connection_is_aborted_just_after_dat
         client.data_received(b"y")
         client.abort()
         await eventually(lambda: not factory._tasks, 5 * SLACK)
+
+
+async def test_request_whose_connection_is_aborted_is_freed_without_the_garbage_collector(valkey: Valkey) -> None:
+    seen: list[weakref.ref[web.Request]] = []
+
+    def setup(app: web.Application, config: Config) -> None:
+        async def collect(request: web.Request) -> web.StreamResponse:
+            seen.append(weakref.ref(request))
+            return web.json_response(len(await request.read()))
+
+        app.router.add_post("/", collect)
+
+    gc.disable()
+    try:
+        async with serving(Service("collecting", "1", Config, setup), valkey.environ()) as served:
+            factory = served.running._factories[0]
+            async with connected(served.port) as wire:
+                await wire.send(BODY[:-1])
+                await eventually(lambda: seen, 5 * SLACK)
+                for client in factory.connections:
+                    client.abort()
+                await eventually(lambda: not factory._tasks, 5 * SLACK)
+                await eventually(lambda: seen[0]() is None, 5 * SLACK)
+    finally:
+        gc.enable()
