@@ -158,7 +158,7 @@ class Replicated:
             for server in self.servers:
                 await stack.enter_async_context(server.network)
                 stack.callback(server.kill)
-                replica_of = () if server is first else ("--replicaof", f"{first.network.host} {first.network.port}")
+                replica_of = () if server is first else ("--replicaof", first.network.host, str(first.network.port))
                 await asyncio.to_thread(server.start, *replica_of)
             await eventually(lambda: asyncio.to_thread(lambda: [one.role() for one in others] == ["slave"] * 2), 10 * SLACK)
             for number in range(_SENTINELS):

@@ -127,8 +127,8 @@ def test_secrets_are_made_once_and_revealed_nowhere(cluster: Deployed, tmp_path:
         ).split()
         described = one.kubectl("describe", "secrets")
     assert "create secret generic redis-users" in "".join(seen)  # the control: the test saw the command lines
-    assert len(set(passwords)) == 3
-    assert len(passwords) == 4  # both secrets contain the service's password
+    assert len(set(passwords)) == 5
+    assert len(passwords) == 6  # both secrets contain the service's password
     for password in passwords:
         assert len(password) == 64
         assert password not in said + described + "".join(seen)
@@ -138,7 +138,7 @@ def test_passwords_are_in_no_log_event_or_description(cluster: Deployed) -> None
     ours = cluster.namespace
     (pod,) = ours.ready()
     passwords = ours.kubectl("exec", "redis-0", "--", "sh", "-c", "cat /run/secrets/redis/*").split()
-    assert len(passwords) == 3
+    assert len(passwords) == 5
     told = [
         ours.kubectl("logs", pod),
         ours.kubectl("logs", "redis-0"),

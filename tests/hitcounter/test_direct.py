@@ -21,7 +21,7 @@ from tests.support.accept import CHOICES
 from tests.support.attack import hostile
 from tests.support.contract import METHODS
 from tests.support.process import metric
-from tests.support.wire import ask, connected, is_problem, request
+from tests.support.wire import Wire, ask, connected, is_problem, request
 
 JSON = "Accept: application/json"
 GET, POST = request("GET", "/", JSON), request("POST", "/", JSON, body=b"abc")
@@ -101,17 +101,21 @@ async def pair(valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 async def answers(served: Served, pieces: Pieces) -> bytes:
     """Send `pieces`, close this side of the connection, and return everything that the service sends."""
     async with connected(served.port) as wire:
-        try:
+        # Read at the same time. If the service resets the connection later, asyncio loses what is not read by then.
+        reading = asyncio.create_task(read_all(wire))
+        with contextlib.suppress(OSError, RuntimeError):  # The service may have closed the connection already.
             for piece in pieces:
                 wire.writer.write(piece)
                 await asyncio.sleep(0.002)
-            with contextlib.suppress(OSError, RuntimeError):  # The service may have closed the connection already.
-                wire.writer.write_eof()
-            while await wire.more():
-                pass
-        except (ConnectionError, OSError):
-            pass
+            wire.writer.write_eof()
+        await reading
         return wire.received
+
+
+async def read_all(wire: Wire) -> None:
+    with contextlib.suppress(OSError):
+        while await wire.more():
+            pass
 
 
 def measured(served: Served) -> Any:
