@@ -9,10 +9,9 @@ from importlib import resources
 
 from aiohttp import hdrs, web
 
-from hitcounter import __version__
 from hitcounter.counter import Counter, Counts, hits_key
 from hitcounter.eviction import report_eviction
-from nanoservice import direct
+from nanoservice import __version__, direct
 from nanoservice.answer import Answer
 from nanoservice.config import FINISH_SECONDS, Config, integer, seconds, setting
 from nanoservice.direct import Content, Headers

@@ -12,13 +12,13 @@ reports each one that an upgrade removes.
   which may quote the password.
 - `AbstractConnection.connect`, `AbstractConnection.disconnect`, `AbstractConnection.send_command`,
   `AbstractConnection.send_packed_command`, `AbstractConnection.read_response`: they send a command and read its reply over a
-  connection that belongs to one lane (hitcounter/counter.py) or one probe (probes.py). Without them each lane needs a client
+  connection that the service (`Store.connection`) or the probe has for itself. Without them each such connection needs a client
   with a pool of one connection. Such a client will replace them.
 - `Redis._send_command_parse_response`, `Pipeline._send_command_parse_response`, `Pipeline._execute_pipeline`,
   `Pipeline._execute_transaction`: they run commands over a given connection, so that WAIT can follow over the same one. Without
   them `REDIS_REPLICAS` needs a client of one connection.
 - `Connection.host`, `Connection.port`: a connection to the primary sets both each time it is opened. Without them a failover
-  needs new lanes and a new pool.
+  needs new connections and a new pool.
 - `AbstractConnection.is_connected`, `AbstractConnection.can_read`, `AbstractConnection._writer`: they show whether an idle
   connection can still be used. Without them the first request after an idle connection has died is answered with 503.
 - `Connection._connect`, `Connection._connection_arguments`: they open a TCP connection. Without them a host whose first address

@@ -17,6 +17,7 @@ LAYERS = [
     "connection",
     "service",
     "server reload",
+    "run",
     # The last two layers are for tests alone, so no lower layer imports them.
     "testing testing.waiting testing.proxy",
     "testing.valkey testing.served",
