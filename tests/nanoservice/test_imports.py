@@ -7,7 +7,7 @@ from tests.support.imports import imported, modules, violations
 
 # The layers, the lowest first. A module may import modules of lower layers, but no module of its own layer.
 LAYERS = [
-    "errors",
+    "errors trace limits",
     "config logs answer listen negotiation embedded bounds failures",
     "health direct",
     "sentinel",
