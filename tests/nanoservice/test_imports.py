@@ -14,7 +14,7 @@ LAYERS = [
     "replication",
     "redis",
     "probes metrics",
-    "connection",
+    "connection background",
     "service",
     "server reload",
     # The last two layers are for tests alone, so no lower layer imports them.
