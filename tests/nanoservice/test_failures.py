@@ -195,7 +195,7 @@ def test_failures_of_endless_kinds_are_bounded(caplog: pytest.LogCaptureFixture)
     assert len(log._seen) == failures._MAX_KINDS + 1
 
 
-@pytest.mark.parametrize("data", [b"{", b"\xff", b""])
+@pytest.mark.parametrize("data", [b"{", b"\xff", b"", b"[" * 100_000])
 async def test_body_that_is_not_json_is_400_and_is_not_logged(
     failing: Served, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,7 @@ LAYERS = [
     "errors trace limits",
     "config logs answer listen negotiation embedded bounds failures",
     "health direct",
-    "sentinel",
+    "sentinel body",
     "replication",
     "redis",
     "probes metrics",
