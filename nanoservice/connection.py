@@ -434,7 +434,7 @@ class Connection(BaseProtocol):
                     response = error
             sent = await self._send(request, response)
         except (Exception, asyncio.CancelledError) as error:
-            if task.cancelling() > (self._late is task):
+            if task.cancelling() > (self._late is task):  # The shutdown cuts the request off.
                 raise
             answer = self._failure(error, begun=writer.output_size > 0)
             sent = answer if writer.output_size else await self._send(request, answer)

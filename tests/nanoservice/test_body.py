@@ -1,5 +1,7 @@
 """A JSON body is read into a dataclass or refused; tests/nanoservice/test_shop.py tests each reason to refuse it."""
 
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -14,6 +16,8 @@ from nanoservice.direct import MAX_BODY
 from nanoservice.service import Service
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
+from tests.support import ROOT
+from tests.support.process import environment
 from tests.support.wire import ask, chunked, is_problem, request
 
 JSON = "Content-Type: application/json"
@@ -71,3 +75,8 @@ def test_type_that_cannot_be_read_is_an_error_at_once() -> None:
 
     with pytest.raises(TypeError, match="more than one array-like"):
         json_body(Wrong)
+
+
+def test_service_that_reads_no_json_does_not_load_the_library() -> None:
+    code = "import sys, tests.nanoservice.second_service, nanoservice.server; sys.exit('msgspec' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment({}), cwd=ROOT, timeout=60).returncode == 0
