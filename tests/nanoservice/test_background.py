@@ -55,20 +55,20 @@ async def test_task_that_fails_once_is_reported_and_runs_again(valkey: Valkey, c
 async def test_delay_doubles_up_to_its_maximum_and_begins_again_after_a_long_run(
     valkey: Valkey, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(background, "_FIRST_DELAY", 0.01)
-    monkeypatch.setattr(background, "_MAX_DELAY", 0.05)
+    monkeypatch.setattr(background, "_FIRST_DELAY", 0.05)
+    monkeypatch.setattr(background, "_MAX_DELAY", 0.4)
     calls = 0
 
     async def work() -> None:
         nonlocal calls
         calls += 1
-        await asyncio.sleep(0.2 if calls == 6 else 0)
+        await asyncio.sleep(1 if calls == 6 else 0)
         raise asyncio.CancelledError if calls % 2 else ValueError
 
     async with serving(service(work=work), valkey.environ()):
-        await eventually(lambda: calls == 7, SLACK)
-        await eventually(lambda: len(caplog.records) == 7, SLACK)
-    assert [vars(record)["seconds_until_retry"] for record in caplog.records] == [0.01, 0.02, 0.04, 0.05, 0.05, 0.01, 0.02]
+        await eventually(lambda: len(caplog.records) >= 7, 3 * SLACK)
+    delays = [vars(record)["seconds_until_retry"] for record in caplog.records]
+    assert delays[:7] == [0.05, 0.1, 0.2, 0.4, 0.4, 0.05, 0.1]
 
 
 async def test_tasks_end_with_the_service_and_one_may_end_before(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
