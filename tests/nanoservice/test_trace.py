@@ -36,6 +36,7 @@ def setup(app: web.Application, config: config.Config) -> None:
         return future, lambda _: (b"", b"")
 
     def begin_well(headers: Headers) -> tuple["asyncio.Future[None]", Callable[[None], Content]]:
+        _logger.info("begun directly")
         future = asyncio.get_running_loop().create_future()
         future.set_result(None)
         return future, lambda _: (b"", b"well")
@@ -123,6 +124,7 @@ async def test_trace_of_a_request_ends_with_it(served: Served, log: io.StringIO)
         await wire.send(request("GET", "/plain/x", HEADER), request("GET", "/well"), request("GET", "/nowhere"))
         for _ in range(3):
             await wire.reply()
+    assert not [line for line in lines(log) if line["message"] == "begun directly" and "trace_id" in line]
     ids = [line["trace_id"] for line in lines(log) if line["message"] == "request"]
     assert ids.count(ID) == 2
     assert len(set(ids)) == len(ids) - 1
