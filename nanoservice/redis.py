@@ -44,7 +44,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
-from nanoservice.config import Config, password
+from nanoservice.config import Config
+from nanoservice.errors import SecretFileError
 from nanoservice.health import Health
 from nanoservice.replication import Replication
 from nanoservice.sentinel import Sentinels
@@ -64,17 +65,10 @@ class _Credentials(CredentialProvider):
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
         config = self._config
-        if config.redis_password_file:
-            try:
-                text = password(config.redis_password_file.read_bytes().decode())
-            except OSError as error:
-                raise _PasswordFileError(f"REDIS_PASSWORD_FILE: {error.strerror}") from error
-            except UnicodeDecodeError:
-                raise _PasswordFileError("REDIS_PASSWORD_FILE is not UTF-8") from None  # The original error quotes the file.
-            except ValueError:
-                raise _PasswordFileError("REDIS_PASSWORD_FILE has no password in it") from None
-        else:
+        try:
             text = config.redis_password.reveal() if config.redis_password else ""
+        except SecretFileError as error:
+            raise _PasswordFileError(f"REDIS_PASSWORD_FILE: {error}") from error
         return (config.redis_username, text) if config.redis_username else (text,)
 
     async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
@@ -302,7 +296,7 @@ def _options(config: Config, socket: str | None) -> tuple[type[AbstractConnectio
     if socket:
         return UnixDomainSocketConnection, options | {"path": socket}
     options |= {"host": config.redis_host, "port": config.redis_port}
-    if config.redis_password or config.redis_password_file:
+    if config.redis_password:
         options["credential_provider"] = _Credentials(config)
     if not config.redis_tls:
         return _TcpConnection, options

@@ -161,7 +161,8 @@ def write(root: Path, name: str, new: bool) -> None:
                 target = root / place.format(name) / source.relative_to(root / TEMPLATE / folder)
                 if source.is_file():
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_text(re.sub(r"\bstarter\b", name, source.read_text()))
+                    content = re.sub(r"\bstarter\b", name, source.read_text())
+                    target.write_text(content.replace("STARTER_", f"{name.upper()}_"))
         folders = [root / FOLDERS[folder].format(name) for folder in ("starter", "starter_tests")]
         # The order of the imports depends on the name.
         ruff = str(Path(sys.executable).parent / "ruff")

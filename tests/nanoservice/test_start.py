@@ -36,11 +36,11 @@ def run(settings: dict[str, str], *arguments: str, cwd: Path = ROOT, lacks: str 
 
 
 def test_bad_settings_are_all_reported_and_the_status_is_78() -> None:
-    ended = run({"BIND_PORT": "x", "REDIS_PASWORD": "s3cret", "GREET_WTH": "x"})
+    ended = run({"BIND_PORT": "x", "REDIS_PASWORD": "s3cret", "GREETER_WROD": "x"})
     assert ended.returncode == 78
     assert ended.stderr.splitlines() == [
         "sample: REDIS_PASWORD is not a setting; the nearest is REDIS_PASSWORD",
-        "sample: GREET_WTH is not a setting; the nearest is GREET_WITH",
+        "sample: GREETER_WROD is not a setting; the nearest is GREETER_WORD",
         "sample: BIND_PORT must be a whole number from 0 to 65535",
     ]
 

@@ -19,7 +19,7 @@ _NO_STORE = {"Cache-Control": "no-store"}
 
 
 @dataclass(frozen=True)
-class Settings(Config):
+class Settings(Config, prefix="STARTER_"):
     """The service's own setting, in addition to the settings that every service has."""
 
     count_step: int = setting(1, "number that each POST adds to the count", integer(1, 1000))

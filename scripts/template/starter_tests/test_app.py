@@ -31,9 +31,9 @@ async def test_get_returns_what_posts_have_counted(served: Served, valkey: Valke
 
 
 async def test_setting_is_the_number_that_a_post_adds(valkey: Valkey) -> None:
-    async with serving(SERVICE, valkey.environ(COUNT_STEP="5")) as served:
+    async with serving(SERVICE, valkey.environ(STARTER_COUNT_STEP="5")) as served:
         assert await count(served, "POST") == 5
-    assert "`COUNT_STEP`" in table(SERVICE.config)
+    assert "`STARTER_COUNT_STEP`" in table(SERVICE.config)
 
 
 async def test_openapi_document_is_valid_and_complete(served: Served, valkey: Valkey) -> None:
