@@ -223,7 +223,7 @@ def test_file_without_a_password_is_refused_by_valkey_and_by_the_service(stopped
     assert ended.stderr.decode() == f"redis.sh: the secret redis-users has no password for {NAME}; run: make secret\n"
     with pytest.raises(ConfigError) as refused:
         services()[NAME].config.read(stopped.environ(REDIS_USERNAME=NAME, REDIS_PASSWORD_FILE=str(file)))
-    assert refused.value.problems == ["REDIS_PASSWORD_FILE must be the path of a file with a password in it"]
+    assert refused.value.problems == ["REDIS_PASSWORD_FILE must be the path of a file in UTF-8 with a password in it"]
 
 
 def test_second_valkey_on_the_same_data_waits_until_the_first_has_exited(stopped: Shipped) -> None:
