@@ -58,6 +58,7 @@ BELONGINGS = [
     "tests/e2e",
     # Only those tests and hitcounter's own use these modules.
     "tests/support/cluster.py",
+    "tests/support/command_lines.py",
     "tests/support/exhaustion.py",
     "tests/support/load.py",
     "tests/support/proxies.py",

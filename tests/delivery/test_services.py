@@ -317,6 +317,10 @@ def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> 
         one for content in tree(repository).values() for one in re.findall(rb"\b(?:tests/)?orders/\w+\.(?:py|lua)\b", content)
     }
     assert {one.decode() for one in named} <= tree(repository).keys()
+    # The modules that only the tests of hitcounter used are gone.
+    code = [content.decode() for name, content in tree(repository).items() if name.endswith(".py")]
+    helpers = [path.stem for path in (repository / "tests" / "support").glob("[a-z]*.py")]
+    assert [it for it in helpers if not any(re.search(rf"support(\.| import .*\b){it}\b", text) for text in code)] == []
     again = service(repository, "rename-project", "shop")
     assert again.stdout == "the project's name is shop already; nothing has changed\n"
 
