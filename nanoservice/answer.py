@@ -26,7 +26,7 @@ from http import HTTPStatus
 from aiohttp import HttpVersion10, web
 from aiohttp.abc import AbstractStreamWriter
 
-from nanoservice.errors import Lines, header_lines
+from nanoservice.errors import Lines, check_name, header_lines
 
 _STATUS_LINE = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus if status >= 200
@@ -47,8 +47,10 @@ def check_lines(lines: bytes) -> None:
 
     Several lines in plain bytes are refused, because a value with a line break may have added the second line.
     """
-    if type(lines) is not Lines and not _ONE_LINE.fullmatch(lines):
-        raise ValueError("lines must be one header line, or what header_lines() returned")
+    if type(lines) is not Lines:
+        if not _ONE_LINE.fullmatch(lines):
+            raise ValueError("lines must be one header line, or what header_lines() returned")
+        check_name(lines.partition(b":")[0].decode())
 
 
 def encode(status: int, lines: bytes, body: bytes | None, connection: bytes = b"", *, whole: bool = True) -> bytes:
