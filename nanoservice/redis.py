@@ -45,7 +45,7 @@ from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
 from nanoservice.config import Config, password
-from nanoservice.health import Health
+from nanoservice.health import Health, not_of_a_handler
 from nanoservice.replication import Replication
 from nanoservice.sentinel import Sentinels
 
@@ -96,14 +96,15 @@ class _DiscreetConnection(AbstractConnection):
             await self.disconnect(nowait=True)
         if self.is_connected:
             return
-        await super().connect()  # type: ignore[no-untyped-call] # typed in part
-        # A server that refuses a client, for example because of maxclients, says so before the client has asked anything.
-        if await self.can_read():
-            try:
-                await self.read_response()
-            except exceptions.RedisError:
-                await self.disconnect(nowait=True)
-                raise
+        with not_of_a_handler():
+            await super().connect()  # type: ignore[no-untyped-call] # typed in part
+            # A server that refuses a client, for example because of maxclients, says so before the client has asked anything.
+            if await self.can_read():
+                try:
+                    await self.read_response()
+                except exceptions.RedisError:
+                    await self.disconnect(nowait=True)
+                    raise
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         # If the transport has just closed, uvloop raises RuntimeError, and asyncio's event loop OSError or, since Python 3.12,
@@ -240,7 +241,8 @@ async def _replicate(replication: Replication, connection: AbstractConnection) -
     """Wait until enough replicas have what was written over `connection`. Raises TooFewReplicasError if this takes too long."""
     if wait := replication.wait:
         await connection.send_command(*wait)
-        await replication.confirm(connection)
+        with not_of_a_handler():
+            await replication.confirm(connection)
 
 
 class Store:
