@@ -97,14 +97,14 @@ class _DiscreetConnection(AbstractConnection):
         if self.is_connected:
             return
         with not_of_a_handler():
-            await super().connect()  # type: ignore[no-untyped-call] # typed in part
-            # A server that refuses a client, for example because of maxclients, says so before the client has asked anything.
-            if await self.can_read():
-                try:
+            try:
+                await super().connect()  # type: ignore[no-untyped-call] # typed in part
+                # A server that refuses a client, for example because of maxclients, says so before the client has asked anything.
+                if await self.can_read():
                     await self.read_response()
-                except exceptions.RedisError:
-                    await self.disconnect(nowait=True)
-                    raise
+            except BaseException:  # A pool would use a connection whose handshake was cancelled as if it were ready.
+                await self.disconnect(nowait=True)
+                raise
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         # If the transport has just closed, uvloop raises RuntimeError, and asyncio's event loop OSError or, since Python 3.12,

@@ -21,6 +21,8 @@ from nanoservice.config import Config
 from nanoservice.errors import UnavailableError
 from nanoservice.health import Health, cause
 from nanoservice.redis import Store
+from nanoservice.replication import Replication
+from nanoservice.sentinel import Sentinels
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
@@ -285,6 +287,29 @@ async def test_connection_that_is_refused_for_an_unknown_reason_is_not_the_handl
                 await it.client.incr("n")
         finally:
             await it.client.aclose()
+
+
+async def test_connection_whose_handshake_is_cancelled_is_closed(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = asyncio.Event()
+
+    async def find(self: Sentinels) -> tuple[str, int]:
+        return "127.0.0.1", valkey.port
+
+    async def begin(self: Replication, *arguments: Any) -> None:
+        begun.set()
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(Sentinels, "find", find)
+    monkeypatch.setattr(Replication, "begin", begin)
+    it: Any = Store(Config.read({"REDIS_SENTINELS": "127.0.0.1:1"}), CollectorRegistry())
+    try:
+        task = asyncio.create_task(it.client.get("n"))
+        await asyncio.wait_for(begun.wait(), 5 * SLACK)
+        task.cancel()
+        await asyncio.wait([task])
+        await eventually(lambda: len(valkey.run("CLIENT", "LIST").splitlines()) == 1, 5 * SLACK)  # only the one that asks
+    finally:
+        await it.client.aclose()
 
 
 async def test_wait_that_redis_refuses_is_not_the_handlers_error(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
