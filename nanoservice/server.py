@@ -191,7 +191,10 @@ class Running:
         while True:
             await asyncio.sleep(1)
             for factory in self._factories:
-                factory.close_overdue()
+                try:
+                    factory.close_overdue()
+                except Exception:  # Without the sweep, slow clients could use all connections.
+                    _logger.exception("overdue connections were not closed")
 
     def drain(self) -> None:
         """Make readiness answer 503, and close each connection after its next answer, but keep serving.
