@@ -7,12 +7,14 @@ override VENV := $(patsubst %/,%,$(VENV))
 BIN := $(VENV)/bin
 SERVERS ?=           # packages of tests/servers/requirements.in; with them, `make test-servers` tests only with their servers
 UPGRADE ?=           # with UPGRADE=--upgrade, `make lock` locks the newest versions
+NAME ?=              # the name of the service that `make service` makes or `make remove` removes, such as likes
+FORMAT ?=            # how `make services` prints the services: table (the default), names or json
 
 ENGINE ?=            # docker (with buildx), podman or buildah; if empty, make uses the first of these that it finds
-SERVICE ?= hitcounter
-IMAGE ?= $(SERVICE)
+SERVICE ?=           # the service to work on, such as hitcounter; if empty, `make run` takes the first, other commands take all
+IMAGE ?=             # the name of SERVICE's image; the default is the service's name
 PLATFORMS ?= linux/amd64,linux/arm64
-LAYOUT ?= $(SERVICE).oci
+LAYOUT ?=            # the folder for the OCI layout of SERVICE's image; the default is SERVICE.oci
 WHEELS ?= wheels
 override WHEELS := $(patsubst %/,%,$(WHEELS))
 BUILD_OPTIONS ?=     # more options for the engine's build, such as --build-arg BASE=... for a mirror's image
@@ -23,29 +25,23 @@ REGISTRY ?=          # the registry that the cluster pulls from, such as registr
 VALKEY ?=            # an image that replaces the manifests' image of Valkey, as name:tag
 FILE ?=              # the file of a snapshot of Redis
 
-REPOSITORIES ?=      # where to publish, such as "ghcr.io/me/hitcounter docker.io/me/hitcounter"; manifests use the first
+REGISTRIES ?=        # where to publish, such as "ghcr.io/me docker.io/me"; the manifests use the first
 DIST ?= dist
 ORAS ?=              # the path of an oras to use; if empty, Go builds oras
 TAG ?=               # the tag of the release, such as v0.1.0
-DIGEST ?=            # the expected digest of the image
+DIGESTS ?=           # the expected digest of each image, as `make release-digest` prints them: {"hitcounter":"sha256:..."}
 SUMS ?=              # the expected digest of SHA256SUMS, the file with the checksums of a release's files
-
-PROXIES ?=           # the folder of the machine's own nginx and haproxy, such as /usr/sbin, for `make test-proxies`
-RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
-ATTACK_SECONDS ?= 10
-ATTACKS ?=           # the attacks of `make attack`, as an expression for pytest's option -k; default: all
-DEBIAN_MIRROR ?= http://deb.debian.org/debian
 
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REPOSITORIES DIST ORAS TAG DIGEST SUMS UPGRADE SERVERS RESTARTS ATTACK_SECONDS DEBIAN_MIRROR NODES
+export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE SERVERS
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 # --- Every day ---
 
-.PHONY: help run test test-newest test-servers test-clock test-proxies attack chaos coverage lint format types clean
+.PHONY: help run services service remove rename-project test test-newest test-servers coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -55,18 +51,25 @@ $(VENV)/can-run: requirements.txt requirements-dev.txt
 $(VENV)/installed: $(VENV)/can-run
 	@sh scripts/install.sh $@
 
-# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
-DEBIAN := .tools/debian
-$(DEBIAN)/proxies/done: scripts/debian.sh
-	@sh scripts/debian.sh $@ nginx-light haproxy
-
 help: ## list the targets
 	@awk -F ':.*## ' \
 	    '/^# --- / { gsub(/^# --- | ---$$/, ""); group = "\n" $$0 "\n" } \
 	    /^[a-z0-9-]+:.*## / { printf "%s  make %-21s  %s\n", group, $$1, $$2; group = "" }' $(MAKEFILE_LIST)
 
-run: $(VENV)/can-run ## run the service on port 8080, with a Valkey of its own in .data/ unless REDIS_HOST is set
-	@exec $(BIN)/python -m hitcounter
+run: $(VENV)/can-run ## run the first service, or SERVICE, with a Valkey of its own in .data/ unless REDIS_HOST is set
+	@exec sh scripts/run.sh
+
+services: ## list the services and their ports; FORMAT=json prints the names as JSON, for workflows
+	@sh scripts/services.sh $(FORMAT)
+
+service: $(VENV)/installed ## make the service NAME, or add what an existing service lacks; needs git and kubectl
+	@$(BIN)/python scripts/service.py add "$(NAME)"
+
+remove: $(VENV)/installed ## remove the service NAME: its files, and its entry in each list; needs git and kubectl
+	@$(BIN)/python scripts/service.py remove "$(NAME)"
+
+rename-project: $(VENV)/installed ## name namespace, labels, Compose project and the images' folder NAME; needs git and kubectl
+	@$(BIN)/python scripts/service.py rename-project "$(NAME)"
 
 # Run the tests in four processes: while a test of one process waits, tests of the other processes run.
 test: $(VENV)/installed ## run all tests that need only this machine
@@ -76,21 +79,8 @@ test-newest: ## run the contract tests with the newest aiohttp and redis-py; the
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
 	@VENV=.venv-newest sh scripts/test-newest.sh
 
-test-servers: $(VENV)/installed ## run the tests of the counter with Redis 6.2, Redis 8 and Valkey 8 (or SERVERS=)
+test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2, Redis 8 and Valkey 8 (or SERVERS=)
 	@sh scripts/test-servers.sh
-
-test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
-	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
-
-chaos: $(VENV)/installed ## break the primary of a replicated store 35 times in 15 minutes; no number may be lost
-	@$(BIN)/python -m tests.hitcounter.chaos
-
-# Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
-test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test the service behind nginx and HAProxy
-	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
-
-attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
-	@$(PYTEST_SLOW) -m attack $(if $(ATTACKS),-k '$(ATTACKS)') tests
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
@@ -140,6 +130,36 @@ update: $(VENV)/installed ## take newer versions (of packages, only those publis
 	@sh scripts/update-actions.sh
 	@sh scripts/update-changes.sh
 
+# hitcounter: begin
+# --- Harder tests of hitcounter ---
+
+.PHONY: test-clock test-proxies attack chaos
+
+PROXIES ?=           # the folder of the machine's own nginx and haproxy, such as /usr/sbin, for `make test-proxies`
+RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
+ATTACK_SECONDS ?= 10
+ATTACKS ?=           # the attacks of `make attack`, as an expression for pytest's option -k; default: all
+DEBIAN_MIRROR ?= http://deb.debian.org/debian
+export RESTARTS ATTACK_SECONDS DEBIAN_MIRROR
+
+# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
+DEBIAN := .tools/debian
+$(DEBIAN)/proxies/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ nginx-light haproxy
+
+test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
+	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
+
+# Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
+test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test the service behind nginx and HAProxy
+	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
+
+attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
+	@$(PYTEST_SLOW) -m attack $(if $(ATTACKS),-k '$(ATTACKS)') tests
+
+chaos: $(VENV)/installed ## break the primary of a replicated store 35 times in 15 minutes; no number may be lost
+	@$(BIN)/python -m tests.hitcounter.chaos
+
 # --- Benchmark ---
 
 .PHONY: bench bench-quick
@@ -161,25 +181,26 @@ bench: $(BENCH)/peers ## compare the service with its peers in 15 minutes; write
 
 bench-quick: $(BENCH)/peers ## show that the benchmark runs; write nothing
 	@$(RUN_BENCH) --quick
+# hitcounter: end
 
 # --- Image ---
 
-.PHONY: wheels image image-check image-multiarch image-digest builder test-image test-compose test-publish
+.PHONY: wheels image image-check image-multiarch image-digest builder test-image test-publish
 
 wheels: $(VENV)/can-run ## download the packages for images, and check their hashes; builds then need no network
 	@sh scripts/wheels.sh
 
-image: ## build the image of hitcounter (or of the package SERVICE=) and load it into the engine (ENGINE=)
-	@sh scripts/image.sh
+image: ## build the image of each service, or of SERVICE, and load it into the engine (ENGINE=)
+	@sh scripts/each.sh image.sh
 
 image-check: ## build twice with each installed engine, from different copies of the sources; compare the digests
-	@sh scripts/image-check.sh
+	@sh scripts/each.sh image-check.sh
 
-image-multiarch: ## write an OCI layout for amd64 and arm64 to hitcounter.oci/
-	@sh scripts/image-multiarch.sh
+image-multiarch: ## write an OCI layout for amd64 and arm64 to SERVICE.oci/
+	@sh scripts/each.sh image-multiarch.sh
 
 image-digest: ## build for amd64 and arm64, and print the digests
-	@sh scripts/image-digest.sh
+	@sh scripts/each.sh image-digest.sh
 
 # The digest of an image depends on its builder, so releases use a fixed BuildKit. The digest of this BuildKit image was found in
 # three independent public sources before it was pinned.
@@ -198,10 +219,13 @@ test-image: $(VENV)/installed ## run the tests of the image, on the first engine
 	@$(HAS_WHEELS)
 	@$(PYTEST_SLOW) -m image tests/delivery
 
+# hitcounter: begin
+.PHONY: test-compose
 test-compose: $(VENV)/installed ## run the tests of compose.yaml, with Docker Compose
 	@docker compose version >/dev/null || { echo "make: Docker with its plugin Compose is needed" >&2; exit 1; }
 	@$(HAS_WHEELS)
 	@$(PYTEST_SLOW) -m compose tests/delivery
+# hitcounter: end
 
 test-publish: $(VENV)/installed ## run the tests that publish into the registry REGISTRY, on the first engine that is found
 	@[ "$$REGISTRY" ] \
@@ -211,11 +235,11 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 
 # --- Kubernetes ---
 
-.PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check e2e e2e-nodes e2e-nodes-slow
+.PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check
 
-deploy: ## build and deploy on the current cluster (minikube or kind; any other with REGISTRY=); print the URL
+deploy: ## build and deploy all services, or SERVICE, on the current cluster; print the URLs
 	@sh scripts/deploy-check.sh
-	@sh scripts/image.sh
+	@sh scripts/each.sh image.sh
 	@sh scripts/deploy.sh
 
 undeploy: ## delete everything that `make deploy` made, including the counts
@@ -224,7 +248,7 @@ undeploy: ## delete everything that `make deploy` made, including the counts
 secret: ## make the missing passwords in the cluster
 	@sh scripts/secret.sh
 
-secret-rotate: ## replace all passwords without a failed request
+secret-rotate: ## replace all passwords, or the password of SERVICE, without a failed request
 	@sh scripts/secret-rotate.sh
 
 backup: ## write a snapshot of Redis's current data to FILE
@@ -243,11 +267,15 @@ tools: ## with Docker, write the Skaffold that devcontainer/Containerfile pins t
 render-check: $(VENV)/installed ## compare the output of `skaffold render` with manifests/rendered/
 	@PATH="$(abspath $(TOOLS)):$$PATH" $(BIN)/python -m pytest -m skaffold tests/delivery/test_skaffold.py
 
+# hitcounter: begin
+.PHONY: e2e e2e-nodes e2e-nodes-slow
+
 e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in their own namespaces and in `monitoring`
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m cluster tests/e2e
 
 NODES ?=             # a command that loses a node of the cluster: see tests/e2e/test_replicated.py
+export NODES
 e2e-nodes: $(VENV)/installed ## run the tests of a replicated Redis and of a lost node, on a cluster of three nodes (NODES=)
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m "nodes and not slow" tests/e2e
@@ -255,6 +283,7 @@ e2e-nodes: $(VENV)/installed ## run the tests of a replicated Redis and of a los
 e2e-nodes-slow: $(VENV)/installed ## run the other tests of a replicated Redis on the same cluster, in about six minutes (NODES=)
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m "nodes and slow" tests/e2e
+# hitcounter: end
 
 # --- Releases ---
 
@@ -263,16 +292,16 @@ e2e-nodes-slow: $(VENV)/installed ## run the other tests of a replicated Redis o
 release-check: ## fail unless the changelog has a section for the version, and TAG, if given, is the version's tag
 	@sh scripts/release-check.sh
 
-release-digest: ## print the digest of the image in hitcounter.oci/, as digest=sha256:...
+release-digest: ## print the digest of each image in SERVICE.oci/, as digests={"SERVICE":"sha256:..."}
 	@sh scripts/release-digest.sh
 
-release-compare: ## fail unless the image in hitcounter.oci/ has the digest DIGEST
-	@sh scripts/release-compare.sh
+release-compare: ## fail unless each image in SERVICE.oci/ has its digest in DIGESTS
+	@sh scripts/each.sh release-compare.sh
 
-sbom: $(VENV)/can-run ## write dist/sbom.spdx.json, the list of contents of hitcounter.oci/; each run writes the same bytes
-	@sh scripts/sbom.sh
+sbom: $(VENV)/can-run ## write dist/SERVICE.spdx.json, the list of contents of SERVICE.oci/; each run writes the same bytes
+	@sh scripts/each.sh sbom.sh
 
-release-files: sbom ## write the release's files to dist/release/: manifests with the digest, list of contents, checksums
+release-files: sbom ## write the release's files to dist/release/: manifests with digests, lists of contents, checksums
 	@sh scripts/release-files.sh
 
 release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
@@ -281,8 +310,8 @@ release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 release-files-compare: ## fail if the digest of dist/release/SHA256SUMS is not SUMS, or if a file has another checksum
 	@sh scripts/release-files-compare.sh
 
-publish: ## publish the image of hitcounter.oci/ and its list of contents in REPOSITORIES, and read both back
-	@sh scripts/publish.sh
+publish: ## publish each image of SERVICE.oci/ and its list of contents in REGISTRIES, and read both back
+	@sh scripts/each.sh publish.sh
 
-sign: ## sign the image of hitcounter.oci/ in REPOSITORIES with cosign, as yourself or as the workflow
-	@sh scripts/sign.sh
+sign: ## sign each image of SERVICE.oci/ in REGISTRIES with cosign, as yourself or as the workflow
+	@sh scripts/each.sh sign.sh

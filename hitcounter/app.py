@@ -9,10 +9,9 @@ from importlib import resources
 
 from aiohttp import hdrs, web
 
-from hitcounter import __version__
 from hitcounter.counter import Counter, Counts, hits_key
 from hitcounter.eviction import report_eviction
-from nanoservice import direct
+from nanoservice import __version__, direct
 from nanoservice.answer import Answer
 from nanoservice.config import FINISH_SECONDS, Config, integer, seconds, setting
 from nanoservice.direct import Content, Headers
@@ -34,8 +33,8 @@ _KEY_PATTERN = re.compile(r"[\x20-\x7e]{1,255}")
 
 
 @dataclass(frozen=True)
-class CounterConfig(Config):
-    """The counter's settings, in addition to the settings that every service has."""
+class CounterConfig(Config, prefix=""):
+    """The counter's settings, in addition to the settings that every service has. None of them is a variable of a shell."""
 
     request_timeout: float = setting(
         2.0, "seconds that a request waits for its number, at most 10; then it gets 503", seconds(0.1, FINISH_SECONDS)

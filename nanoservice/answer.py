@@ -27,6 +27,7 @@ from aiohttp import HttpVersion10, web
 from aiohttp.abc import AbstractStreamWriter
 
 from nanoservice.errors import Lines, check_name, header_lines
+from nanoservice.trace import Trace
 
 _STATUS_LINE = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus if status >= 200
@@ -132,11 +133,12 @@ def json_answer(content: object, headers: Mapping[str, str] | None = None, *, su
     return Answer(json.dumps(content).encode() + b"\n", lines, status=status)
 
 
-def problem(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> Answer:
-    """Return an error as problem details (RFC 9457) of type about:blank. `detail` tells the client what to do."""
+def problem(status: int, trace: Trace, detail: str = "", headers: Mapping[str, str] | None = None) -> Answer:
+    """Return an error as problem details (RFC 9457) of type about:blank. `detail` says what the client can do."""
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
     if detail:
         content["detail"] = detail
+    content["trace_id"] = trace.id
     answer = json_answer(content, {"Cache-Control": "no-store", **(headers or {})}, subtype="problem+json", status=status)
     if status == 413:
         answer.force_close()  # The rest of the body will not be read.

@@ -1,19 +1,20 @@
 """Read the settings from environment variables, report all mistakes in them at once, and never show a secret.
 
-`Config` declares the variables that every service knows. A service adds variables of its own in a frozen dataclass that it
-derives from `Config`. The variable `BIND_PORT` sets the field `bind_port`.
+`Config` declares the variables that every service knows; the variable `BIND_PORT` sets the field `bind_port`. A service adds
+variables of its own in a frozen dataclass that it derives from `Config`, and gives these variables a prefix: with
+`class Settings(Config, prefix="LIKES_")`, the variable `LIKES_USER` sets the field `user`.
 """
 
 import difflib
 import re
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from nanoservice.errors import ConfigError
+from nanoservice.errors import ConfigError, SecretFileError
 
 FINISH_SECONDS = 10.0  # A shutdown waits for this time until the requests in flight are answered.
 
@@ -40,6 +41,23 @@ class Secret:
 
     def __repr__(self) -> str:
         return "***"
+
+
+class SecretFile(Secret):
+    """A secret in a file. `reveal()` reads the file each time, so a rotated secret needs no restart."""
+
+    __slots__ = ()
+
+    def reveal(self) -> str:
+        """Return the secret that the file contains now. Raises SecretFileError if the file cannot be used any more."""
+        try:
+            return password(Path(self._text).read_bytes().decode())
+        except OSError as error:
+            raise SecretFileError(f"{self._text} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError:  # The message of this error quotes the file.
+            raise SecretFileError(f"{self._text} is not UTF-8") from None
+        except ValueError:
+            raise SecretFileError(f"{self._text} has no password in it") from None
 
 
 def utf8(text: str) -> str:
@@ -80,6 +98,15 @@ def setting(default: Any, help: str, parse: Callable[[str], Any] = utf8) -> Any:
     must be ("a whole number ...").
     """
     return field(default=default, metadata={"help": help, "parse": parse})
+
+
+def secret(help: str, help_file: str = "file with it, which is read again at each use") -> Any:
+    """Return a dataclass field of the type `Secret | None`. The environment variable of the same name sets it.
+
+    Instead, a variable of this name with `_FILE` behind it can name a file with the secret. `password` reads both.
+    """
+    file = {"help": help_file, "parse": password_file}
+    return field(default=None, metadata={"help": help, "parse": lambda text: Secret(password(text)), "file": file})
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
@@ -151,16 +178,14 @@ def file(text: str) -> Path:
         raise ValueError(f"the path of a file that can be read: {error.strerror}") from error
 
 
-def password_file(text: str) -> Path:
-    """Return `text` as the path of a readable file that has a password in it."""
-    path = file(text)
+def password_file(text: str) -> SecretFile:
+    """Return the secret in the file `text`, which must be readable and have a password in it."""
+    secret = SecretFile(str(file(text)))
     try:
-        password(path.read_bytes().decode())
-    except UnicodeDecodeError:  # The message of this error quotes the file.
-        raise ValueError("the path of a file in UTF-8") from None
-    except ValueError:
-        raise ValueError("the path of a file with a password in it") from None
-    return path
+        secret.reveal()
+    except SecretFileError as error:
+        raise ValueError("the path of a file in UTF-8 with a password in it") from error
+    return secret
 
 
 def certificates(text: str) -> Path:
@@ -190,9 +215,8 @@ class Config:
     )
     redis_replicas: int = setting(0, "number of replicas that must have a write before it is answered", integer(0, 16))
     redis_username: str = setting("", "user in Redis", username)
-    redis_password: Secret | None = setting(None, "password of that user", lambda text: Secret(password(text)))
-    redis_password_file: Path | None = setting(
-        None, "file with the password, read for each connection, so a new password needs no restart", password_file
+    redis_password: Secret | None = secret(
+        "password of that user", "file with the password, read for each connection, so a new password needs no restart"
     )
     redis_tls: bool = setting(False, "`true`: connect to Redis by TLS and check its certificate", flag)
     redis_ca_file: Path | None = setting(None, "CA certificates to trust (PEM); default: those of the system", certificates)
@@ -205,6 +229,19 @@ class Config:
     )
     log_format: str = setting("", "`json` or `text`; default: text on a terminal", choice("json", "text"))
 
+    _prefix: ClassVar[str] = ""
+
+    def __init_subclass__(cls, *, prefix: str | None = None) -> None:
+        """Set the prefix of the variables that set the fields of `cls`.
+
+        Without a prefix, a field `user` would read the variable `USER`, which a shell sets.
+        """
+        if prefix is None:  # `@dataclass(slots=True)` makes the class again, without its keywords.
+            prefix = cls.__dict__.get("_prefix")
+        if prefix is None or not re.fullmatch(r"([A-Z][A-Z0-9]*_)*", prefix):
+            raise TypeError(f'give {cls.__name__} the prefix of its variables: class {cls.__name__}(Config, prefix="LIKES_")')
+        cls._prefix = prefix
+
     @classmethod
     def read(cls, environ: Mapping[str, str], problems: Sequence[str] = ()) -> Self:
         """Return the settings from `environ`. An empty variable counts as not set.
@@ -213,24 +250,24 @@ class Config:
         """
         known = dict(variables(cls))
         values: dict[str, Any] = {}
-        invalid = {}
+        invalid, twice = {}, []
         for name, spec in known.items():
             if text := environ.get(name, ""):
+                if spec.name in values:
+                    twice.append(f"{name.removesuffix('_FILE')} and {name} are both set: keep one")
                 try:
                     values[spec.name] = spec.metadata["parse"](text)
                 except ValueError as error:
                     invalid[name] = f"{name} must be {error}"
         config = cls(**values)
-        conflicts = [line for line in config.conflicts() if not any(name in line for name in invalid)]
-        if found := [*_unknown(environ, list(known)), *invalid.values(), *conflicts, *problems]:
+        conflicts = [line for line in (*twice, *config.conflicts()) if not any(name in line for name in invalid)]
+        if found := [*_unknown(environ, list(known), cls._prefix), *invalid.values(), *conflicts, *problems]:
             raise ConfigError(found)
         return config
 
     def conflicts(self) -> Iterator[str]:
         """Yield a line for each contradiction between settings that are valid on their own."""
-        if self.redis_password and self.redis_password_file:
-            yield "REDIS_PASSWORD and REDIS_PASSWORD_FILE are both set: keep one"
-        if self.redis_username and not (self.redis_password or self.redis_password_file):
+        if self.redis_username and not self.redis_password:
             yield "REDIS_USERNAME needs REDIS_PASSWORD or REDIS_PASSWORD_FILE"
         if bool(self.redis_cert_file) != bool(self.redis_key_file):
             yield "REDIS_CERT_FILE and REDIS_KEY_FILE belong together: set both or none"
@@ -245,15 +282,30 @@ class Config:
             yield "REDIS_CA_FILE, REDIS_CERT_FILE and REDIS_KEY_FILE need REDIS_TLS=true"
         if self.redis_host and self.redis_sentinels:
             yield "REDIS_HOST and REDIS_SENTINELS are both set: keep one"
-        needy = self.redis_password or self.redis_password_file or self.redis_tls or self.redis_replicas
+        needy = self.redis_password or self.redis_tls or self.redis_replicas
         if needy and not (self.redis_host or self.redis_sentinels):
             names = "REDIS_PASSWORD, REDIS_PASSWORD_FILE, REDIS_TLS or REDIS_REPLICAS"
             yield f"REDIS_HOST or REDIS_SENTINELS must be set for {names} to have a meaning"
 
 
 def variables(config: type[Config]) -> list[tuple[str, Any]]:
-    """Return the name of each variable of `config` with its dataclass field, in the order of declaration."""
-    return [(spec.name.upper(), spec) for spec in fields(config)]
+    """Return the name of each variable of `config` with its dataclass field, in the order of declaration.
+
+    Raises TypeError if two fields have the same variable.
+    """
+    # A class that only changes the default of an inherited field does not change the field's variable.
+    owners = {spec.name: owner for owner in config.__mro__ if is_dataclass(owner) for spec in fields(owner)}
+    found = []
+    for spec in fields(config):
+        name = getattr(owners[spec.name], "_prefix", "") + spec.name.upper()
+        found.append((name, spec))
+        if "file" in spec.metadata:
+            file: Any = field(default=None, metadata=spec.metadata["file"])
+            file.name = spec.name
+            found.append((f"{name}_FILE", file))
+    if twice := {name for name, _ in found if [other for other, _ in found].count(name) > 1}:
+        raise TypeError(f"two settings have the same variable: {', '.join(twice)}; give {config.__name__} another prefix")
+    return found
 
 
 def table(config: type[Config]) -> str:
@@ -265,9 +317,13 @@ def table(config: type[Config]) -> str:
     return "\n".join(rows)
 
 
-def _unknown(environ: Mapping[str, str], known: list[str]) -> Iterator[str]:
-    """Yield a line for each unknown variable that has the prefix of a setting or resembles a setting, and so may be misspelt."""
-    prefixes = tuple({name.split("_")[0] + "_" for name in known if "_" in name})
+def _unknown(environ: Mapping[str, str], known: list[str], prefix: str) -> Iterator[str]:
+    """Yield a line for each unknown variable that has the prefix of a setting or resembles a setting, and so may be misspelt.
+
+    `prefix` is that of the service's own settings.
+    """
+    own = [name for name in known if prefix and name.startswith(prefix)]
+    prefixes = (*{name.split("_")[0] + "_" for name in known if "_" in name and name not in own}, *([prefix] if own else []))
     for name, value in environ.items():
         if name in known or _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and "://" in value):
             continue  # Kubernetes sets such a variable for a Service.

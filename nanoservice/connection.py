@@ -45,12 +45,17 @@ from aiohttp.http_exceptions import LineTooLong
 
 from nanoservice.answer import Answer, check_lines, encode, problem
 from nanoservice.bounds import BUFFER_BYTES, HEAD_BYTES, LONG_BYTES, Bounds
+from nanoservice.config import FINISH_SECONDS
 from nanoservice.direct import Route, Routes
 from nanoservice.errors import ProblemError, header_lines
 from nanoservice.failures import FailureLog, frames
+from nanoservice.limits import TimeLimits
 from nanoservice.metrics import RequestRecorder
+from nanoservice.trace import CURRENT, TRACEPARENT, UNMATCHED, Trace
 
 RECEIVE_SECONDS = 10.0  # A request must be complete within this time.
+# A handler must begin its answer within this time after the request is complete. A shutdown waits no longer either.
+HANDLE_SECONDS = FINISH_SECONDS
 SEND_SECONDS = 30.0  # A client may leave its answers unread for this time.
 # This is longer than common proxies keep an idle connection to a server. Google's load balancers keep one for 600 s.
 KEEPALIVE_SECONDS = 620.0
@@ -72,6 +77,7 @@ _FRAMING_BYTES = 64 << 10  # A body in chunks may take this number of bytes more
 _CHUNK_WEIGHT = 48  # bytes that the Python objects for half a chunk take
 _CLOSE = b"Connection: close\r\n"
 _CONTINUE = "100-continue"
+_TRACEPARENT_LENGTH = 56  # More than this is not needed to check a `traceparent`, and would be memory that clients use.
 
 _logger = logging.getLogger(__name__)
 
@@ -86,8 +92,8 @@ class Connection(BaseProtocol):
     # fmt: off
     __slots__ = (
         "_body", "_body_paused", "_bounds", "_busy", "_content", "_counted", "_deaf", "_discarding", "_ended", "_factory",
-        "_head", "_idle", "_later", "_left", "_long", "_message", "_min_unsent", "_min_unsent_since", "_only_probes", "_route",
-        "_seam", "_sent", "_since", "_started", "held", "peername", "sockname",
+        "_head", "_idle", "_late", "_later", "_left", "_long", "_message", "_min_unsent", "_min_unsent_since", "_only_probes",
+        "_route", "_seam", "_sent", "_since", "_started", "_trace", "_work", "held", "peername", "sockname",
     )
     # fmt: on
 
@@ -121,6 +127,11 @@ class Connection(BaseProtocol):
         # `_counted`: the part of `held` for the bytes in `_later`.
         self._head = self._counted = self._sent = self.held = 0
         self._later = self._seam = b""
+        # `_trace`: the trace of the request that is being answered, or only its `traceparent`. `_work`: the future or the task of
+        # its handler. `_late`: the last such future or task that was cancelled because it took too long.
+        self._trace: Trace | str | None = None
+        self._work: asyncio.Future[Any] | None = None
+        self._late: asyncio.Future[Any] | None = None
         # the lowest number of unsent bytes seen since writing was paused, and when it was first seen
         self._min_unsent = self._min_unsent_since = math.inf
         self.peername = self.sockname = None
@@ -152,6 +163,8 @@ class Connection(BaseProtocol):
     def _forget(self) -> None:
         self._bounds.remove(self)
         self._deaf, self._idle, self._later, self._counted, self._message, self._parser = True, False, b"", 0, None, None
+        if not self._busy:
+            self._trace = None  # It refers to the request.
         if not self._body.is_eof():
             self._fail_body(web.RequestPayloadError("the connection was closed"))
 
@@ -301,6 +314,7 @@ class Connection(BaseProtocol):
             self._bounds.hold(self, len(piece) + (_CHUNK_WEIGHT * piece.count(b"\n") if self._left is None else 0))
         if self._body.is_eof():
             self._head, self._seam = 0, b""
+            self._since = self._factory.now()
             if self._message is None and not self._discarding:
                 self._bounds.waiting.pop(self, None)
         return data[size:]
@@ -343,21 +357,23 @@ class Connection(BaseProtocol):
         known = message.version in (HttpVersion10, HttpVersion11) and _valid_host(headers.get(hdrs.HOST, ""))
         known = known and (message.chunked or hdrs.TRANSFER_ENCODING not in headers)  # The parser accepts an empty value.
         if not known or self._body.exception() is not None:
-            self._refuse(400, "the request is not valid HTTP")
+            self._refuse(400, "the request is not valid HTTP", trace=Trace("other", headers))
             return
         if self._only_probes and message.path not in _PROBES:
-            self._refuse(503, "too many connections", {"Retry-After": "1"})
+            self._refuse(503, "too many connections", {"Retry-After": "1"}, Trace("other", headers))
             return
         route = factory.routes.get((message.method, message.path))
         last = message.should_close or message.upgrade or self._only_probes or factory.draining
         if route is not None and whole and not last and message.version == HttpVersion11 and hdrs.EXPECT not in headers:
             self._route: Route = route
+            if (traceparent := headers.get(TRACEPARENT)) is not None:
+                self._trace = traceparent[:_TRACEPARENT_LENGTH]
             try:
-                future, self._content = route.begin(headers)
+                self._work, self._content = route.begin(headers)
             except Exception as error:
                 self._fail_directly(error)
             else:
-                future.add_done_callback(self._on_direct_result)
+                self._work.add_done_callback(self._on_direct_result)
         else:
             sizes = (_HEADER_WEIGHT + 3 * (len(name) + len(value)) for name, value in message.raw_headers)
             self._bounds.hold(self, _REQUEST_WEIGHT + sum(sizes))
@@ -365,7 +381,7 @@ class Connection(BaseProtocol):
                 message = message._replace(should_close=True)
             if message.url.absolute and message.url.raw_path == "/":  # aiohttp does not find an empty path
                 message = message._replace(url=message.url.with_path("/", keep_query=True))
-            factory.add_task(self._answer(message, self._body))
+            factory.add_task(self._answer(message, self._body), self)
 
     def _on_direct_result(self, future: "asyncio.Future[Any]") -> None:
         last = self._factory.draining
@@ -386,7 +402,7 @@ class Connection(BaseProtocol):
     def _answer_directly(self, status: int, data: bytes, *, last: bool) -> None:
         factory, transport = self._factory, self.transport
         now = factory.now()
-        factory.recorder.record(self._route.method, self._route.path, status, now - self._started)
+        factory.recorder.record(self._route.method, self._route.path, status, now - self._started, self)
         if transport is not None and not transport.is_closing():
             transport.write(data)
         self._finish(not last, now)
@@ -396,7 +412,8 @@ class Connection(BaseProtocol):
         factory = self._factory
         try:
             status, route, keep = await self._respond(message, body)
-            factory.recorder.record(message.method, route, status, factory.now() - self._started)
+            factory.recorder.record(message.method, route, status, factory.now() - self._started, self)
+            CURRENT.set(None)  # What follows, such as the next request, is scheduled from here.
             if keep and not body.is_eof() and not self._deaf:
                 self._discarding = True
                 self._bounds.release(self)
@@ -410,7 +427,7 @@ class Connection(BaseProtocol):
                     error.__traceback__ = None
             self._finish(keep, factory.now())
         except Exception as error:  # an error of the chassis itself, or of a signal that fails for each response
-            factory.failures.log(error)
+            factory.failures.log(error, self.trace())
             self.abort()
 
     async def _respond(self, message: RawRequestMessage, body: StreamReader) -> tuple[int, str, bool]:
@@ -420,7 +437,9 @@ class Connection(BaseProtocol):
             self.peername, self.sockname = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         task = cast("asyncio.Task[None]", asyncio.current_task())
         request = factory.new_request(message, body, cast("Any", self), writer, task)
-        route = "unmatched"
+        self._trace = trace = Trace(message.method, message.headers)
+        self._work = task
+        CURRENT.set(trace)
         try:
             response: web.StreamResponse
             if message.method == hdrs.METH_OPTIONS and message.path == "*":
@@ -428,21 +447,19 @@ class Connection(BaseProtocol):
             elif message.version == HttpVersion11 and message.headers.get(hdrs.EXPECT, _CONTINUE).lower() != _CONTINUE:
                 raise ProblemError(417, "")
             else:
+                trace.request = cast("web.Request", request)
                 try:
                     response = await factory.handler(request)
                 except web.HTTPException as error:
                     response = error.with_traceback(None)
-                finally:
-                    resource = cast("web.Request", request).match_info.route.resource
-                    route = resource.canonical if resource is not None else route
             sent = await self._send(request, response)
         except (Exception, asyncio.CancelledError) as error:
-            if task.cancelling():
+            if task.cancelling() > (self._late is task):  # The shutdown cuts the request off.
                 raise
             answer = self._failure(error, begun=writer.output_size > 0)
             error.__traceback__ = None  # It refers to the request, whose memory only the garbage collector would free.
             sent = answer if writer.output_size else await self._send(request, answer)
-        return sent.status, route, bool(sent.keep_alive)
+        return sent.status, trace.route, bool(sent.keep_alive)
 
     async def _send(self, request: web.BaseRequest, response: web.StreamResponse) -> web.StreamResponse:
         """Write a response, and return what was sent. An error that aiohttp made (404, 405, 413) becomes problem details."""
@@ -454,7 +471,7 @@ class Connection(BaseProtocol):
         if isinstance(response, web.HTTPException) and response.status >= 400:
             kept = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
             own = response.text != f"{response.status}: {response.reason}"  # Keep text that a handler set.
-            sent = problem(response.status, response.text or "" if own else "", kept)
+            sent = problem(response.status, self.trace(), response.text or "" if own else "", kept)
         if self._factory.draining or self._deaf:
             sent.force_close()
         try:
@@ -469,31 +486,45 @@ class Connection(BaseProtocol):
 
     def _failure(self, error: BaseException, *, begun: bool = False) -> Answer:
         """Return the answer to a request whose handler raised `error`, and log the error if the client did not cause it."""
+        trace = self.trace()
         if isinstance(error, ProblemError) and not begun:
-            return problem(error.status, error.detail, error.headers)
+            return problem(error.status, trace, error.detail, error.headers)
+        if isinstance(error, asyncio.CancelledError) and self._late is self._work:
+            late = TimeoutError(f"the handler did not begin its answer within {self._limits.handle or HANDLE_SECONDS:g} s")
+            self._factory.failures.log(late.with_traceback(error.__traceback__), trace)
+            answer = problem(504, trace, str(late))
+            answer.force_close()
+            return answer
         # If the transport is closed, the client has disconnected. If not, the error may come from a server that a handler calls.
         gone = isinstance(error, ConnectionError) and (self.transport is None or self.transport.is_closing())
         if isinstance(error, _SlowBodyError):
-            answer = problem(408, f"the body did not arrive within {RECEIVE_SECONDS:g} s")
+            answer = problem(408, trace, f"the body did not arrive within {self._limits.receive or RECEIVE_SECONDS:g} s")
         elif isinstance(error, (web.RequestPayloadError, HttpProcessingError)) or gone:
             _logger.debug("bad request", extra={"error": type(error).__name__})
-            answer = problem(400, "the request is not valid HTTP")
-        elif isinstance(error, (ValueError, LookupError)) and _read_body(error):
+            answer = problem(400, trace, "the request is not valid HTTP")
+        elif isinstance(error, (ValueError, LookupError, RecursionError)) and _read_body(error):
             _logger.debug("bad request", extra={"error": type(error).__name__})
-            return problem(400, "the body is not what its Content-Type says")
+            return problem(400, trace, "the body is not what its Content-Type says")
         else:
-            self._factory.failures.log(error)
-            late = isinstance(error, TimeoutError)
-            answer = problem(504, "a call of the handler timed out") if late else problem(500)
+            self._factory.failures.log(error, trace)
+            timed_out = isinstance(error, TimeoutError)
+            answer = problem(504, trace, "a call of the handler timed out") if timed_out else problem(500, trace)
         answer.force_close()
         return answer
 
-    def _refuse(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
+    def trace(self) -> Trace:
+        """Return the trace of the request that is being answered."""
+        if not isinstance(self._trace, Trace):
+            self._trace = Trace(self._route.method, {TRACEPARENT: self._trace}, self._route.path)
+        return self._trace
+
+    def _refuse(self, status: int, detail: str, headers: dict[str, str] | None = None, trace: Trace | None = None) -> None:
         """Answer a request that is not handled, and close the connection."""
-        answer = problem(status, detail, headers)
+        self._trace = trace or Trace("other", {})
+        answer = problem(status, self._trace, detail, headers)
         answer.force_close()
-        _logger.debug("bad request", extra={"status": status})
-        self._factory.recorder.record("other", "unmatched", status, 0.0)
+        _logger.debug("bad request", extra={"status": status, "trace_id": self._trace.id})
+        self._factory.recorder.record("other", UNMATCHED, status, 0.0, self)
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(answer.encode())
         self._close(linger=True)
@@ -505,6 +536,7 @@ class Connection(BaseProtocol):
             return
         self._busy = self._discarding = False
         self._body = EMPTY_PAYLOAD
+        self._trace = None
         if self.held or self._long:
             self._bounds.release(self)
             self._counted, self._long = 0, False
@@ -526,6 +558,7 @@ class Connection(BaseProtocol):
         self._deaf, self._busy, self._later, self._counted, self._message = True, False, b"", 0, None
         self._bounds.release(self)
         if self.transport is None:
+            self._trace = None
             return
         if linger and not self._ended and not self._factory.draining:
             with contextlib.suppress(OSError, RuntimeError):
@@ -553,13 +586,32 @@ class Connection(BaseProtocol):
                 return
         if self._body.is_eof() and (self._busy or self._later):
             return  # The client waits for the service, or reads its answers in time.
-        if now - self._since < (KEEPALIVE_SECONDS if self._idle else RECEIVE_SECONDS):
+        if now - self._since < (KEEPALIVE_SECONDS if self._idle else self._limits.receive or RECEIVE_SECONDS):
             return
         if self._busy and not self._discarding and self._body.exception() is None and not self.writing_paused:
             self._deaf = True
             self._fail_body(_SlowBodyError())  # The handler that waits for the body answers 408.
         else:
             self.abort()
+
+    @property
+    def _limits(self) -> TimeLimits:
+        """Return the time limits of the route of the request that is being received or answered."""
+        request = self._trace.request if isinstance(self._trace, Trace) else None
+        handler = request.match_info.handler if request is not None else None
+        return getattr(handler, "time_limits", None) or TimeLimits()
+
+    def cancel_late_handler(self, now: float) -> None:
+        """Cancel the handler if its request is complete or broken, and it takes too long to begin its answer."""
+        broken = self._body.exception() is not None
+        if not self._busy or not (broken or self._body.is_eof()) or self._work is None or self._work is self._late:
+            return
+        request = self._trace.request if isinstance(self._trace, Trace) else None
+        begun = request is not None and request.writer.output_size > 0
+        limit = (self._limits.handle or HANDLE_SECONDS) + broken * (self._limits.receive or RECEIVE_SECONDS)
+        if not begun and now - max(self._started, self._since) >= limit:
+            self._late = self._work
+            self._work.cancel()
 
 
 def _malformed(error: HttpProcessingError) -> tuple[int, str]:
@@ -597,7 +649,7 @@ class ConnectionFactory:
         self.failures = FailureLog(_logger)
         self.draining = False
         self._parses_until: float | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Connection] = {}
 
     def __call__(self) -> Connection:
         """Return the protocol of a new connection."""
@@ -608,11 +660,11 @@ class ConnectionFactory:
         """Return the open connections."""
         return cast("list[Connection]", list(self.bounds.open))
 
-    def add_task(self, answer: Coroutine[Any, Any, None]) -> None:
-        """Run the coroutine `answer`, and keep its task until it is done."""
+    def add_task(self, answer: Coroutine[Any, Any, None], connection: Connection) -> None:
+        """Run the coroutine `answer` for `connection`, and keep its task until it is done."""
         task = self.loop.create_task(answer)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = connection
+        task.add_done_callback(self._tasks.pop)
 
     def has_time(self) -> bool:
         """Return whether more may be parsed in this iteration of the event loop, or must wait for the next one."""
@@ -625,10 +677,12 @@ class ConnectionFactory:
         self._parses_until = None
 
     def close_overdue(self) -> None:
-        """Close the connections whose clients take too long. Call this about once a second."""
+        """Close the connections whose clients take too long, and cancel the handlers that do. Call this about once a second."""
         now = self.now()
         for connection in self.connections:
             connection.end_overdue(now)
+        for connection in {*self.connections, *self._tasks.values()}:  # The client of a task may have disconnected.
+            connection.cancel_late_handler(now)
         self.failures.flush()
 
     def pre_shutdown(self) -> None:

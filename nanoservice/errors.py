@@ -41,6 +41,10 @@ class ConfigError(Exception):
         self.problems = problems
 
 
+class SecretFileError(Exception):
+    """The file of a secret cannot be used any more. The text names the file, but quotes nothing in it."""
+
+
 class StartError(Exception):
     """A service with valid settings cannot start; the text says what to do."""
 

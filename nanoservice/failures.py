@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator
 from types import CodeType
 
+from nanoservice.trace import Trace
+
 _LOGGED = 3  # The same traceback is logged this number of times in each period.
 _PERIOD = 60.0  # seconds
 _MAX_KINDS = 64  # The number of different tracebacks that are counted separately in a period. All others count as one.
@@ -20,15 +22,15 @@ class FailureLog:
         self._period_ends = 0.0
         self._seen: dict[_Kind, int] = {}
 
-    def log(self, error: BaseException) -> None:
-        """Log that a handler failed with `error`."""
+    def log(self, error: BaseException, trace: Trace) -> None:
+        """Log that the handler of the request `trace` failed with `error`."""
         self.flush()
         kind: _Kind = type(error).__qualname__, *(f"{code.co_filename}:{line}" for code, line in frames(error))
         if kind not in self._seen and len(self._seen) >= _MAX_KINDS:
             kind = ("other errors",)
         seen = self._seen[kind] = self._seen.get(kind, 0) + 1
         if seen <= _LOGGED:
-            self._logger.error("a handler failed", exc_info=error)
+            self._logger.error("a handler failed", exc_info=error, extra=trace.fields())
 
     def flush(self) -> None:
         """If the period has ended, log how many failures of each kind were left out. Call this about once a second."""

@@ -9,6 +9,8 @@ import threading
 from datetime import UTC, datetime
 from typing import TextIO
 
+from nanoservice.trace import CURRENT
+
 FLUSH_SECONDS = 1.0  # At exit, the last lines must be written within this time.
 _MAX_WAITING = 1 << 20  # bytes of lines that wait until they are written
 _DROPPED = "log lines were dropped: the log was not read"
@@ -18,11 +20,14 @@ _RECORD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "a
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:
-    return {key: value for key, value in vars(record).items() if key not in _RECORD_ATTRIBUTES}
+    """Return the fields of the request that the current task answers, and those that were passed as `extra=`."""
+    trace = CURRENT.get()
+    extras = {key: value for key, value in vars(record).items() if key not in _RECORD_ATTRIBUTES}
+    return {**trace.fields(), **extras} if trace is not None else extras
 
 
 class JsonFormatter(logging.Formatter):
-    """Format a record as one line of JSON: time (UTC), level, logger, message, the fields of `extra=`, exception."""
+    """Format a record as one line of JSON: time (UTC), level, logger, message, the request, the fields of `extra=`, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line without a line break."""
@@ -39,7 +44,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Format a record for a person: time, level, message, the fields of `extra=` as key=value."""
+    """Format a record for a person: time, level, message, the request and the fields of `extra=` as key=value."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")

@@ -12,6 +12,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import Protocol
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, generate_latest
@@ -21,6 +22,7 @@ from prometheus_client.utils import floatToGoString
 
 from nanoservice import logs
 from nanoservice.answer import Answer
+from nanoservice.trace import Trace
 
 REGISTRY = web.AppKey("registry", CollectorRegistry)
 
@@ -81,8 +83,8 @@ class RequestRecorder(Collector):
             family.add_metric([method, route, str(status)], list(buckets), seconds[0])
         yield family
 
-    def record(self, method: str, route: str, status: int, time: float) -> None:
-        """Record one answered request; `time` is in seconds."""
+    def record(self, method: str, route: str, status: int, time: float, traced: "Traced | None" = None) -> None:
+        """Record one answered request; `time` is in seconds. `traced` has its trace."""
         # A client may send any method. All unknown methods get the same label, so that no client can create new ones.
         key = method if method in _METHODS else "other", route, status
         seen = self._seen.get(key)
@@ -93,11 +95,19 @@ class RequestRecorder(Collector):
         # Requests that fail because of Redis are slow too, but their cause is logged already.
         if time >= _SLOW and status < 500 and (now := asyncio.get_running_loop().time()) >= self._slow_quiet_until:
             self._slow_quiet_until = now + _SLOW
-            self._logger.warning("slow request", extra=_fields(key, time))
+            self._logger.warning("slow request", extra=_fields(key, time, traced))
         elif self._logger.isEnabledFor(logging.DEBUG):
-            self._logger.debug("request", extra=_fields(key, time))
+            self._logger.debug("request", extra=_fields(key, time, traced))
 
 
-def _fields(key: _Key, time: float) -> dict[str, object]:
+class Traced(Protocol):
+    """Something that answers requests, one at a time."""
+
+    def trace(self) -> Trace:
+        """Return the trace of the request that is being answered."""
+
+
+def _fields(key: _Key, time: float, traced: Traced | None) -> dict[str, object]:
     method, route, status = key
-    return {"method": method, "route": route, "status": status, "seconds": round(time, 3)}
+    trace = {"trace_id": traced.trace().id} if traced is not None else {}
+    return {"method": method, "route": route, "status": status, "seconds": round(time, 3), **trace}

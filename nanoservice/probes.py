@@ -28,10 +28,14 @@ async def livez(request: web.Request) -> Answer:
 
 
 class Readiness:
-    """Decides whether this process should receive requests: Redis must answer, and the process must not be draining."""
+    """Decides whether this process should receive requests.
+
+    Redis must answer, each background task must run, and the process must not be draining.
+    """
 
     def __init__(self, store: Store) -> None:
         self.draining = False
+        self.failed: set[str] = set()  # the names of the background tasks that have failed and do not run yet
         self._store = store
         self._health = store.health
         # Probes have their own connection. If a probe had to wait for a connection that handlers use, a busy service would seem
@@ -46,6 +50,8 @@ class Readiness:
         """Answer 200, or 503 with the reason, within a second."""
         if self.draining:
             raise UnavailableError("draining: this process is shutting down")
+        if self.failed:
+            raise UnavailableError(f"a background task has failed: {', '.join(sorted(self.failed))}")
         if asyncio.get_running_loop().time() - self._checked >= _CACHE_SECONDS:
             # All requests that arrive during a check share its result. The check continues even if a client disconnects.
             if self._check is None:

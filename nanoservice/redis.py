@@ -12,13 +12,13 @@ reports each one that an upgrade removes.
   which may quote the password.
 - `AbstractConnection.connect`, `AbstractConnection.disconnect`, `AbstractConnection.send_command`,
   `AbstractConnection.send_packed_command`, `AbstractConnection.read_response`: they send a command and read its reply over a
-  connection that belongs to one lane (hitcounter/counter.py) or one probe (probes.py). Without them each lane needs a client
+  connection that the service (`Store.connection`) or the probe has for itself. Without them each such connection needs a client
   with a pool of one connection. Such a client will replace them.
 - `Redis._send_command_parse_response`, `Pipeline._send_command_parse_response`, `Pipeline._execute_pipeline`,
   `Pipeline._execute_transaction`: they run commands over a given connection, so that WAIT can follow over the same one. Without
   them `REDIS_REPLICAS` needs a client of one connection.
 - `Connection.host`, `Connection.port`: a connection to the primary sets both each time it is opened. Without them a failover
-  needs new lanes and a new pool.
+  needs new connections and a new pool.
 - `AbstractConnection.is_connected`, `AbstractConnection.can_read`, `AbstractConnection._writer`: they show whether an idle
   connection can still be used. Without them the first request after an idle connection has died is answered with 503.
 - `Connection._connect`, `Connection._connection_arguments`: they open a TCP connection. Without them a host whose first address
@@ -44,7 +44,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
-from nanoservice.config import Config, password
+from nanoservice.config import Config
+from nanoservice.errors import SecretFileError
 from nanoservice.health import Health, not_of_a_handler
 from nanoservice.replication import Replication
 from nanoservice.sentinel import Sentinels
@@ -64,17 +65,10 @@ class _Credentials(CredentialProvider):
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
         config = self._config
-        if config.redis_password_file:
-            try:
-                text = password(config.redis_password_file.read_bytes().decode())
-            except OSError as error:
-                raise _PasswordFileError(f"REDIS_PASSWORD_FILE: {error.strerror}") from error
-            except UnicodeDecodeError:
-                raise _PasswordFileError("REDIS_PASSWORD_FILE is not UTF-8") from None  # The original error quotes the file.
-            except ValueError:
-                raise _PasswordFileError("REDIS_PASSWORD_FILE has no password in it") from None
-        else:
+        try:
             text = config.redis_password.reveal() if config.redis_password else ""
+        except SecretFileError as error:
+            raise _PasswordFileError(f"REDIS_PASSWORD_FILE: {error}") from error
         return (config.redis_username, text) if config.redis_username else (text,)
 
     async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
@@ -304,7 +298,7 @@ def _options(config: Config, socket: str | None) -> tuple[type[AbstractConnectio
     if socket:
         return UnixDomainSocketConnection, options | {"path": socket}
     options |= {"host": config.redis_host, "port": config.redis_port}
-    if config.redis_password or config.redis_password_file:
+    if config.redis_password:
         options["credential_provider"] = _Credentials(config)
     if not config.redis_tls:
         return _TcpConnection, options

@@ -38,7 +38,7 @@ _STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 # accept() calls per wake-up of asyncio's loop. `Bounds.admit` counts only afterwards, so this must stay below
 # `_SPARE_DESCRIPTORS`.
 _ACCEPTS_PER_WAKEUP = 16
-_DATA_FOLDER = Path(".data")  # The embedded Valkey keeps its data here.
+_DATA_FOLDER = Path(".data")  # The embedded Valkey of each service keeps its data in a folder of its own here.
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
         with (
             inherited_socket(environ) or bind(config.bind_host, config.bind_port, "BIND_PORT") as public,
             bind(config.bind_host, config.admin_port, "ADMIN_PORT") as admin,
-            contextlib.nullcontext() if outside else _embedded_store() as store,
+            contextlib.nullcontext() if outside else _embedded_store(service.name) as store,
         ):
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                 status = 1
@@ -278,11 +278,11 @@ def _embedded_problems() -> list[str]:
     return []
 
 
-def _embedded_store() -> contextlib.AbstractContextManager[str]:
-    """Return a context that yields the Unix socket of an embedded Valkey."""
+def _embedded_store(name: str) -> contextlib.AbstractContextManager[str]:
+    """Return a context that yields the Unix socket of an embedded Valkey for the service `name`."""
     from nanoservice import embedded  # noqa: PLC0415 - only development needs it
 
-    return embedded.valkey(_DATA_FOLDER)
+    return embedded.valkey(_DATA_FOLDER / name)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

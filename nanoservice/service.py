@@ -50,7 +50,7 @@ def create_app(service: Service[C], config: C, socket: str | None = None) -> web
     app.router.add_get("/openapi.json", json_handler(document(service)))
     service.setup(app, config)
     _answer_options(app)
-    app.on_response_prepare.append(_hide_server)
+    app.on_response_prepare.append(_prepare)
     app[BUSY_RESOURCES] = []
     app.cleanup_ctx[:] = [_watched(resource) for resource in app.cleanup_ctx]
     return app
@@ -113,6 +113,8 @@ async def _options(request: web.Request) -> Answer:
     return Answer(None, header_lines({"Allow": allow, "Cache-Control": "no-store"}), status=204)
 
 
-async def _hide_server(request: web.Request, response: web.StreamResponse) -> None:
+async def _prepare(request: web.Request, response: web.StreamResponse) -> None:
+    if isinstance(response, web.WebSocketResponse):
+        raise NotImplementedError("WebSockets are not supported: use server-sent events, or see docs/development.md")
     # aiohttp's `Server` header would name aiohttp and Python with their versions.
     response.headers.popall("Server", None)

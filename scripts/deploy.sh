@@ -1,10 +1,13 @@
 #!/bin/sh
-# Deploy the image IMAGE and its Redis on the cluster, wait until both are ready, and print the URL.
+# Deploy SERVICE (or all services, if SERVICE is empty) and Redis on the cluster, wait until they are ready, and print the URLs.
+# With SERVICE, the objects of the other services stay as they are. Redis restarts only if its manifests have changed.
 # Usage: deploy.sh
-# The script reads the variables of image-to-cluster.sh, and VALKEY: an image to use instead of the manifests' image of Valkey.
+# The script reads SERVICE, the variables of image-to-cluster.sh, and VALKEY: an image to use instead of the manifests' image of
+# Valkey. IMAGE may be empty; the image of each service then has the service's name.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"
+. "${0%/*}/lib/services.sh"
 
 wait_for() { # KIND/NAME: wait until the pods of KIND/NAME are ready, for at most 180 s
   k rollout status "$1" --timeout=180s >&2 || {
@@ -14,7 +17,8 @@ wait_for() { # KIND/NAME: wait until the pods of KIND/NAME are ready, for at mos
   }
 }
 
-image=$(sh "${0%/*}/image-to-cluster.sh")
+chosen=$(chosen)
+others=$(services | grep -vxF "$chosen" | paste -s -d , -) || true
 # Write a kustomization that deploys manifests/minikube with these images and in this namespace, and changes nothing else. Its
 # folder is in manifests/, because Kustomize accepts bases only by relative path.
 work=$(mktemp -d manifests/.deploy.XXXXXX)
@@ -26,19 +30,32 @@ namespace: "$NAMESPACE"
 resources:
   - ../minikube
 images:
-  - {name: hitcounter, newName: "${image%:*}", newTag: "${image##*:}"}
 END
+for name in $chosen; do
+  image=$(IMAGE=${IMAGE:-$name} sh "${0%/*}/image-to-cluster.sh")
+  echo "  - {name: $name, newName: \"${image%:*}\", newTag: \"${image##*:}\"}" >>"$work/kustomization.yaml"
+done
 if [ "$VALKEY" ]; then
   echo "  - {name: docker.io/valkey/valkey, newName: \"${VALKEY%:*}\", newTag: \"${VALKEY##*:}\"}" >>"$work/kustomization.yaml"
 fi
 # Make the namespace first, because secret.sh writes into the namespace. The manifests below add the namespace's Pod Security
 # labels and its network policy.
 namespace_exists || k create --filename=- >&2 <<END
-{apiVersion: v1, kind: Namespace, metadata: {name: "$NAMESPACE", labels: {app.kubernetes.io/part-of: hitcounter}}}
+apiVersion: v1
+kind: Namespace
+metadata:
+  name: "$NAMESPACE"
+  labels:
+    app.kubernetes.io/part-of: hitcounter
 END
 sh "${0%/*}/secret.sh" >&2
-k apply --server-side --force-conflicts --kustomize="$work" >&2
+k apply --server-side --force-conflicts --kustomize="$work" \
+  ${others:+--selector="app.kubernetes.io/name notin ($others)"} >&2
 wait_for statefulset/redis
-wait_for deployment/hitcounter
+for name in $chosen; do wait_for "deployment/$name"; done
 address=$(k get nodes --output=jsonpath='{.items[0].status.addresses[?(@.type=="InternalIP")].address}')
-echo "http://$address:30080/"
+for name in $chosen; do
+  number=$(number "$name")
+  url=http://$address:$((30080 + number))/
+  if [ "$name" = "$chosen" ]; then echo "$url"; else echo "$url $name"; fi
+done

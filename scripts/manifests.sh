@@ -1,8 +1,8 @@
 #!/bin/sh
 # Render each variant of the manifests into one plain file in FOLDER, to read or to apply without Kustomize.
 # Usage: manifests.sh FOLDER
-# The script reads KUBECTL and RELEASE. If RELEASE (NAME@DIGEST) is set, the files are for a release, and name RELEASE as the
-# service's image.
+# The script reads KUBECTL and RELEASE. If RELEASE (SERVICE=NAME@DIGEST, for each service) is set, the files are for a release,
+# and name these images.
 . "${0%/*}/lib/base.sh"
 [ $# = 1 ] || usage
 folder=$1
@@ -17,8 +17,10 @@ render() { # NAME VARIANT [COMPONENT]: render VARIANT, with COMPONENT, into work
     echo "resources: [variant]"
     if [ "${RELEASE:-}" ]; then
       echo "images:"
-      for name in hitcounter registry.example.com/hitcounter; do
-        echo "  - {name: $name, newName: \"${RELEASE%@*}\", digest: \"${RELEASE#*@}\"}"
+      for image in $RELEASE; do
+        for name in "${image%%=*}" "registry.example.com/${image%%=*}"; do
+          echo "$name ${image#*=}" | sed 's/\(.*\) \(.*\)@\(.*\)/  - {name: \1, newName: "\2", digest: "\3"}/'
+        done
       done
     fi
   } >"$work/kustomization.yaml"

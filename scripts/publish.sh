@@ -1,5 +1,6 @@
 #!/bin/sh
-# Publish the image in LAYOUT in each of REPOSITORIES, with its version as the tag. Attach the list of contents to the image, and
+# Publish the image of SERVICE, which is in LAYOUT, in each of REGISTRIES, with its version as the tag. An image that is there
+# already is not pushed again. Attach the list of contents to the image, and
 # read both back.
 # Usage: publish.sh
 # The script reads LAYOUT, ORAS, and the variables of lib/release.sh.
@@ -29,7 +30,7 @@ attach() { # IMAGE FILE TYPE: attach FILE to IMAGE as a referrer of the media ty
   cmp "$work/$2" "$folder/$2" || fail "$1 has another $2 already: it was published by somebody else, or from other sources"
 }
 
-repositories=$(repositories)
+repositories=$(repositories "$SERVICE")
 digest=$(image_digest)
 work=$(mktemp -d)
 remove_work_at_exit
@@ -37,9 +38,9 @@ for repository in $repositories; do
   published=$(resolve "$repository")
   [ "${published:-$digest}" = "$digest" ] \
   || fail "$repository:$version is $published already, and not $digest: a version never changes; publish another"
-  quietly "$ORAS" copy --no-tty --from-oci-layout "$LAYOUT@$digest" "$repository:$version"
+  [ "$published" ] || quietly "$ORAS" copy --no-tty --from-oci-layout "$LAYOUT@$digest" "$repository:$version"
   published=$(resolve "$repository")
   [ "$published" = "$digest" ] || fail "$repository:$version is $published, and not $digest"
-  attach "$repository@$digest" sbom.spdx.json application/spdx+json
+  attach "$repository@$digest" "$SERVICE.spdx.json" application/spdx+json
   echo "$repository@$digest"
 done

@@ -1,20 +1,24 @@
 #!/bin/sh
-# Write the release's files, except the image, into DIST/release, and the release's description into DIST/changes.md.
+# Write the release's files, except the images, into DIST/release, and the release's description into DIST/changes.md.
 # Usage: release-files.sh
-# The script reads LAYOUT, ORAS, TAG, KUBECTL, and the variables of lib/release.sh. It also reads the file DIST/sbom.spdx.json,
-# the list of contents.
+# The script reads SERVICE, LAYOUT, ORAS, TAG, KUBECTL, and the variables of lib/release.sh. For each service, it also reads the
+# file DIST/SERVICE.spdx.json, the list of contents. The manifests name the images in the first of REGISTRIES.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"
 . "${0%/*}/lib/release.sh"
+. "${0%/*}/lib/services.sh"
 
 sh "${0%/*}/release-check.sh"
-repositories=$(repositories)
-digest=$(image_digest)
-image=$(echo "$repositories" | head -n 1)@$digest
+release=
+for name in $(chosen); do
+  digest=$(LAYOUT=${LAYOUT:-$name.oci} && image_digest)
+  repositories=$(repositories "$name")
+  release="$release $name=$(echo "$repositories" | head -n 1)@$digest"
+done
 rm -rf "$folder" # otherwise SHA256SUMS would list files of an earlier run, and the release would have them
-RELEASE=$image sh "${0%/*}/manifests.sh" "$folder"
-cp "$DIST/sbom.spdx.json" "$folder"
+RELEASE=$release sh "${0%/*}/manifests.sh" "$folder"
+for name in $(chosen); do cp "$DIST/$name.spdx.json" "$folder"; done
 changes >"$DIST/changes.md"
 (cd "$folder" && sha256sum -- * >../SHA256SUMS && mv ../SHA256SUMS .) || exit
-echo "$image"
+echo "$release" | xargs -n 1

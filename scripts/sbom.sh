@@ -1,5 +1,5 @@
 #!/bin/sh
-# Write DIST/sbom.spdx.json, the list of the contents of the image in LAYOUT. Each run writes the same bytes.
+# Write DIST/SERVICE.spdx.json, the list of the contents of the image in LAYOUT. Each run writes the same bytes.
 # Usage: sbom.sh
 # The script reads VENV, LAYOUT, WHEELS, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
@@ -8,4 +8,4 @@
 
 mkdir -p "$DIST"
 "$VENV/bin/python" "${0%/*}/sbom.py" "$LAYOUT" requirements.txt "$WHEELS" "$version" >"$DIST/sbom.new"
-mv "$DIST/sbom.new" "$DIST/sbom.spdx.json"
+mv "$DIST/sbom.new" "$DIST/$SERVICE.spdx.json"

@@ -1,8 +1,9 @@
 #!/bin/sh
-# Replace the passwords of Redis's users by new passwords, without a failed request.
+# Replace the passwords of Redis's users by new passwords, without a failed request. With SERVICE, replace only the password of
+# this service, and leave the pods of the other services alone.
 # The service works after each step, and each step may be repeated. So if the script is interrupted, run the script again.
 # Usage: secret-rotate.sh
-# The script reads the variables of lib/cluster.sh.
+# The script reads SERVICE, and the variables of lib/cluster.sh.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"
@@ -43,8 +44,16 @@ restart() { # KIND/NAME WHAT: replace the pods of KIND/NAME
 k get pod redis-0 >/dev/null 2>&1 || fail "there is no pod redis-0 in the namespace $NAMESPACE, so no password can be rotated"
 pods=$(redis_pods) || exit
 read_passwords
+if [ "${SERVICE:-}" ]; then
+  echo "$services" | grep -qxF "$SERVICE" || fail "SERVICE=$SERVICE: manifests/redis/users.acl has no user of this name"
+  users_to_rotate=$SERVICE services=$SERVICE
+else
+  users_to_rotate=$users
+fi
 for name in $users; do
   [ -s "$work/users/$name" ] || fail "the secret redis-users has no password for $name; run: make secret"
+done
+for name in $users_to_rotate; do
   # If a user already has two passwords, an earlier rotation was interrupted: continue with its new password.
   [ "$(wc -l <"$work/users/$name")" -eq 1 ] || continue
   { new_password; cat "$work/users/$name"; } >"$work/new"
@@ -61,12 +70,12 @@ for name in $services; do
   restart "deployment/$name" "$name"
 done
 echo "every service has connected with its new password"
-if [ "$pods" != redis-0 ]; then
+if [ "$pods" != redis-0 ] && [ -z "${SERVICE:-}" ]; then
   # The servers and the Sentinels read the passwords with which they connect to each other only when they start.
   restart statefulset/redis Redis
   echo "every server and every Sentinel has connected with its new password"
 fi
-for name in $users; do
+for name in $users_to_rotate; do
   head -n 1 "$work/users/$name" >"$work/new"
   mv "$work/new" "$work/users/$name"
 done

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Run the tests of the counter and of the connection with each server that tests/servers/requirements.in names.
+# Run the tests of the services and of the connection to Redis with each server that tests/servers/requirements.in names.
 # Usage: test-servers.sh
 # The script reads SERVERS, the packages whose servers to test with (all, if empty), and VENV. It keeps the servers in .servers/.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
+. "${0%/*}/lib/services.sh"
 
 lock=tests/servers/requirements.txt
 packages=$(sed -n 's/^\([a-z][a-z0-9-]*\).*/\1/p' "${lock%txt}in")
@@ -38,6 +39,7 @@ for package in ${SERVERS:-$packages}; do
   locked "$package" "$lock" >"$work/lock"
   fetch "$package"
   ".servers/$package/server" --version
-  REDIS_SERVER=$PWD/.servers/$package/server "$VENV/bin/python" -m pytest -n 4 --dist worksteal tests/hitcounter \
+  # shellcheck disable=SC2046 # each service's folder is an argument
+  REDIS_SERVER=$PWD/.servers/$package/server "$VENV/bin/python" -m pytest -n 4 --dist worksteal $(services | sed 's|^|tests/|') \
     tests/nanoservice/test_redis.py tests/nanoservice/test_outage.py tests/nanoservice/test_idle.py
 done

@@ -1,16 +1,16 @@
-# This file finds a release's version, the repositories to publish it in, and the folder of its files.
-# The file reads SERVICE, REPOSITORIES and DIST.
+# This file finds a release's version, the repositories to publish an image in, and the folder of the release's files.
+# The file reads REGISTRIES and DIST, and SERVICE, the service whose image is published.
 
-version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$SERVICE/__init__.py")
+version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' nanoservice/__init__.py)
 folder=$DIST/release
 
 changes() { # print the section of this version in the changelog
   awk -v version="$version" '/^## / { wanted = ($2 == version); next } wanted' CHANGELOG.md | sed '/./,$!d'
 }
 
-repositories() { # print the repositories, one on each line
-  [ "$REPOSITORIES" ] || fail "which repositories? REPOSITORIES=\"ghcr.io/NAME/$SERVICE docker.io/NAME/$SERVICE\""
-  echo "$REPOSITORIES" | tr '[:upper:]' '[:lower:]' | xargs -n 1
+repositories() { # SERVICE: print the repositories of the service's image, one on each line
+  [ "$REGISTRIES" ] || fail "in which registries? REGISTRIES=\"ghcr.io/NAME docker.io/NAME\""
+  for registry in $(echo "$REGISTRIES" | tr '[:upper:]' '[:lower:]'); do echo "${registry%/}/$1"; done
 }
 
 checksum() { # print the digest of SHA256SUMS, which has the checksums of all files of the release

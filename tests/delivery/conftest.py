@@ -1,14 +1,14 @@
-"""Fixtures: a network with a Valkey for containers, and a hitcounter that runs in the test's process."""
+"""Fixtures: a network with a Valkey for containers, and the first service, which runs in the test's process."""
 
 import os
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from hitcounter.app import SERVICE
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from tests.support.images import VALKEY, engine, run
+from tests.support.services import names, services
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +29,6 @@ def network() -> Iterator[str]:
 
 @pytest.fixture
 async def served(valkey: Valkey) -> AsyncIterator[Served]:
-    """Run the hitcounter in the test's process, with a Valkey that only this hitcounter uses."""
-    async with serving(SERVICE, valkey.environ()) as it:
+    """Run the first service in the test's process, with a Valkey that only this service uses."""
+    async with serving(services()[names()[0]], valkey.environ()) as it:
         yield it

@@ -57,7 +57,7 @@ class Project:
         self.port = free_port()
         self.environ = {name: value for name, value in os.environ.items() if not name.startswith("COMPOSE_")} | {
             "COMPOSE_PROJECT_NAME": name,
-            "PORT": str(self.port),
+            "HITCOUNTER_PORT": str(self.port),
             "WHEELS": str(WHEELS.absolute()),
         }
 

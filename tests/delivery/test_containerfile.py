@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
+from tests.support.services import names
 
 _spec = importlib.util.spec_from_file_location("finish", ROOT / "image" / "finish.py")
 assert _spec is not None
@@ -53,7 +54,7 @@ def test_folder_that_is_not_a_layout_is_left_alone(tmp_path: Path) -> None:
     engine = tmp_path / "docker"  # a script that does nothing stands in for the engine
     engine.write_text("#!/bin/sh\n")
     engine.chmod(0o755)
-    command = ["make", "image-multiarch", f"LAYOUT={tmp_path}", f"ENGINE={engine}"]
+    command = ["make", "image-multiarch", f"SERVICE={names()[0]}", f"LAYOUT={tmp_path}", f"ENGINE={engine}"]
     ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert f"make: {tmp_path} is not an OCI layout" in ended.stderr
     assert letter.exists()

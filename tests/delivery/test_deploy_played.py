@@ -16,6 +16,7 @@ import yaml
 
 from nanoservice.testing.waiting import SLACK, wait_for
 from tests.support import ROOT
+from tests.support.services import project
 
 
 def played(folder: Path, name: str, script: str) -> str:
@@ -27,13 +28,19 @@ def played(folder: Path, name: str, script: str) -> str:
 
 
 def copied(folder: Path) -> Path:
-    """Copy the scripts, and the manifests that they read and write, into `folder`. Return the copied folder of scripts."""
-    shutil.copytree(ROOT / "manifests", folder / "manifests")
+    """Copy the scripts, and the files that they read and write, into `folder`, with one service. Return the folder of scripts."""
+    shutil.copytree(ROOT / "manifests", folder / "manifests", ignore=shutil.ignore_patterns(".*"))
+    (folder / "manifests" / "minikube" / "kustomization.yaml").write_text(
+        "  - target: {kind: Service, name: hitcounter}\n    patch: |-\n"
+        "      - {op: add, path: /spec/ports/0/nodePort, value: 30080}\n"
+    )
+    (folder / "hitcounter").mkdir()
+    (folder / "hitcounter" / "__main__.py").touch()
     return Path(shutil.copytree(ROOT / "scripts", folder / "scripts"))
 
 
 def ran(script: str | Path, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
-    environ = {**os.environ, "NAMESPACE": "n", "REGISTRY": "r.example", "IMAGE": "hitcounter", "VALKEY": "", **environ}
+    environ = {**os.environ, "NAMESPACE": "n", "REGISTRY": "r.example", "SERVICE": "", "VALKEY": "", **environ}
     path = ROOT / "scripts" / script
     command = [str(path), *arguments]
     return subprocess.run(command, cwd=path.parents[1], env=environ, capture_output=True, text=True, timeout=30)
@@ -98,7 +105,7 @@ def test_engine_whose_images_minikube_cannot_load_is_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("command", ["deploy-check", "deploy", "undeploy"])
-@pytest.mark.parametrize(("label", "taken"), [("hitcounter", True), ("", False), ("another", False)])
+@pytest.mark.parametrize(("label", "taken"), [(project(), True), ("", False), ("another", False)])
 def test_foreign_namespace_is_left_alone(tmp_path: Path, command: str, label: str, taken: bool) -> None:
     kubectl = played(tmp_path, "kubectl", cluster(label=label))
     ended = ran(copied(tmp_path) / f"{command}.sh", KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""))
@@ -122,6 +129,36 @@ def test_names_that_look_like_numbers_stay_texts(tmp_path: Path) -> None:
         {"name": "hitcounter", "newName": "r.example/hitcounter", "newTag": "123456789012"},
         {"name": "docker.io/valkey/valkey", "newName": "r.example/valkey", "newTag": "9"},
     ]
+
+
+def test_deploy_of_one_service_applies_nothing_of_another(tmp_path: Path) -> None:
+    keeps = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
+    kubectl = played(tmp_path, "kubectl", f"{keeps}; case $* in *addresses*) echo 10.0.0.1 ;; esac")
+    engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
+    scripts = copied(tmp_path)
+    (tmp_path / "likes").mkdir()
+    (tmp_path / "likes" / "__main__.py").touch()
+    with (tmp_path / "manifests" / "minikube" / "kustomization.yaml").open("a") as file:
+        file.write("  - target: {kind: Service, name: likes}\n    patch: |-\n")
+        file.write("      - {op: add, path: /spec/ports/0/nodePort, value: 30081}\n")
+
+    def deploy(**environ: str) -> tuple[str, str, list[str]]:
+        """Return the output, the arguments of `kubectl apply`, and the images that are deployed."""
+        (tmp_path / "kubectl.told").unlink(missing_ok=True)
+        ended = ran(scripts / "deploy.sh", KUBECTL=kubectl, ENGINE=engine, **environ)
+        assert ended.returncode == 0, ended.stderr
+        (applied,) = re.findall("apply .*--kustomize.*", (tmp_path / "kubectl.told").read_text())
+        images = yaml.safe_load((tmp_path / "kubectl.yaml").read_text())["images"]
+        return ended.stdout, applied, [image["name"] for image in images]
+
+    said, applied, images = deploy(SERVICE="likes")
+    assert said == "http://10.0.0.1:30081/\n"
+    assert applied.endswith("--selector=app.kubernetes.io/name notin (hitcounter)")
+    assert images == ["likes"]
+    said, applied, images = deploy()
+    assert said == "http://10.0.0.1:30080/ hitcounter\nhttp://10.0.0.1:30081/ likes\n"
+    assert "--selector" not in applied
+    assert images == ["hitcounter", "likes"]
 
 
 def test_dry_run_of_deploy_calls_nothing(tmp_path: Path) -> None:
@@ -172,8 +209,8 @@ class Cluster:
         self.got = folder / "kubectl.got"
         self.told = folder / "kubectl.told"
 
-    def run(self, command: str) -> "subprocess.CompletedProcess[str]":
-        return ran(self.scripts / f"{command}.sh", KUBECTL=self.kubectl)
+    def run(self, command: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+        return ran(self.scripts / f"{command}.sh", KUBECTL=self.kubectl, **environ)
 
     def written(self) -> dict[str, dict[str, str]]:
         """Return the secrets that a script has written, as a dict from the secret's name to its keys and values."""
@@ -231,6 +268,27 @@ def test_rotation_does_not_wait_for_a_service_that_is_not_deployed(tmp_path: Pat
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.endswith("Redis accepts the new passwords only\n")
     assert re.findall("rollout restart (.+)", one.told.read_text()) == ["deployment/hitcounter"]
+
+
+def test_rotation_of_one_service_changes_no_other_password_and_replaces_no_other_pod(tmp_path: Path) -> None:
+    has = {f"redis-users.{name}": f"{name}\n" for name in ("hitcounter", "second", *REPLICATED)}
+    has |= {"hitcounter-redis.password": "hitcounter", "second-redis.password": "second"}
+    one = Cluster(tmp_path, "user hitcounter +get\nuser second +get\nuser probe +ping\n", has)
+    ended = one.run("secret-rotate", SERVICE="hitcounter")
+    assert ended.returncode == 0, ended.stderr
+    written = one.written()
+    assert written.keys() == {"redis-users", "hitcounter-redis"}
+    rotated = written["redis-users"].pop("hitcounter")
+    assert rotated == written["hitcounter-redis"]["password"] != "hitcounter\n"
+    assert written["redis-users"] == {name: f"{name}\n" for name in ("second", *REPLICATED)}
+    assert re.findall("rollout restart (.+)", one.told.read_text()) == ["deployment/hitcounter"]
+    assert "has no user of this name" in one.run("secret-rotate", SERVICE="third").stderr
+
+
+def test_rotation_of_one_service_writes_no_empty_password_of_another(tmp_path: Path) -> None:
+    one = Cluster(tmp_path, "user hitcounter +get\nuser second +get\n", {"redis-users.hitcounter": "hitcounter\n"})
+    assert "has no password for second; run: make secret" in one.run("secret-rotate", SERVICE="hitcounter").stderr
+    assert not one.got.exists()
 
 
 def test_temporary_passwords_are_deleted_when_the_terminal_closes(tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ from nanoservice.testing.valkey import Valkey, free_port
 from nanoservice.testing.waiting import SLACK, wait_for
 from tests.support import ROOT
 from tests.support.loops import python_path
+from tests.support.services import names
+
+NAME = names()[0]
 
 # With these arguments, `make run` uses the Python environment of these tests and does not create another environment.
 RUN = ["make", "-o", ".venv/can-run", "run"]
@@ -40,7 +43,7 @@ def copy(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "requirements.in", "requirements-dev.in"):
         shutil.copy2(ROOT / name, folder)
-    for name in ("hitcounter", "nanoservice", "scripts"):
+    for name in (NAME, "nanoservice", "scripts"):
         shutil.copytree(ROOT / name, folder / name)
     return folder
 
@@ -82,6 +85,17 @@ def test_help_is_the_default_and_lists_every_target() -> None:
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall("^  make ([a-z0-9-]+) ", shown, re.MULTILINE)) == targets
     assert max(map(len, shown.splitlines())) <= 130
+
+
+def test_each_target_that_runs_tests_finds_some() -> None:
+    """pytest fails if it finds no test. The Makefile names tests by a path, and perhaps by markers."""
+    commands = re.findall(r"(?:PYTEST_SLOW\)|pytest) (.*)", (ROOT / "Makefile").read_text())
+    chosen = [re.search(r"(?:-m (\"[^\"]+\"|\w+) .*)?\b(tests[\w/.]*)$", command) for command in commands]
+    assert any(one and one[1] for one in chosen)
+    for markers, path in (one.groups() for one in chosen if one):
+        files = [ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("test_*.py")
+        wanted = set(re.findall(r"\w+", re.sub(r"\bnot \w+|\band\b", "", markers or "")))
+        assert any(all(f"pytest.mark.{marker}" in file.read_text() for marker in wanted) for file in files), path
 
 
 def test_update_without_an_environment_makes_one_first(copy: Path, tmp_path: Path) -> None:
@@ -224,7 +238,7 @@ def test_environment_whose_python_is_gone_is_created_again(locked: Locked, tmp_p
 
 @contextmanager
 def run(copy: Path, **environ: str) -> Iterator[str]:
-    """Run `make run`, yield the service's answer to a GET, and stop the service with SIGINT, as Ctrl-C does."""
+    """Run `make run`, yield the service's readiness, and stop the service with SIGINT, as Ctrl-C does."""
     (copy / ".venv").symlink_to(sys.prefix)
     environ = {"PATH": os.environ["PATH"], "BIND_PORT": str(free_port()), "ADMIN_PORT": "0", "BIND_HOST": "127.0.0.1", **environ}
     environ["PYTHONPATH"] = python_path()
@@ -234,7 +248,7 @@ def run(copy: Path, **environ: str) -> Iterator[str]:
         assert popen.stdout
         try:
             assert "try: curl http://localhost:" in popen.stdout.readline()
-            with urllib.request.urlopen(f"http://127.0.0.1:{environ['BIND_PORT']}/", timeout=10) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{environ['BIND_PORT']}/readyz", timeout=10) as answer:
                 yield answer.read().decode()
         finally:
             os.killpg(popen.pid, signal.SIGINT)
@@ -244,18 +258,18 @@ def run(copy: Path, **environ: str) -> Iterator[str]:
     (copy / ".venv").unlink()
 
 
-def test_run_serves_and_keeps_its_counts(copy: Path) -> None:
-    for number in (1, 2):
+def test_run_serves_with_a_store_of_its_own_that_it_keeps(copy: Path) -> None:
+    for _ in range(2):
         began = time.monotonic()
         with run(copy) as told:
-            assert f"seen {number} times" in told
+            assert told == "ready\n"
             assert time.monotonic() - began < 3 * SLACK
+        assert [path.name for path in (copy / ".data").iterdir()] == [NAME]
 
 
 def test_run_uses_the_redis_that_its_settings_name(copy: Path, valkey: Valkey) -> None:
-    valkey.run("SET", "{hitcounter}:hits", 41)
     with run(copy, REDIS_HOST="127.0.0.1", REDIS_PORT=str(valkey.port)) as told:
-        assert "seen 42 times" in told
+        assert told == "ready\n"
     assert not (copy / ".data").exists()
 
 
@@ -269,7 +283,7 @@ def test_port_in_use_is_reported_in_one_line(copy: Path) -> None:
         ended = make(*RUN[1:], cwd=copy, BIND_PORT=str(port), ADMIN_PORT="0")
         other.terminate()
         other.communicate()
-    assert f"hitcounter: port {port} is in use: stop what uses it, or choose another port with BIND_PORT=..." in ended.stderr
+    assert f"{NAME}: port {port} is in use: stop what uses it, or choose another port with BIND_PORT=..." in ended.stderr
 
 
 def _listens(port: int) -> bool:

@@ -15,12 +15,12 @@ import trustme
 import yaml
 from kubernetes_validate import utils
 
-from hitcounter.app import SERVICE
 from nanoservice import config, probes
 from nanoservice.config import variables
 from nanoservice.server import SHUTDOWN_SECONDS
-from nanoservice.service import Service, create_app
+from nanoservice.service import create_app
 from tests.support import ROOT
+from tests.support.services import numbers, project, services
 
 Object = dict[str, Any]
 
@@ -34,7 +34,7 @@ REPLICATED = [variant for variant in RENDERED if "redis-replicated" in variant]
 SINGLE = [variant for variant in WITH_REDIS if variant not in REPLICATED]
 SERVERS = ["redis-0", "redis-1", "redis-2"]  # the pods of the replicated Redis
 CA = trustme.CA()
-SERVICES: dict[str, Service[Any]] = {SERVICE.name: SERVICE}
+SERVICES, NUMBERS = services(), numbers()
 KUBERNETES = [f"1.{minor}" for minor in range(30, 38)]
 
 LABEL = "app.kubernetes.io/"
@@ -169,7 +169,7 @@ def test_variant_has_only_the_objects_that_these_tests_check(variant: str) -> No
     # If you add a kind to these lists, add rules for that kind below.
     store = ["ConfigMap", "NetworkPolicy", "Service", "StatefulSet"] if variant in WITH_REDIS else []
     store += ["PodDisruptionBudget", "Service", "Service"] if variant in REPLICATED else []
-    scaled = ["HorizontalPodAutoscaler", "Ingress"] if variant in PRODUCTION else []
+    scaled = ["HorizontalPodAutoscaler", "Ingress"] * len(SERVICES) if variant in PRODUCTION else []
     service = ["ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service"]
     namespace = ["Namespace", "NetworkPolicy"]
     smoke_test = ["NetworkPolicy"] if variant in ON_A_LAPTOP else []
@@ -315,7 +315,7 @@ def test_image_never_moves(workload: Workload) -> None:
 @of_each_workload
 def test_workload_and_its_pods_have_the_recommended_labels(workload: Workload) -> None:
     component = "service" if workload.name in SERVICES else "store"
-    expected = {"name": workload.name, "component": component, "part-of": "hitcounter"}
+    expected = {"name": workload.name, "component": component, "part-of": project()}
     assert workload.labels == workload.object["metadata"]["labels"] == {LABEL + key: value for key, value in expected.items()}
 
 
@@ -456,9 +456,10 @@ def test_services_show_one_port_and_never_the_admin_port(variant: str) -> None:
         assert workload.ports[port["targetPort"]] != config.Config.admin_port
         ports[workload.name] = port | {"type": service["spec"].get("type", "ClusterIP")}
     http = {"name": "http", "port": 80, "targetPort": "http", "type": "ClusterIP"}
-    if variant in ON_A_LAPTOP:
-        http |= {"nodePort": 30080, "type": "NodePort"}
     expected = dict.fromkeys(SERVICES, http)
+    if variant in ON_A_LAPTOP:
+        assert len(set(NUMBERS.values())) == len(NUMBERS)
+        expected = {name: http | {"nodePort": 30080 + number, "type": "NodePort"} for name, number in NUMBERS.items()}
     if variant in SINGLE:
         expected["redis"] = {"name": "redis", "port": 6379, "targetPort": "redis", "type": "ClusterIP"}
     assert ports == expected
@@ -468,14 +469,14 @@ def test_services_show_one_port_and_never_the_admin_port(variant: str) -> None:
 def test_drain_of_a_node_evicts_one_pod_of_a_service_at_a_time_and_never_waits_for_redis(variant: str) -> None:
     budgets = [it["spec"] for it in of_kind(variant, "PodDisruptionBudget")]
     expected = [*SERVICES, *(["redis"] if variant in REPLICATED else [])]
-    assert [selected(variant, budget.pop("selector")["matchLabels"]).name for budget in budgets] == expected
+    assert sorted(selected(variant, budget.pop("selector")["matchLabels"]).name for budget in budgets) == sorted(expected)
     assert budgets == [{"maxUnavailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow"}] * len(expected)
 
 
 @of_each_service
 def test_number_of_pods_is_set_by_the_autoscaler_only(workload: Workload) -> None:
     assert "replicas" not in workload.object["spec"]
-    scalers = of_kind(workload.variant, "HorizontalPodAutoscaler")
+    scalers = [it for it in of_kind(workload.variant, "HorizontalPodAutoscaler") if it["metadata"]["name"] == workload.name]
     assert len(scalers) == (workload.variant in PRODUCTION)
     for scaler in (it["spec"] for it in scalers):
         assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": workload.name}
@@ -488,11 +489,16 @@ def test_number_of_pods_is_set_by_the_autoscaler_only(workload: Workload) -> Non
 
 @pytest.mark.parametrize("variant", PRODUCTION)
 def test_ingress_leads_to_an_existing_port(variant: str) -> None:
-    (ingress,) = of_kind(variant, "Ingress")
-    for path in (path for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]):
-        backend = path["backend"]["service"]
-        ports = named(variant, "Service", backend["name"])["spec"]["ports"]
-        assert backend["port"]["name"] in {port["name"] for port in ports}
+    ingresses = of_kind(variant, "Ingress")
+    assert {ingress["metadata"]["name"] for ingress in ingresses} == SERVICES.keys()
+    hosts = [rule["host"] for ingress in ingresses for rule in ingress["spec"]["rules"]]
+    assert len(set(hosts)) == len(hosts)
+    for ingress in ingresses:
+        for path in (path for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]):
+            backend = path["backend"]["service"]
+            assert backend["name"] == ingress["metadata"]["name"]
+            ports = named(variant, "Service", backend["name"])["spec"]["ports"]
+            assert backend["port"]["name"] in {port["name"] for port in ports}
 
 
 @in_each_variant
@@ -549,7 +555,7 @@ def test_network_policies_allow_what_is_needed_and_nothing_else(variant: str) ->
             "policyTypes": both,
             "egress": [
                 {
-                    "to": [{"podSelector": {"matchLabels": {LABEL + "name": name}}} for name in SERVICES],
+                    "to": [{"podSelector": {"matchLabels": {LABEL + "component": "service"}}}],
                     "ports": [{"port": "http"}],
                 },
                 any_dns,
@@ -593,7 +599,7 @@ def test_claim_is_the_same_whichever_kustomize_renders_it(variant: str) -> None:
     # template, so the rendered template must be the same as the template in the file.
     templates = redis(variant).object["spec"]["volumeClaimTemplates"]
     assert templates == yaml.safe_load(STATEFULSET.read_text())["spec"]["volumeClaimTemplates"]
-    assert [claim["metadata"]["labels"] for claim in templates] == [{LABEL + "part-of": "hitcounter"}]
+    assert [claim["metadata"]["labels"] for claim in templates] == [{LABEL + "part-of": project()}]
 
 
 def check_sizes(store: Workload, conf: str, compose: str) -> None:

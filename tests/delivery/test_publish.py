@@ -20,17 +20,26 @@ import pytest
 from spdx_tools.spdx.parser.parse_anything import parse_file
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
-from hitcounter import __version__ as VERSION
+from nanoservice import __version__ as VERSION
 from nanoservice.testing.waiting import wait_for
 from tests.support import ROOT
 from tests.support.images import WHEELS, Layout, engine, layout, run, sources
-from tests.support.published import REGISTRY, published
+from tests.support.published import REGISTRY, SERVICE, published
 
 pytestmark = pytest.mark.registry
 
+SBOM = f"{SERVICE}.spdx.json"
+
 
 def make(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
-    given = {**os.environ, "VENV": sys.prefix, "LAYOUT": str(published().layout), "DIST": str(published().dist), **environ}
+    given = {
+        **os.environ,
+        "VENV": sys.prefix,
+        "SERVICE": SERVICE,
+        "LAYOUT": str(published().layout),
+        "DIST": str(published().dist),
+        **environ,
+    }
     return subprocess.run(["make", "--no-print-directory", *arguments], cwd=ROOT, env=given, text=True, capture_output=True)
 
 
@@ -82,29 +91,29 @@ def test_sbom_refers_to_the_image_and_can_be_pulled(tmp_path: Path) -> None:
         found = referrers(f"{repository}@{one.digest}")
         assert set(found) == {"application/spdx+json"}
         oras("pull", "--output", str(tmp_path), f"{repository}@{found['application/spdx+json']}")
-        assert (tmp_path / "sbom.spdx.json").read_bytes() == (one.dist / "release" / "sbom.spdx.json").read_bytes()
+        assert (tmp_path / SBOM).read_bytes() == (one.dist / "release" / SBOM).read_bytes()
 
 
 # --- the SBOM ---
 
 
 def contents() -> Any:
-    return json.loads((published().dist / "release" / "sbom.spdx.json").read_text())
+    return json.loads((published().dist / "release" / SBOM).read_text())
 
 
 def test_list_of_contents_is_valid_spdx() -> None:
-    document = parse_file(str(published().dist / "release" / "sbom.spdx.json"))
+    document = parse_file(str(published().dist / "release" / SBOM))
     assert not [message.validation_message for message in validate_full_spdx_document(document)]
 
 
 def test_list_of_contents_is_the_same_each_time(tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert make("sbom", DIST=str(tmp_path / name)).returncode == 0
-    first = (tmp_path / "one" / "sbom.spdx.json").read_bytes()
-    assert first == (tmp_path / "two" / "sbom.spdx.json").read_bytes()
-    assert first == (published().dist / "release" / "sbom.spdx.json").read_bytes()
+    first = (tmp_path / "one" / SBOM).read_bytes()
+    assert first == (tmp_path / "two" / SBOM).read_bytes()
+    assert first == (published().dist / "release" / SBOM).read_bytes()
     assert make("sbom", DIST=str(tmp_path / "later"), SOURCE_DATE_EPOCH="1700000000").returncode == 0
-    assert json.loads((tmp_path / "later" / "sbom.spdx.json").read_text())["creationInfo"]["created"] == "2023-11-14T22:13:20Z"
+    assert json.loads((tmp_path / "later" / SBOM).read_text())["creationInfo"]["created"] == "2023-11-14T22:13:20Z"
 
 
 def test_list_of_contents_has_all_packages_of_each_platform() -> None:
@@ -182,7 +191,7 @@ def test_manifests_of_a_release_name_the_image_by_digest() -> None:
 def test_files_from_an_earlier_run_are_not_in_a_release(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published().dist / "release", tmp_path / "dist" / "release"))
     (folder / "left.txt").write_text("from another time\n")
-    assert make("release-files", DIST=str(tmp_path / "dist"), REPOSITORIES=published().repositories[0]).returncode == 0
+    assert make("release-files", DIST=str(tmp_path / "dist"), REGISTRIES=published().registries[0]).returncode == 0
     assert {file.name for file in folder.iterdir()} == {file.name for file in (published().dist / "release").iterdir()}
 
 
@@ -215,7 +224,7 @@ def test_changes_of_a_release_are_those_of_its_version() -> None:
 def test_publishing_again_changes_nothing() -> None:
     one = published()
     before = [referrers(f"{repository}@{one.digest}") for repository in one.repositories]
-    assert make("publish", REPOSITORIES=" ".join(one.repositories)).returncode == 0
+    assert make("publish", REGISTRIES=" ".join(one.registries)).returncode == 0
     assert [referrers(f"{repository}@{one.digest}") for repository in one.repositories] == before
 
 
@@ -230,11 +239,11 @@ def changed(tmp_path: Path) -> Path:
 
 
 def test_second_build_with_another_digest_stops_the_release(changed: Path) -> None:
-    ended = make("release-compare", LAYOUT=str(changed), DIGEST=published().digest)
+    ended = make("release-compare", LAYOUT=str(changed), DIGESTS=published().digests)
     assert ended.returncode != 0
-    assert f"the image differs: {published().digest} was expected" in ended.stderr
-    assert make("release-compare", DIGEST=published().digest).returncode == 0
-    assert make("release-compare", DIGEST="").returncode != 0
+    assert f"the image of {SERVICE} differs: {published().digest} was expected" in ended.stderr
+    assert make("release-compare", DIGESTS=published().digests).returncode == 0
+    assert make("release-compare", DIGESTS="").returncode != 0
 
 
 def test_files_that_differ_from_the_attested_ones_are_not_uploaded(tmp_path: Path) -> None:
@@ -254,30 +263,31 @@ def test_files_that_differ_from_the_attested_ones_are_not_uploaded(tmp_path: Pat
 
 def test_version_that_is_published_is_not_moved(changed: Path) -> None:
     repository = published().repositories[0]
-    ended = make("publish", LAYOUT=str(changed), REPOSITORIES=repository)
+    ended = make("publish", LAYOUT=str(changed), REGISTRIES=published().registries[0])
     assert ended.returncode != 0
     assert f"{repository}:{VERSION} is {published().digest} already" in ended.stderr
     assert oras("resolve", f"{repository}:{VERSION}").strip() == published().digest
 
 
 def test_tag_that_moved_is_found(changed: Path) -> None:
-    moved = f"{published().repositories[0].rpartition('/')[0]}/moved"
+    registry = f"{published().registries[0]}/moved"
+    moved = f"{registry}/{SERVICE}"
     other = Layout(changed).digest
     oras("copy", "--no-tty", "--from-oci-layout", f"{changed}@{other}", f"{moved}:{VERSION}")
-    ended = make("publish", REPOSITORIES=moved)
+    ended = make("publish", REGISTRIES=registry)
     assert ended.returncode != 0
     assert f"{moved}:{VERSION} is {other} already, and not {published().digest}" in ended.stderr
-    assert make("release-compare", DIGEST=oras("resolve", f"{moved}:{VERSION}").strip()).returncode != 0
+    assert make("release-compare", DIGESTS=json.dumps({SERVICE: oras("resolve", f"{moved}:{VERSION}").strip()})).returncode != 0
 
 
 def test_layer_that_was_tampered_with_is_not_published(tmp_path: Path) -> None:
     tampered = Path(shutil.copytree(published().layout, tmp_path / "tampered.oci"))
     tamper(max((tampered / "blobs" / "sha256").iterdir(), key=lambda blob: blob.stat().st_size))
-    repository = f"{published().repositories[0].rpartition('/')[0]}/tampered"
-    ended = make("publish", LAYOUT=str(tampered), REPOSITORIES=repository)
+    registry = f"{published().registries[0]}/tampered"
+    ended = make("publish", LAYOUT=str(tampered), REGISTRIES=registry)
     assert ended.returncode != 0
     assert re.search("mismatch|digest invalid", ended.stderr, re.IGNORECASE)
-    assert oras("resolve", f"{repository}:{VERSION}", check=False).startswith("1\n")
+    assert oras("resolve", f"{registry}/{SERVICE}:{VERSION}", check=False).startswith("1\n")
     assert make("sbom", LAYOUT=str(tampered), DIST=str(tmp_path / "dist")).returncode != 0
 
 
@@ -358,8 +368,8 @@ def test_version_is_not_moved_if_the_registry_fails_to_answer(changed: Path) -> 
     name = published().repositories[0].partition("/")[2]
     for failing, reason in (("no tag", f"is {published().digest} already"), (VERSION, f"does not say whether it has {VERSION}")):
         with between("no digest", failing) as address:
-            repository = f"{address.replace('127.0.0.1', 'localhost')}/{name}"
-            ended = make("publish", LAYOUT=str(changed), REPOSITORIES=repository)
+            registry = f"{address.replace('127.0.0.1', 'localhost')}/{name.rpartition('/')[0]}"
+            ended = make("publish", LAYOUT=str(changed), REGISTRIES=registry)
         assert ended.returncode != 0
         assert reason in ended.stderr
     assert oras("resolve", f"{published().repositories[0]}:{VERSION}").strip() == published().digest

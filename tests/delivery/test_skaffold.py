@@ -15,13 +15,13 @@ import pytest
 import yaml
 
 from tests.support import ROOT
+from tests.support.services import names, numbers, project
 
 Object = dict[str, Any]
 
 CONFIG: Object = yaml.safe_load((ROOT / "skaffold.yaml").read_text())
 PROFILES: list[Object] = CONFIG["profiles"]
 CONTAINERFILE = (ROOT / "Containerfile").read_text()
-PACKAGES = {path.parent.name for path in ROOT.glob("*/__main__.py")} | {"nanoservice"}
 
 
 def profiles_of(command: str) -> list[str]:
@@ -29,10 +29,10 @@ def profiles_of(command: str) -> list[str]:
     return [one["name"] for one in PROFILES if {"command": command} in one.get("activation", [])]
 
 
-def configured(*names: str) -> Object:
+def configured(*profiles: str) -> Object:
     """Return skaffold.yaml's configuration with these profiles applied. Fail if a patch of a profile does not apply."""
     config = copy.deepcopy(CONFIG)
-    for profile in (one for one in PROFILES if one["name"] in names):
+    for profile in (one for one in PROFILES if one["name"] in profiles):
         assert profile.keys() <= {"name", "activation", "patches"}
         for patch in profile["patches"]:
             parents: list[Any]
@@ -47,9 +47,11 @@ def configured(*names: str) -> Object:
     return config
 
 
-def artifact(config: Object) -> Object:
-    (one,) = config["build"]["artifacts"]
-    return dict(one)
+def artifacts(config: Object) -> dict[str, Object]:
+    """Return a dict from the name of each service to the artifact that builds its image."""
+    found = {artifact["docker"]["buildArgs"]["SERVICE"]: artifact for artifact in config["build"]["artifacts"]}
+    assert list(found) == names()
+    return found
 
 
 def rendered(config: Object) -> list[Object]:
@@ -67,18 +69,18 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "none")
-def test_build_finds_what_it_names(names: tuple[str, ...]) -> None:
-    docker = artifact(configured(*names))["docker"]
-    assert (ROOT / docker["dockerfile"]).exists()
-    assert docker["buildArgs"].keys() <= set(re.findall(r"^ARG (\w+)", CONTAINERFILE, re.MULTILINE))
-    assert docker["buildArgs"]["SERVICE"] in PACKAGES
-    flags = " ".join(docker["cliFlags"])
-    assert ("--build-context=wheels=wheels" in flags, docker.get("network"), "PIP_NO_INDEX" in docker["buildArgs"]) == (
-        (True, "none", True) if "hermetic" in names else (False, None, False)
-    )
-    bases = {"BASE", "DEBUG_BASE", "PYTHON"}
-    assert docker["buildArgs"].keys() & bases == (bases if "mirror" in names else set())
+@pytest.mark.parametrize("profiles", COMBINATIONS, ids=lambda profiles: "+".join(profiles) or "none")
+def test_build_finds_what_it_names(profiles: tuple[str, ...]) -> None:
+    for artifact in artifacts(configured(*profiles)).values():
+        docker = artifact["docker"]
+        assert (ROOT / docker["dockerfile"]).exists()
+        assert docker["buildArgs"].keys() <= set(re.findall(r"^ARG (\w+)", CONTAINERFILE, re.MULTILINE))
+        flags = " ".join(docker["cliFlags"])
+        assert ("--build-context=wheels=wheels" in flags, docker.get("network"), "PIP_NO_INDEX" in docker["buildArgs"]) == (
+            (True, "none", True) if "hermetic" in profiles else (False, None, False)
+        )
+        bases = {"BASE", "DEBUG_BASE", "PYTHON"}
+        assert docker["buildArgs"].keys() & bases == (bases if "mirror" in profiles else set())
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_build_finds_what_it_names(names: tuple[str, ...]) -> None:
 )
 def test_command_deploys_its_target(command: str, target: str | None, folder: str) -> None:
     config = configured(*profiles_of(command))
-    assert artifact(config)["docker"].get("target") == target
+    assert {artifact["docker"].get("target") for artifact in artifacts(config).values()} == {target}
     assert target is None or re.search(rf"^FROM .* AS {target}$", CONTAINERFILE, re.MULTILINE)
     # Without a target, an engine builds the last stage, which must be the production image.
     assert re.findall(r"^FROM .* AS (\w+)$", CONTAINERFILE, re.MULTILINE)[-1] == "runtime"
@@ -97,32 +99,35 @@ def test_command_deploys_its_target(command: str, target: str | None, folder: st
         if "template" in it.get("spec", {})
         for container in it["spec"]["template"]["spec"]["containers"]
     ]
-    assert images.count(artifact(config)["image"]) == 1
+    assert [images.count(artifact["image"]) for artifact in artifacts(config).values()] == [1] * len(names())
 
 
-def test_every_file_of_the_service_is_synced_to_its_place_and_nothing_else() -> None:
-    rules = artifact(configured(*profiles_of("dev")))["sync"]["manual"]
-    synced = {path.relative_to(ROOT) for rule in rules for path in ROOT.glob(rule["src"]) if path.is_file()}
-    synced |= {path.relative_to(ROOT) for rule in rules for path in ROOT.glob(rule["src"] + "/*") if path.is_file()}
-    there = {path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file()}
-    assert synced == there
-    for rule in rules:
-        assert rule.keys() == {"src", "dest"}  # without `strip`, a file PATH is copied to `dest`/PATH
-        package = rule["src"].partition("/")[0]
-        service = "${SERVICE}" if package == CONFIG["build"]["artifacts"][0]["docker"]["buildArgs"]["SERVICE"] else package
-        assert f"\nCOPY {service}/ {rule['dest']}/{service}/\n" in CONTAINERFILE
-        assert f"COPY --from=service --chown=65532:65532 {rule['dest']}/ {rule['dest']}/\n" in CONTAINERFILE
-    assert "sync" not in artifact(configured())
+def test_every_file_of_each_service_is_synced_to_its_place_and_nothing_else() -> None:
+    for name, artifact in artifacts(configured(*profiles_of("dev"))).items():
+        rules = artifact["sync"]["manual"]
+        synced = {path.relative_to(ROOT) for rule in rules for path in ROOT.glob(rule["src"]) if path.is_file()}
+        synced |= {path.relative_to(ROOT) for rule in rules for path in ROOT.glob(rule["src"] + "/*") if path.is_file()}
+        files = [path for package in (name, "nanoservice") for path in (ROOT / package).rglob("*") if path.is_file()]
+        assert synced == {path.relative_to(ROOT) for path in files}
+        for rule in rules:
+            assert rule.keys() == {"src", "dest"}  # without `strip`, a file PATH is copied to `dest`/PATH
+            package = rule["src"].partition("/")[0]
+            source = "${SERVICE}" if package == name else package
+            assert f"\nCOPY {source}/ {rule['dest']}/{source}/\n" in CONTAINERFILE
+            assert f"COPY --from=service --chown=65532:65532 {rule['dest']}/ {rule['dest']}/\n" in CONTAINERFILE
+        assert "sync" not in artifacts(configured())[name]
 
 
 @pytest.mark.parametrize("command", ["run", "dev"])
-def test_port_that_is_forwarded_is_the_service_s(command: str) -> None:
+def test_port_of_each_service_is_forwarded(command: str) -> None:
     config = configured(*profiles_of(command))
-    (forward,) = config["portForward"]
-    (service,) = (it for it in rendered(config) if it["kind"] == "Service" and it["metadata"]["name"] == forward["resourceName"])
-    assert (forward["resourceType"], forward["namespace"]) == ("service", service["metadata"]["namespace"])
-    assert forward["port"] in [port["port"] for port in service["spec"]["ports"]]
-    assert f"<http://localhost:{forward['localPort']}>" in (ROOT / "docs" / "development.md").read_text()
+    services = {it["metadata"]["name"]: it for it in rendered(config) if it["kind"] == "Service"}
+    assert [forward["resourceName"] for forward in config["portForward"]] == names()
+    for forward in config["portForward"]:
+        service = services[forward["resourceName"]]
+        assert (forward["resourceType"], forward["namespace"]) == ("service", service["metadata"]["namespace"])
+        assert forward["port"] in [port["port"] for port in service["spec"]["ports"]]
+        assert forward["localPort"] == 8080 + numbers()[forward["resourceName"]]
 
 
 def test_smoke_test_s_job_fits_the_namespace_and_its_network_policy() -> None:
@@ -131,21 +136,23 @@ def test_smoke_test_s_job_fits_the_namespace_and_its_network_policy() -> None:
     objects = rendered(CONFIG)
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert case["container"]["name"] == container["name"]  # with another name, Skaffold would ignore the job's container
-    assert case["container"]["image"] == container["image"] == artifact(CONFIG)["image"]
+    assert case["container"]["image"] == container["image"]
+    assert container["image"] in [artifact["image"] for artifact in artifacts(CONFIG).values()]
     assert case["container"]["command"][0] in CONTAINERFILE
     assert all(container["resources"][kind].keys() == {"cpu", "memory", "ephemeral-storage"} for kind in ("requests", "limits"))
     assert job["metadata"]["namespace"] == objects[0]["metadata"]["name"]
     # On a cluster, test_inner_loop.py shows that Pod Security admits this pod, and that this policy allows its connections.
     (policy,) = (it for it in objects if it["metadata"]["name"] == job["metadata"]["name"])
     assert policy["spec"]["podSelector"]["matchLabels"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
-    names = {it["metadata"]["name"] for it in objects if it["kind"] == "Service"}
-    assert set(re.findall(r"http://(\w+)", case["container"]["args"][0])) <= names
+    script, *asked = case["container"]["args"]
+    compile(script, "smoke test", "exec")
+    assert asked == names()
 
 
 def test_secrets_are_made_before_the_deployment() -> None:
     (hook,) = CONFIG["deploy"]["kubectl"]["hooks"]["before"]
     script = hook["host"]["command"][-1]
-    assert re.search(r"^make secret NAMESPACE=hitcounter$", script, re.MULTILINE)
+    assert re.search(rf"^make secret NAMESPACE={project()}$", script, re.MULTILINE)
     assert (ROOT / re.findall(r"--kustomize=(\S+)", script)[0] / "kustomization.yaml").exists()
     (namespace,) = (it["metadata"]["name"] for it in rendered(CONFIG) if it["kind"] == "Namespace")
     assert set(re.findall(r"namespace[ /](\w+) -", script)) == {namespace}
@@ -162,7 +169,7 @@ def plain(text: str) -> list[Object]:
         if template := it.get("spec", {}).get("template"):
             parts.append(template["metadata"])
             for container in template["spec"]["containers"]:
-                container["image"] = re.sub(r"^(.*/)?hitcounter[:@].*", "hitcounter", container["image"])
+                container["image"] = re.sub(rf"^(.*/)?({'|'.join(names())})[:@].*", r"\2", container["image"])
         for part in parts:
             labels = {name: value for name, value in part.pop("labels", {}).items() if not name.startswith("skaffold.dev/")}
             if labels:
@@ -171,14 +178,14 @@ def plain(text: str) -> list[Object]:
 
 
 @pytest.mark.skaffold
-@pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "none")
-def test_skaffold_renders_what_make_manifests_does(names: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("profiles", COMBINATIONS, ids=lambda profiles: "+".join(profiles) or "none")
+def test_skaffold_renders_what_make_manifests_does(profiles: tuple[str, ...], tmp_path: Path) -> None:
     skaffold = shutil.which(os.environ.get("SKAFFOLD", "skaffold"))
     assert skaffold, "Skaffold is needed: https://skaffold.dev/docs/install/"
     output = tmp_path / "rendered.yaml"
-    command = [skaffold, "render", "--offline", "--digest-source=none", f"--output={output}", f"--profile={','.join(names)}"]
+    command = [skaffold, "render", "--offline", "--digest-source=none", f"--output={output}", f"--profile={','.join(profiles)}"]
     ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
-    (path,) = configured(*names)["manifests"]["kustomize"]["paths"]
+    (path,) = configured(*profiles)["manifests"]["kustomize"]["paths"]
     made = (ROOT / "manifests" / "rendered" / f"{Path(path).name}.yaml").read_text()
     assert plain(output.read_text()) == plain(made)

@@ -88,7 +88,7 @@ def needed(job: str) -> set[str]:
 
 def test_image_is_signed_and_published_only_after_two_equal_builds_and_a_scan() -> None:
     writing = {name for name, job in RELEASE["jobs"].items() if "write" in job["permissions"].values()}
-    assert writing == {"publish", "github-release"}
+    assert writing == {"publish", "attest", "github-release"}
     for name in writing:
         assert needed(name) >= {"ci", "build", "rebuild", "scan"}
     lines = [run.line for run in runs(RELEASE) if run.job == "publish"]
@@ -97,8 +97,9 @@ def test_image_is_signed_and_published_only_after_two_equal_builds_and_a_scan() 
 
 
 def test_each_build_of_a_release_is_compared_with_the_first() -> None:
-    compared = {run.job: dict(run.environ)["DIGEST"] for run in runs(RELEASE) if run.line == "make release-compare"}
-    assert compared == dict.fromkeys(("rebuild", "dry-run", "publish", "github-release"), "${{ needs.build.outputs.digest }}")
+    compared = {run.job: dict(run.environ)["DIGESTS"] for run in runs(RELEASE) if run.line.startswith("make release-compare")}
+    jobs = ("rebuild", "dry-run", "publish", "attest", "github-release")
+    assert compared == dict.fromkeys(jobs, "${{ needs.build.outputs.digests }}")
 
 
 def test_files_of_a_release_are_those_that_were_attested() -> None:
@@ -114,7 +115,20 @@ def test_dry_run_publishes_nothing() -> None:
     jobs = RELEASE["jobs"]
     assert jobs["publish"]["if"] == "github.event_name == 'push'"
     assert "publish" in needed("github-release")
-    assert "secrets." not in str({name: job for name, job in jobs.items() if name != "publish"})
+    assert needed("attest") >= {"publish"}
+    assert "secrets." not in str({name: job for name, job in jobs.items() if name not in ("publish", "attest")})
+
+
+def test_each_service_is_scanned_and_attested() -> None:
+    services = "${{ fromJSON(needs.services.outputs.services) }}"
+    assert {name for name, job in RELEASE["jobs"].items() if "service" in job.get("strategy", {}).get("matrix", {})} == {
+        "scan", "attest",
+    }  # fmt: skip
+    for name in ("scan", "attest"):
+        assert RELEASE["jobs"][name]["strategy"]["matrix"]["service"] == services
+        assert "services" in needed(name)
+    (printed,) = (run for run in runs(RELEASE) if run.job == "services")
+    assert printed.line == 'make services FORMAT=json >>"$GITHUB_OUTPUT"'
 
 
 def test_scanner_gets_no_secret() -> None:

@@ -40,7 +40,7 @@ def published(target: str) -> str:
     """Build a target of the Containerfile, give the image to the cluster, and return the image's name in the cluster."""
     name = f"hitcounter-{target}"
     options = f"{os.environ.get('BUILD_OPTIONS', '')} --target={target}"
-    run("make", "--no-print-directory", "image", f"IMAGE={name}", f"BUILD_OPTIONS={options}", seconds=600)
+    run("make", "--no-print-directory", "image", "SERVICE=hitcounter", f"IMAGE={name}", f"BUILD_OPTIONS={options}", seconds=600)
     return run("scripts/image-to-cluster.sh", env={"IMAGE": name}).splitlines()[-1]
 
 
@@ -169,7 +169,7 @@ def smoke_test(namespace: Namespace, image: str, name: str = "smoke-test", wait:
     """
     (case,) = CONFIG["verify"]
     job = yaml.safe_load((ROOT / case["executionMode"]["kubernetesCluster"]["jobManifestPath"]).read_text())
-    (script,) = case["container"]["args"]
+    script, *names = case["container"]["args"]
     job["metadata"] = {"name": name, "namespace": namespace.name}
     template = job["spec"]["template"]
     template["metadata"]["labels"] = {"app.kubernetes.io/name": name}
@@ -178,7 +178,7 @@ def smoke_test(namespace: Namespace, image: str, name: str = "smoke-test", wait:
     template["spec"]["containers"][0] |= {
         "image": image,
         "command": case["container"]["command"],
-        "args": [f"import time; time.sleep({wait})\n{script}"],
+        "args": [f"import time; time.sleep({wait})\n{script}", *names],
     }
     namespace.apply(json.dumps(job))
     status = wait_for(lambda: _ended(namespace.get("job", name)), case["timeout"])

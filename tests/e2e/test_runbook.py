@@ -295,7 +295,7 @@ def test_setting_is_changed_and_rolled_back(cluster: Deployed, installed: Namesp
 
 def test_wrong_setting_keeps_the_new_pod_out_and_the_old_one_serving(cluster: Deployed, installed: Namespace) -> None:
     (old,) = installed.ready()
-    installed.apply(with_settings(cluster, installed, "LANE=8"))
+    installed.apply(with_settings(cluster, installed, "LOGLEVEL=debug"))
     new = newcomer(installed, old)
 
     def status() -> Any:
@@ -304,7 +304,7 @@ def test_wrong_setting_keeps_the_new_pod_out_and_the_old_one_serving(cluster: De
 
     wait_for(lambda: status().get("state", {}).get("waiting", {}).get("reason") == "CrashLoopBackOff", 60)
     assert status()["lastState"]["terminated"]["exitCode"] == 78
-    assert log(installed, new, "--previous") == "hitcounter: LANE is not a setting; the nearest is LANES\n"
+    assert log(installed, new, "--previous") == "hitcounter: LOGLEVEL is not a setting; the nearest is LOG_LEVEL\n"
     assert installed.ready() == [old]
     assert wait_for(installed.answered, 30) == (2, 0)
     installed.kubectl("rollout", "undo", "deployment/hitcounter")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hitcounter import __version__
+from nanoservice import __version__
 from nanoservice.testing.served import Served
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually

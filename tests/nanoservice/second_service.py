@@ -11,10 +11,10 @@ from nanoservice.service import Service
 
 
 @dataclass(frozen=True)
-class Config(config.Config):
-    """The setting of the greeter, in addition to the settings of every service."""
+class Config(config.Config, prefix="GREETER_"):
+    """The setting of the greeter, `GREETER_WORD`, in addition to the settings of every service."""
 
-    greet_with: str = config.setting("Hello", "the word of greeting")
+    word: str = config.setting("Hello", "the word of greeting")
 
 
 def setup(app: web.Application, config: Config) -> None:
@@ -22,7 +22,7 @@ def setup(app: web.Application, config: Config) -> None:
 
     async def greet(request: web.Request) -> web.StreamResponse:
         number = await app[STORE].client.incr("{greeter}:" + request.match_info["name"])
-        return Answer(f"{config.greet_with} {request.match_info['name']}, number {number}\n".encode())
+        return Answer(f"{config.word} {request.match_info['name']}, number {number}\n".encode())
 
     app.router.add_get("/greet/{name:[a-z]+}", greet)
 

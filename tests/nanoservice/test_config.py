@@ -8,13 +8,13 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 
 from nanoservice import config
-from nanoservice.config import Secret, integer, seconds, setting, variables
-from nanoservice.errors import ConfigError
+from nanoservice.config import Secret, integer, seconds, secret, setting, table, variables
+from nanoservice.errors import ConfigError, SecretFileError
 from tests.support.variables import OTHERS
 
 
 @dataclass(frozen=True)
-class Config(config.Config):
+class Config(config.Config, prefix=""):
     """Two settings of one service, in addition to the settings of every service."""
 
     lanes: int = setting(4, "a number", integer(1, 64))  # `LANES` resembles `LINES`, which terminals set
@@ -72,7 +72,7 @@ def test_each_kind_of_value_is_read() -> None:
         ("REDIS_SENTINELS", "redis://u:secret@h:26379", "host:port of each Sentinel"),
         ("REDIS_REPLICAS", "17", "a whole number from 0 to 16"),
         ("REDIS_PASSWORD_FILE", "/nowhere", "the path of a file that can be read: No such file"),
-        ("REDIS_PASSWORD_FILE", "/dev/null", "the path of a file with a password in it"),
+        ("REDIS_PASSWORD_FILE", "/dev/null", "the path of a file in UTF-8 with a password in it"),
         ("REDIS_PASSWORD", "\ufeff\r\n", "a password, not only line ends"),
         ("REDIS_USERNAME", "svc\n", "a name without spaces, line ends and control characters"),
         ("REDIS_USERNAME", "\ufeffsvc", "a name without spaces, line ends and control characters"),
@@ -210,3 +210,76 @@ def test_repr_does_not_show_a_secret() -> None:
 
 def test_every_variable_is_explained() -> None:
     assert all(spec.metadata["help"] for _, spec in variables(Config))
+
+
+@dataclass(frozen=True)
+class Shop(config.Config, prefix="SHOP_"):
+    """A service's settings whose names a shell and other programs use too."""
+
+    user: str = setting("nobody", "a name that a shell sets, without the prefix")
+    api_key: Secret | None = secret("key of the supplier")
+    drain_seconds: float = setting(3.0, "another default of an inherited setting", seconds(0, 9))
+
+
+def test_prefix_keeps_variables_of_shells_and_of_other_programs_apart() -> None:
+    shop = Shop.read({"USER": "root", "API_URL": "x", "API_KEY": "x", "SHOP_USER": "ada", "SHOP_PORT": "tcp://10.0.0.1:80"})
+    assert (shop.user, shop.api_key, shop.drain_seconds) == ("ada", None, 3.0)
+    assert Shop.read({"DRAIN_SECONDS": "4"}).drain_seconds == 4
+    with pytest.raises(ConfigError) as caught:
+        Shop.read({"SHOP_API": "s3cret"})
+    assert caught.value.problems == ["SHOP_API is not a setting; the nearest is SHOP_API_KEY"]
+
+
+def test_prefix_of_two_words_leaves_other_variables_with_its_first_word_alone() -> None:
+    @dataclass(frozen=True, slots=True)
+    class Settings(config.Config, prefix="OUR_SHOP_"):
+        size: int = setting(1, "a number", integer(1, 9))
+
+    assert Settings.read({"OUR_TOOL": "x", "OUR_SHOP_SIZE": "2"}).size == 2
+
+
+def test_settings_without_a_valid_prefix_are_an_error_that_says_what_to_write() -> None:
+    with pytest.raises(TypeError, match=r'class Settings\(Config, prefix="LIKES_"\)'):
+
+        class Settings(config.Config):
+            pass
+
+    with pytest.raises(TypeError, match="prefix"):
+
+        class Lower(config.Config, prefix="likes"):
+            pass
+
+
+def test_two_settings_with_one_variable_are_an_error() -> None:
+    @dataclass(frozen=True)
+    class Settings(config.Config, prefix="REDIS_"):
+        host: str = setting("", "a host")
+
+    with pytest.raises(TypeError, match="REDIS_HOST"):
+        Settings.read({})
+
+
+def test_secret_of_a_service_is_read_from_its_variable_or_again_from_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("first\n")
+    key = Shop.read({"SHOP_API_KEY": "s3cret"}).api_key
+    assert key is not None
+    assert (key.reveal(), repr(key)) == ("s3cret", "***")
+    key = Shop.read({"SHOP_API_KEY_FILE": str(file)}).api_key
+    assert key is not None
+    assert key.reveal() == "first"
+    file.write_text("second")
+    assert key.reveal() == "second"
+    assert "second" not in repr(key)
+    file.write_bytes(b"s3cret\xff")
+    with pytest.raises(SecretFileError, match="is not UTF-8") as caught:
+        key.reveal()
+    assert "s3cret" not in str(caught.value)
+    with pytest.raises(ConfigError) as wrong:
+        Shop.read({"SHOP_API_KEY_FILE": str(tmp_path / "gone"), "SHOP_API_KEY": "x"})
+    assert wrong.value.problems == ["SHOP_API_KEY_FILE must be the path of a file that can be read: No such file or directory"]
+    file.write_text("second")
+    with pytest.raises(ConfigError) as both:
+        Shop.read({"SHOP_API_KEY_FILE": str(file), "SHOP_API_KEY": "x"})
+    assert both.value.problems == ["SHOP_API_KEY and SHOP_API_KEY_FILE are both set: keep one"]
+    assert "| `SHOP_API_KEY_FILE` |  | file with it, which is read again at each use |" in table(Shop)

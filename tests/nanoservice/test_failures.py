@@ -13,6 +13,7 @@ from nanoservice.errors import ProblemError, header_lines
 from nanoservice.service import Service
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
+from nanoservice.trace import Trace
 from tests.support.process import metric
 from tests.support.wire import ask, connected, is_problem, request
 
@@ -218,12 +219,12 @@ async def test_same_failure_is_logged_three_times_a_minute_then_with_its_number(
 def test_failures_of_endless_kinds_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
     log = failures.FailureLog(logging.getLogger("test"))
     for number in range(1000):
-        log.log(type(f"Error{number}", (Exception,), {})())
+        log.log(type(f"Error{number}", (Exception,), {})(), Trace("GET", {}))
     assert len(caplog.messages) == failures._MAX_KINDS + failures._LOGGED
     assert len(log._seen) == failures._MAX_KINDS + 1
 
 
-@pytest.mark.parametrize("data", [b"{", b"\xff", b""])
+@pytest.mark.parametrize("data", [b"{", b"\xff", b"", b"[" * 100_000])
 async def test_body_that_is_not_json_is_400_and_is_not_logged(
     failing: Served, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:

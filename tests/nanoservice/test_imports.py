@@ -7,16 +7,17 @@ from tests.support.imports import imported, modules, violations
 
 # The layers, the lowest first. A module may import modules of lower layers, but no module of its own layer.
 LAYERS = [
-    "errors",
+    "errors trace limits",
     "config logs answer listen negotiation embedded bounds failures",
     "health direct",
-    "sentinel",
+    "sentinel body",
     "replication",
     "redis",
     "probes metrics",
-    "connection",
+    "connection background",
     "service",
     "server reload",
+    "run",
     # The last two layers are for tests alone, so no lower layer imports them.
     "testing testing.waiting testing.proxy",
     "testing.valkey testing.served",

@@ -37,7 +37,7 @@ COMMAND = sys.executable, "-c", MAIN
 @pytest.fixture
 async def greeter(valkey: Valkey) -> AsyncIterator[Served]:
     """Serve the second service."""
-    async with serving(second_service.SERVICE, valkey.environ(GREET_WITH="Hi")) as served:
+    async with serving(second_service.SERVICE, valkey.environ(GREETER_WORD="Hi")) as served:
         yield served
 
 
@@ -140,9 +140,9 @@ async def test_second_service_drains(greeter: Served) -> None:
 
 def test_setting_of_the_second_service_is_checked_with_all_others() -> None:
     with pytest.raises(ConfigError) as caught:
-        second_service.Config.read({"GREET_WTH": "x", "BIND_PORT": "x"})
+        second_service.Config.read({"GREETER_WROD": "x", "BIND_PORT": "x"})
     assert caught.value.problems == [
-        "GREET_WTH is not a setting; the nearest is GREET_WITH",
+        "GREETER_WROD is not a setting; the nearest is GREETER_WORD",
         "BIND_PORT must be a whole number from 0 to 65535",
     ]
 
@@ -159,10 +159,10 @@ async def test_second_service_logs_json_drains_and_exits_with_status_0(spawn: Sp
 
 
 def test_bad_settings_are_all_reported_and_the_status_is_78() -> None:
-    environ = {"GREET_WTH": "s3cret", "BIND_PORT": "s3cret"}
+    environ = {"GREETER_WROD": "s3cret", "BIND_PORT": "s3cret"}
     ended = subprocess.run(COMMAND, env=environment(environ), text=True, capture_output=True, timeout=60)
     assert ended.returncode == os.EX_CONFIG == 78
-    assert "GREET_WTH is not a setting" in ended.stderr
+    assert "GREETER_WROD is not a setting" in ended.stderr
     assert "BIND_PORT must be" in ended.stderr
     assert "s3cret" not in ended.stdout + ended.stderr
 

@@ -36,11 +36,11 @@ def run(settings: dict[str, str], *arguments: str, cwd: Path = ROOT, lacks: str 
 
 
 def test_bad_settings_are_all_reported_and_the_status_is_78() -> None:
-    ended = run({"BIND_PORT": "x", "REDIS_PASWORD": "s3cret", "GREET_WTH": "x"})
+    ended = run({"BIND_PORT": "x", "REDIS_PASWORD": "s3cret", "GREETER_WROD": "x"})
     assert ended.returncode == 78
     assert ended.stderr.splitlines() == [
         "sample: REDIS_PASWORD is not a setting; the nearest is REDIS_PASSWORD",
-        "sample: GREET_WTH is not a setting; the nearest is GREET_WITH",
+        "sample: GREETER_WROD is not a setting; the nearest is GREETER_WORD",
         "sample: BIND_PORT must be a whole number from 0 to 65535",
     ]
 
@@ -120,9 +120,9 @@ def test_embedded_store_keeps_its_counts_and_stops_with_the_service(spawn: Spawn
     for expected in (1, 2):
         process = spawn(EMBEDDED, cwd=tmp_path)
         assert hits(process) == expected
-        assert len(valkeys(tmp_path / ".data")) == 1
+        assert len(valkeys(tmp_path / ".data" / "sample")) == 1
         assert process.end(signal.SIGINT) == 0
-        assert not valkeys(tmp_path / ".data")
+        assert not valkeys(tmp_path / ".data" / "sample")
 
 
 def test_embedded_store_syncs_each_write(tmp_path: Path) -> None:
@@ -159,14 +159,14 @@ def test_interrupt_while_the_embedded_store_starts_stops_both_without_a_tracebac
     with subprocess.Popen(
         COMMAND, env=environment(EMBEDDED), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        [store] = wait_for(lambda: valkeys(tmp_path / ".data"), 20)
+        [store] = wait_for(lambda: valkeys(tmp_path / ".data" / "sample"), 20)
         os.kill(store, signal.SIGSTOP)  # Valkey cannot finish its start
         process.send_signal(signal.SIGINT)
         os.kill(store, signal.SIGCONT)
         status, said = interrupted(process)
     assert status == 0
     assert "Traceback" not in said
-    assert not valkeys(tmp_path / ".data")
+    assert not valkeys(tmp_path / ".data" / "sample")
 
 
 @needs_proc
@@ -175,7 +175,7 @@ async def test_interrupt_of_the_process_group_lets_the_store_answer_requests_in_
     with subprocess.Popen(COMMAND, env=environ, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True) as popen:
         process = Process(popen)
         await asyncio.to_thread(process.wait_until_it_listens)
-        [store] = valkeys(tmp_path / ".data")
+        [store] = valkeys(tmp_path / ".data" / "sample")
         os.kill(store, signal.SIGSTOP)
         waiting = asyncio.create_task(asyncio.to_thread(hits, process))
 
@@ -196,7 +196,7 @@ def test_embedded_store_stops_with_a_service_that_was_killed(spawn: Spawn, tmp_p
     process = spawn(EMBEDDED, cwd=tmp_path)
     assert hits(process) == 1
     process.end(signal.SIGKILL)
-    wait_for(lambda: not valkeys(tmp_path / ".data"), 5 * SLACK)
+    wait_for(lambda: not valkeys(tmp_path / ".data" / "sample"), 5 * SLACK)
     assert hits(spawn(EMBEDDED, cwd=tmp_path)) == 2
 
 
@@ -204,16 +204,16 @@ def test_two_services_do_not_share_one_embedded_store(spawn: Spawn, tmp_path: Pa
     spawn(EMBEDDED, cwd=tmp_path)
     ended = run(EMBEDDED, cwd=tmp_path)
     assert ended.returncode == 1
-    assert ended.stderr == "sample: another process uses .data: stop it first\n"
+    assert ended.stderr == "sample: another process uses .data/sample: stop it first\n"
 
 
 def test_embedded_store_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> None:
-    (tmp_path / ".data" / "appendonlydir").mkdir(parents=True)
-    (tmp_path / ".data" / "appendonlydir" / "appendonly.aof.manifest").write_text("garbage")
+    (tmp_path / ".data" / "sample" / "appendonlydir").mkdir(parents=True)
+    (tmp_path / ".data" / "sample" / "appendonlydir" / "appendonly.aof.manifest").write_text("garbage")
     ended = run(EMBEDDED, cwd=tmp_path)
     assert ended.returncode == 1
-    assert ended.stderr == "sample: the embedded Valkey did not start: .data/valkey.log says why\n"
-    assert "AOF MANIFEST" in (tmp_path / ".data" / "valkey.log").read_text()
+    assert ended.stderr == "sample: the embedded Valkey did not start: .data/sample/valkey.log says why\n"
+    assert "AOF MANIFEST" in (tmp_path / ".data" / "sample" / "valkey.log").read_text()
 
 
 def test_service_runs_without_uvloop(valkey: Valkey, spawn: Spawn) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import ROOT
+from tests.support.services import names
 
 PLATFORM = "linux/" + {"x86_64": "amd64", "arm64": "arm64", "aarch64": "arm64"}[platform.machine()]
 VALKEY = (
@@ -93,7 +94,7 @@ def loaded(name: str, context: Path = ROOT, *, options: str = "", **environ: str
 
 
 def _script(name: str, context: Path, **environ: str) -> str:
-    environ = {"SERVICE": "hitcounter", **os.environ, **environ}
+    environ = {**os.environ, "SERVICE": os.environ.get("SERVICE") or names()[0], **environ}
     script = ROOT / "scripts" / f"{name}.sh"
     ended = subprocess.run([script], cwd=context, env=environ, text=True, capture_output=True, timeout=600)
     if ended.returncode:

@@ -1,43 +1,56 @@
-"""Publish the image with the commands of the release workflow, into two repositories of a registry."""
+"""Publish the first service's image with the commands of the release workflow, into two folders of a registry."""
 
 import functools
+import json
 import os
 import secrets
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from hitcounter import __version__ as VERSION
+from nanoservice import __version__ as VERSION
+from tests.support.services import names
 from tests.support.workflows import RELEASE, execute, runs
 
+SERVICE = names()[0]
 REGISTRY = os.environ.get("REGISTRY", "").strip()
 
 
 @dataclass(frozen=True)
 class Published:
-    """The results of the release workflow: its folders, its output, and the repositories and digest of the image."""
+    """The results of the release workflow: its folders, its output, and the registries and digest of the image."""
 
     layout: Path
     dist: Path
-    repositories: tuple[str, str]
+    registries: tuple[str, str]
     digest: str
     said: dict[str, str]  # the output of the last run of each command
+
+    @property
+    def repositories(self) -> list[str]:
+        return [f"{registry}/{SERVICE}" for registry in self.registries]
+
+    @property
+    def digests(self) -> str:
+        """The value of the variable DIGESTS for the published image."""
+        return json.dumps({SERVICE: self.digest}, separators=(",", ":"))
 
 
 @functools.cache
 def published() -> Published:
     """Run the commands of all jobs of a release, in order, except the commands that this machine cannot run."""
     folder = Path(tempfile.mkdtemp(prefix="published-"))
-    layout, dist, output = folder / "hitcounter.oci", folder / "dist", folder / "output"
+    layout, dist, output = folder / f"{SERVICE}.oci", folder / "dist", folder / "output"
     run = f"{REGISTRY}/tests-{secrets.token_hex(4)}"
-    repositories = f"{run}/ghcr.io/someone/hitcounter", f"{run}/docker.io/someone/hitcounter"
+    registries = f"{run}/ghcr.io/someone", f"{run}/docker.io/someone"
     expressions = {
         "github.ref_type == 'tag' && github.ref_name || ''": f"v{VERSION}",
-        "github.repository": "Someone/hitcounter",
-        "env.DOCKER_HUB": repositories[1],
+        "github.repository_owner": "Someone",
+        "env.DOCKER_HUB": registries[1],
         "matrix.platform": "linux/arm64",
+        "matrix.service": SERVICE,
         "github.token": "",
-        "secrets.DOCKERHUB_TOKEN != '' && format('docker.io/{0}/hitcounter', secrets.DOCKERHUB_USERNAME) || ''": repositories[1],
+        "secrets.DOCKERHUB_TOKEN != '' && format('docker.io/{0}', secrets.DOCKERHUB_USERNAME) || ''": registries[1],
     }
     said = {}
     for one in runs(RELEASE):
@@ -47,6 +60,7 @@ def published() -> Published:
         said[one.line] = execute(
             type(one)(one.job, one.line, tuple(environ.items())),
             expressions,
+            SERVICE=SERVICE,
             LAYOUT=str(layout),
             DIST=str(dist),
             GITHUB_OUTPUT=str(output),
@@ -56,4 +70,5 @@ def published() -> Published:
                 name, _, value = line.partition("=")
                 expressions[f"needs.{one.job}.outputs.{name}"] = value
             output.unlink()
-    return Published(layout, dist, repositories, expressions["needs.build.outputs.digest"], said)
+    digest = json.loads(expressions["needs.build.outputs.digests"])[SERVICE]
+    return Published(layout, dist, registries, digest, said)

@@ -109,6 +109,6 @@ def is_problem(reply: Reply, status: int) -> bool:
     assert reply.headers["Cache-Control"] == "no-store"
     ours = {"Date", "Content-Type", "Cache-Control", "Content-Length", "Connection"}
     assert set(reply.headers) <= ours | {"Allow", "Retry-After", "WWW-Authenticate"}
-    assert reply.json.keys() - {"detail"} == {"type", "title", "status"}
+    assert reply.json.keys() - {"detail"} == {"type", "title", "status", "trace_id"}
     assert (reply.json["type"], reply.json["status"]) == ("about:blank", status)
     return True

@@ -1,0 +1,57 @@
+"""Background tasks: work that a service does beside its requests, for as long as it runs."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from aiohttp import web
+from prometheus_client import Counter
+
+from nanoservice.metrics import REGISTRY
+from nanoservice.probes import READINESS
+
+_FIRST_DELAY, _MAX_DELAY = 1.0, 60.0  # seconds until a task that has failed is started again
+
+_FAILURES = web.AppKey("background_task_failures", Counter)
+
+_logger = logging.getLogger(__name__)
+
+
+def add(app: web.Application, name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Run `work()` in a task from the start of `app` until its shutdown, which cancels the task.
+
+    If `work` raises an error, the error is logged and counted at once, and `/readyz` answers 503 until `work` is called again.
+    This is after 1 s, and after twice the time for each further failure, at most 60 s. So a failure that passes, such as an
+    outage of Redis, needs no restart, and one that stays keeps the process out of service. If `work` returns, it has finished.
+    """
+    if _FAILURES not in app:
+        app[_FAILURES] = Counter("background_task_failures", "Failures of background tasks", ["task"], registry=app[REGISTRY])
+    failures, failed = app[_FAILURES].labels(name), app[READINESS].failed
+
+    async def supervise() -> None:
+        delay, loop = _FIRST_DELAY, asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            try:
+                await work()
+            except (Exception, asyncio.CancelledError) as error:
+                if (task := asyncio.current_task()) and task.cancelling():
+                    raise
+                failures.inc()
+                failed.add(name)
+                delay = _FIRST_DELAY if loop.time() - began >= _MAX_DELAY else delay
+                _logger.error("a background task failed", exc_info=error, extra={"task": name, "seconds_until_retry": delay})
+            else:
+                return
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _MAX_DELAY)
+            failed.discard(name)
+
+    async def running(app: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(supervise(), name=name)
+        yield
+        task.cancel()
+        await asyncio.wait({task})
+
+    running.__qualname__ = f"background task {name}"  # The log names it if it takes too long to stop.
+    app.cleanup_ctx.append(running)

@@ -1,0 +1,545 @@
+"""Make or remove a service, rename the project, or check that every list of the repository has every service.
+
+Usage: service.py add NAME | remove NAME | rename-project NAME | check
+
+`add` copies the files of scripts/template/, in which the service is called `starter`. It also adds an entry to each list that a
+tool cannot compute: a copy of the entry of the last service, with the new name and the next free ports. If the service exists
+already, `add` adds only the entries that are missing. `remove` deletes the service's files and entries, and what goes with the
+service: files, lines between the comments `NAME: begin` and `NAME: end`, and lines of texts that describe it. Where another text
+uses the service as an example, `remove` names another service instead.
+`rename-project` gives another name to the namespace, the labels, the Compose project and the images' folder in the registry.
+
+The script works on a copy of the repository. Only if everything has succeeded, it changes the files of the repository itself.
+The script needs git, which knows the files of the repository, ruff beside the running Python, and kubectl (KUBECTL).
+"""
+
+import keyword
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TEMPLATE = Path("scripts/template")
+FOLDERS = {"starter": "{}", "starter_tests": "tests/{}", "manifests": "manifests/{}"}  # a folder of the template, and its place
+USERS = "manifests/redis/users.acl"
+
+# The first line of each entry that a service has in a list. An entry continues over all lines that are indented further.
+ENTRIES = {
+    ".dockerignore": ["!NAME"],
+    "pyproject.toml": [r'    "NAME/",', r'    "NAME",', r"NAME = \[.*"],
+    USERS: ["user NAME .*"],
+    "manifests/services/kustomization.yaml": [r"  - \.\./NAME"],
+    "manifests/minikube/kustomization.yaml": [r"  - target: {kind: Service, name: NAME}"],
+    "manifests/production/kustomization.yaml": ["  - name: NAME"],
+    "skaffold.yaml": ["    - image: NAME", "  - resourceName: NAME", "        - NAME", "      - .*# NAME"],
+    "compose.yaml": ["  NAME:", "  NAME-dev:", "  NAME-tls:"],
+}
+# In these files each service has a document of its own.
+DOCUMENTS = ["manifests/production/autoscaler.yaml", "manifests/production/ingress.yaml"]
+# The places where an entry has a port that follows from the service's number.
+PORTS = {"nodePort, value: {}": 30080, "localPort: {}": 8080, ":-{}}": 8080}
+# hitcounter: begin
+# What goes with the service, besides its own folders.
+BELONGINGS = [
+    "bench",
+    "docs/how-a-request-is-counted.md",
+    "scripts/debian.sh",
+    # These tests need the counts of hitcounter, and most need a container engine or a cluster.
+    "tests/delivery/test_compose.py",
+    "tests/delivery/test_image_attacked.py",
+    "tests/delivery/test_image_runs.py",
+    "tests/e2e",
+    # Only those tests and hitcounter's own use these modules.
+    "tests/support/cluster.py",
+    "tests/support/command_lines.py",
+    "tests/support/exhaustion.py",
+    "tests/support/load.py",
+    "tests/support/proxies.py",
+    "tests/support/topologies.py",
+    "tests/support/traffic.py",
+]
+# hitcounter: end
+UNTOUCHED = re.compile(r"CHANGELOG\.md|LICENSE|manifests/rendered/.*|requirements.*\.txt|.*\.(svg|sum|lock)|.*-lock\.json")
+# The project's name follows one of these texts. Elsewhere the same word is the name of a service.
+BEFORE_PROJECT = [
+    r"\bnamespace(?:=\"?|: ?\"?|/| )",
+    r"NAMESPACE(?:=| \?= ?)",
+    r"part-of(?:\"?: ?\"?|=)",
+    r"--field-manager=",
+    r"^module ",
+    r"\"there ",
+    r"(?<!ghcr\.io/)OWNER/",
+    r"^# (?=\S+\n)",
+    r"&& cd ",
+    r"buildx (?:rm|create)(?: --\S+)* ",
+    r"RUN = f\"",
+    r"^ *\"?name\"?: \"?(?=\S+\n(?:build:|  labels:\n    app.kubernetes.io/part-of|\n# |  \"build\"))",
+]
+PROJECT = f"(?m:(?P<before>{'|'.join(BEFORE_PROJECT)}))"
+ZEROS = "sha256:" + "0" * 64
+
+
+class RefusalError(Exception):
+    """The reason why nothing was done."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command, and return the exit status."""
+    os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        match arguments:
+            case ["add", name]:
+                add(name)
+            case ["remove", name]:
+                remove(name)
+            case ["rename-project", name]:
+                rename_project(name)
+            case ["check"]:
+                if wrong := missing(Path()):
+                    raise RefusalError("\n".join([*wrong, "make service NAME=... adds what is missing"]))
+            case _:
+                print(__doc__, file=sys.stderr)
+                return os.EX_USAGE
+    except RefusalError as refusal:
+        print(f"make: {refusal}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def add(name: str) -> None:
+    """Make the service `name`, or complete it."""
+    new = not Path(name, "__main__.py").exists()
+    if new:
+        check_name(name)
+    changed = transact(lambda root: write(root, name, new))
+    if not changed:
+        print(f"{name} exists already and is complete; nothing has changed")
+        return
+    print("\n".join(changed))
+    number = numbers(Path())[name]
+    print(
+        f"\n{name} is there. Its code is in {name}/app.py. To run it: make run SERVICE={name}\n"
+        f"Then, in another terminal: curl --request POST http://localhost:{8080 + number}/"
+    )
+
+
+def check_name(name: str) -> None:
+    """Raise RefusalError unless `name` can be the name of a new service."""
+    if not re.fullmatch(r"[a-z][a-z0-9]{1,29}", name):
+        raise RefusalError(
+            f"NAME={name}: a service's name is a DNS label and a Python package at once,"
+            " so it has 2 to 30 lower-case letters and digits, and begins with a letter"
+        )
+    if keyword.iskeyword(name) or keyword.issoftkeyword(name):
+        raise RefusalError(f"NAME={name}: this is a word of Python")
+    if name in sys.stdlib_module_names:
+        raise RefusalError(f"NAME={name}: Python's standard library has a module of this name, which the service would replace")
+    for place in FOLDERS.values():
+        if Path(place.format(name)).exists():
+            raise RefusalError(f"NAME={name}: {place.format(name)}/ exists already, and is not a service")
+    sys.path = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
+    if find_spec(name):
+        raise RefusalError(f"NAME={name}: an installed package has this name, and the service would replace it")
+    if re.search(rf"^user {name} ", Path(USERS).read_text(), re.MULTILINE):
+        raise RefusalError(f"NAME={name}: {USERS} has a user of this name already")
+    if not subprocess.run(["git", "check-ignore", "--quiet", f"{name}/"], check=False).returncode:
+        raise RefusalError(f"NAME={name}: .gitignore names this folder, so git would not keep the service")
+
+
+def write(root: Path, name: str, new: bool) -> None:
+    """Write the files and the entries of the service `name` into the copy `root` of the repository."""
+    if new:
+        for folder, place in FOLDERS.items():
+            for source in (root / TEMPLATE / folder).rglob("*"):
+                target = root / place.format(name) / source.relative_to(root / TEMPLATE / folder)
+                if source.is_file():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    content = re.sub(r"\bstarter\b", name, source.read_text())
+                    target.write_text(content.replace("STARTER_", f"{name.upper()}_"))
+        folders = [root / FOLDERS[folder].format(name) for folder in ("starter", "starter_tests")]
+        # The order of the imports depends on the name.
+        ruff = str(Path(sys.executable).parent / "ruff")
+        run(root, ruff, "check", "--quiet", "--fix", *map(str, folders))
+        run(root, ruff, "format", "--quiet", *map(str, folders))
+    if not re.search(rf"^user {name} ", (root / USERS).read_text(), re.MULTILINE):
+        with (root / USERS).open("a") as users:
+            users.write((root / TEMPLATE / "users.acl").read_text().replace("starter", name))
+    known = numbers(root)
+    pattern = [other for other in known if other != name][-1]
+    number = known[name] if name in nodes(root) else min(set(range(len(known) + 1)) - set(nodes(root).values()))
+    for file in ENTRIES:
+        path = root / file
+        lines = path.read_text().splitlines()
+        there = {key(first_line, name) for first_line in first_lines(lines, file, name)}
+        for first in reversed(first_lines(lines, file, pattern)):
+            if file == USERS or key(first, pattern) in there:
+                continue
+            begin, end = extent(lines, lines.index(first))
+            copied = [renamed(line, pattern, name, known[pattern], number) for line in lines[begin:end]]
+            lines[end:end] = ["", *copied] if begin and not lines[begin - 1] else copied
+        path.write_text("\n".join(renumbered(lines)) + "\n")
+    for file in DOCUMENTS:
+        path = root / file
+        if not document(path, name):
+            text = document(path, pattern).lstrip("#").partition("apiVersion:")
+            path.write_text(path.read_text() + "---\napiVersion:" + renamed(text[2], pattern, name, 0, 0))
+    finish(root)
+
+
+def remove(name: str) -> None:
+    """Remove the service `name`."""
+    known = numbers(Path())
+    if name not in known:
+        raise RefusalError(f"NAME={name}: the services are {' '.join(known)}")
+    if len(known) == 1:
+        raise RefusalError(f"NAME={name}: this is the only service; first make another: make service NAME=...")
+    heir = next(other for other in known if other != name)
+
+    def change(root: Path) -> None:
+        before = files(root)
+        # Only the example has more than what `add` made.
+        example = f"# {name}: begin\n" in Path(__file__).read_text()
+        goes_with = globals()["BELONGINGS"] if example else []
+        for place in [*(place.format(name) for place in FOLDERS.values()), *goes_with]:
+            if (root / place).is_dir():
+                shutil.rmtree(root / place)
+            else:
+                (root / place).unlink(missing_ok=True)
+        for file in ENTRIES:
+            lines = (root / file).read_text().splitlines()
+            for first in first_lines(lines, file, name):
+                begin, end = extent(lines, lines.index(first))
+                if begin and not lines[begin - 1] and (end == len(lines) or not lines[end]):
+                    begin -= 1  # one of the two empty lines
+                del lines[begin:end]
+            if not known[name]:  # one service always has the number 0, and so the first ports, which texts and workflows name
+                for first in first_lines(lines, file, heir):
+                    begin, end = extent(lines, lines.index(first))
+                    lines[begin:end] = [with_ports(line, known[heir], 0) for line in lines[begin:end]]
+            (root / file).write_text("\n".join(renumbered(lines)) + "\n")
+        for file in DOCUMENTS:
+            comment, texts = documents(root / file)
+            kept = [text for text in texts if not re.search(rf"^  name: {name}$", text, re.MULTILINE)]
+            (root / file).write_text(comment + "---\n".join(kept))
+        if example:
+            forget(root, name, heir, before)
+        finish(root)
+
+    print("\n".join(transact(change)))
+    command = ["git", "grep", "--untracked", "-lw", name]
+    named = subprocess.run(command, check=False, text=True, capture_output=True).stdout.split()
+    print(
+        f"\n{name} is removed. If a cluster still runs it: kubectl delete"
+        " deployment,service,configmap,networkpolicy,poddisruptionbudget,horizontalpodautoscaler,ingress"
+        f" --selector=app.kubernetes.io/name={name}"
+    )
+    if named:
+        print(f"These files still name {name}: {' '.join(named)}")
+
+
+def rename_project(new: str) -> None:
+    """Name the namespace, the labels, the Compose project and the images' folder in the registry `new`."""
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", new):
+        raise RefusalError(f"NAME={new}: a project's name is a DNS label of at most 40 letters, digits and hyphens")
+    old = project(Path())
+    if new == old:
+        print(f"the project's name is {new} already; nothing has changed")
+        return
+
+    def change(root: Path) -> None:
+        services = "|".join(numbers(root))
+        for path in texts(root):
+            text = re.sub(rf"{PROJECT}{old}(?![a-z0-9])", rf"\g<before>{new}", path.read_text())
+            # The manifests and the scripts name the images' folder in the example registry.
+            if path.relative_to(root).parts[0] in ("manifests", "scripts"):
+                text = re.sub(rf"(?<=registry\.example\.com/)({old}/)?(?=({services})\b|\$\{{image)", f"{new}/", text)
+            if text != path.read_text():
+                path.write_text(text)
+        finish(root)
+
+    print("\n".join(transact(change)))
+    print(
+        f"\nThe project's name is {new}. A cluster that runs it has the old namespace until: make undeploy NAMESPACE={old}\n"
+        "To keep its data, make a backup first, and restore it in the new namespace."
+    )
+
+
+def project(root: Path) -> str:
+    """Return the project's name, which is the name of its namespace."""
+    found = re.search("^  name: (.+)$", (root / "manifests/namespace/namespace.yaml").read_text(), re.MULTILINE)
+    if not found:
+        raise RefusalError("manifests/namespace/namespace.yaml has no name")
+    return found[1]
+
+
+def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
+    """Remove from all texts what they say about the service `name`, and name the service `other` in their examples instead.
+
+    `before` has the content of each file before files were deleted.
+    """
+    deleted = before.keys() - files(root).keys()
+    kept = {Path(file).name for file in files(root)}
+    # If the other service has such a file too, a line that names the file names that one afterwards.
+    deleted = {file for file in deleted if not (root / re.sub(rf"\b{name}\b", other, file)).exists()}
+    alone = {Path(file).name for file in deleted} - kept
+    tests = rf"(?:tests/\w+/)?(?:{'|'.join(re.escape(file) for file in alone if file.startswith('test_')) or '(?!)'})"
+    words = {re.escape(file) for file in deleted | alone}
+    words |= {rf"{folder}[/.]" for file in deleted if (folder := Path(file).parts[0]) != name and not (root / folder).exists()}
+    folders = {"nanoservice", "scripts", "manifests", *numbers(root)}
+    sources = [path for path in texts(root) if path.suffix in (".py", ".sh") and path.relative_to(root).parts[0] in folders]
+    code = "".join(path.read_text() for path in sources)
+    source = "".join(content.decode() for file, content in before.items() if file.startswith(f"{name}/"))
+    words |= {metric for metric in re.findall(r"\"([a-z]+_[a-z_]+)\"", source) if metric not in code}
+    words |= {header for header in re.findall(r"\"([A-Z][a-z]+(?:-[A-Z][a-z]+)+)\"", source) if header not in code}
+    own = re.findall(r"(?m)^    (\w+): \w+ = setting\(", source)
+    words |= {f"`{field.upper()}`" for field in own if f"    {field}: " not in code}
+
+    def is_gone(sentence: str) -> bool:
+        """Return whether a sentence names a file, metric, header, setting, make target or message that is gone."""
+        quoted = [it.strip() for text in re.findall("`([^`]+)`", sentence) if " " in text for it in re.split(r": |\.\.\.", text)]
+        quoted = [re.sub("^Redis:? ", "", part) for part in quoted if len(part) > 3]
+        return bool(gone.search(sentence)) or any(part in source and part not in code for part in quoted)
+
+    targets = set(re.findall(r"(?m)^([a-z0-9-]+):", before["Makefile"].decode()))
+    makefile = re.sub(rf"(?m)^.*\b{name}: begin\b(?:.*\n)+?.*\b{name}: end\b.*\n", "", (root / "Makefile").read_text())
+    words |= {rf"make {target}\b(?!-)" for target in targets - set(re.findall(r"(?m)^([a-z0-9-]+):", makefile))}
+    gone = re.compile(rf"(?<![\w-])(?:{'|'.join(sorted(words, key=len, reverse=True))})")
+    for path in texts(root):
+        text = re.sub(rf"(?m)^.*\b{name}: begin\b(?:.*\n)+?.*\b{name}: end\b.*\n", "", path.read_text())
+        if path.suffix != ".py":
+            text = re.sub(r"\n{3,}", "\n\n", text)
+        if path.suffix == ".md" and path.parts[-2] != "template":
+            # A mention of a test is not worth a line.
+            text = re.sub(rf"`{tests}`, (?=`)|(?<=`), `{tests}`", "", text)
+            text = re.sub(rf"\s\(`{tests}`[^)]*\)", "", text)
+            text = re.sub(rf"\| `{tests}` \|$", "| no test provokes this |", text, flags=re.MULTILINE)
+            rows = [re.match(r"\| \[(.+?)\]\(#([\w-]+)\)", line) for line in text.splitlines() if is_gone(line)]
+            text = "".join(sentence for sentence in sentences(text) if not is_gone(sentence))
+            text = re.sub(r"(?m)^ *```\w*\n *```\n", "", text)  # a block of code that has no line any more
+            text = re.sub(r"\n{3,}", "\n\n", text)
+            for heading, anchor in (row.groups() for row in rows if row):  # a row of an index: its section goes, too
+                text = re.sub(rf"(?ms)^### {re.escape(heading)}\n.*?(?=^##)", "", text)
+                text = re.sub(rf"(?m)^.*\]\(#{anchor}\).*\n", "", text)
+        # Only what is not the project's name is the name of the service.
+        hidden = re.sub(rf"{PROJECT}{name}(?![a-z0-9])", "\\g<before>\0", text)
+        text = re.sub(rf"(?<![a-z0-9]){name}(?![a-z0-9])", other, hidden).replace("\0", name)
+        text = text.replace(f"{name.upper()}_", f"{other.upper()}_")
+        if text != path.read_text():
+            path.write_text(text)
+    drop_dead_links(root)
+    ruff = str(Path(sys.executable).parent / "ruff")
+    run(root, ruff, "check", "--quiet", "--fix", "--exit-zero", ".")
+    run(root, ruff, "format", "--quiet", ".")
+
+
+def drop_dead_links(root: Path) -> None:
+    """Delete the sentences of Markdown texts that link to a file that does not exist."""
+    for path in (path for path in texts(root) if path.suffix == ".md"):
+        before = sentences(path.read_text())
+        alive = [
+            sentence
+            for sentence in before
+            if all((path.parent / target).exists() for target in re.findall(r"\]\((?!https?://|mailto:)([\w./-]+)", sentence))
+        ]
+        if alive != before:
+            path.write_text("".join(alive))
+
+
+def sentences(text: str) -> list[str]:
+    """Return the parts of a Markdown text in order: a sentence, which may continue over lines, or another line."""
+    parts, fenced, continues = [""], False, False
+    for line in text.splitlines(keepends=True):
+        if continues and not re.match(r" *([-*] |\d+\. |[|#]|```|<!--|$)", line):
+            parts[-1] += line
+        else:
+            parts.append(line)
+        fenced ^= line.lstrip().startswith("```")
+        continues = not fenced and not re.search(r"[.:!?|]$|^ *(#|```|<!--)|^ {4}|^$", line.rstrip("\n"))
+    return parts
+
+
+def texts(root: Path) -> list[Path]:
+    """Return the files that people wrote and that are texts."""
+    return [path for name in files(root) if not UNTOUCHED.fullmatch(name) and b"\0" not in (path := root / name).read_bytes()]
+
+
+def missing(root: Path) -> list[str]:
+    """Return a sentence for each entry that a list lacks, and for each user in Redis whose service does not exist."""
+    names, found = list(numbers(root)), []
+    for file, regexes in ENTRIES.items():
+        lines = (root / file).read_text().splitlines()
+        entries = {name: {key(first, name) for first in first_lines(lines, file, name)} for name in names}
+        for name in names:
+            # Another service shows how the line has to look. If no service has the line, show its pattern.
+            lacking = {line.replace("\0", name) for line in set().union(*entries.values()) - entries[name] if file != USERS}
+            for regex in (regex.replace("NAME", name) for regex in regexes):
+                if not any(re.fullmatch(regex, line) for line in [*lines, *lacking]):
+                    lacking.add(regex)
+            found += [f"{file} has no line for {name}: {line.strip()}" for line in sorted(lacking)]
+    found += [f"{file} has no document for {name}" for file in DOCUMENTS for name in names if not document(root / file, name)]
+    users = re.findall("^user ([a-z0-9]+) ", (root / USERS).read_text(), re.MULTILINE)
+    unknown = set(users) - {*names, "default", "probe", "operator"}
+    return [*found, *(f"{USERS} has the user {user}, but there is no {user}/__main__.py" for user in sorted(unknown))]
+
+
+# --- the text of a list ---
+
+
+def first_lines(lines: list[str], file: str, name: str) -> list[str]:
+    """Return the first line of each entry that the service `name` has in `lines`, the content of `file`."""
+    regexes = [regex.replace("NAME", name) for regex in ENTRIES[file]]
+    return [line for line in lines if any(re.fullmatch(regex, line) for regex in regexes)]
+
+
+def key(first: str, name: str) -> str:
+    """Return the first line of an entry without what differs between two services."""
+    return re.sub(rf"\b{name}\b", "\0", re.sub("artifacts/[0-9]+", "artifacts/N", first))
+
+
+def extent(lines: list[str], begin: int) -> tuple[int, int]:
+    """Return the indexes of the first line of an entry and of the line after its last."""
+    depth, end = len(lines[begin]) - len(lines[begin].lstrip()), begin + 1
+    while end < len(lines) and len(lines[end]) - len(lines[end].lstrip()) > depth:
+        end += 1
+    return begin, end
+
+
+def renamed(text: str, old: str, new: str, old_number: int, number: int) -> str:
+    """Return `text` with the name and the ports of another service. An image that was not built yet has the digest of zeros."""
+    text = re.sub(rf"(?<!namespace: )\b{old}(?![a-z0-9])", new, text).replace(f"{old.upper()}_", f"{new.upper()}_")
+    return with_ports(re.sub("(?<=digest: )sha256:[0-9a-f]{64}", ZEROS, text), old_number, number)
+
+
+def with_ports(text: str, old_number: int, number: int) -> str:
+    """Return `text` with the ports of the service `number` instead of those of the service `old_number`."""
+    for form, first in PORTS.items():
+        text = text.replace(form.replace("{}", str(first + old_number)), form.replace("{}", str(first + number)))
+    return text
+
+
+def renumbered(lines: list[str]) -> list[str]:
+    """Return the lines of skaffold.yaml with the index that each service has in the list of artifacts; others as they are."""
+    order = [match[1] for line in lines if (match := re.fullmatch("    - image: ([a-z0-9]+)", line))]
+    name = ""
+    for number, line in enumerate(lines):
+        if match := re.fullmatch("      - .*# ([a-z0-9]+)", line):
+            name = match[1]
+        if name in order:
+            lines[number] = re.sub("(?<=/build/artifacts/)[0-9]+", str(order.index(name)), line)
+    return lines
+
+
+def documents(path: Path) -> tuple[str, list[str]]:
+    """Return the comment at the head of a YAML file, and the text of each of its documents."""
+    text = path.read_text()
+    begin = text.index("apiVersion:")
+    return text[:begin], text[begin:].split("---\n")
+
+
+def document(path: Path, name: str) -> str:
+    """Return the text of the document about `name`, or an empty string."""
+    return next((text for text in documents(path)[1] if re.search(rf"^  name: {name}$", text, re.MULTILINE)), "")
+
+
+def nodes(root: Path) -> dict[str, int]:
+    """Return a dict from the name of each service that has a node port to its number."""
+    text = (root / "manifests/minikube/kustomization.yaml").read_text()
+    found = re.findall(r"{kind: Service, name: ([a-z0-9]+)}(?:\n    .*)*?/nodePort, value: (\d+)", text)
+    return {name: int(port) - 30080 for name, port in found}
+
+
+def numbers(root: Path) -> dict[str, int]:
+    """Return a dict from the name of each service to its number, in the order of the numbers."""
+    listed = subprocess.check_output(["sh", "scripts/services.sh", "table"], cwd=root, text=True).splitlines()[1:]
+    return {name: int(port) - 8080 for name, port, *_ in map(str.split, listed)}
+
+
+# --- a copy of the repository ---
+
+
+def finish(root: Path) -> None:
+    """Render the manifests of the copy, and check that no list lacks a service."""
+    run(root, "sh", "scripts/manifests.sh", "manifests/rendered")
+    if wrong := missing(root):
+        raise RefusalError("\n".join(wrong))
+
+
+def run(root: Path, *command: str) -> None:
+    """Run a command in `root`. Raise RefusalError with its output if it fails."""
+    environ = {"KUBECTL": "kubectl", **os.environ}
+    try:
+        ended = subprocess.run(command, check=False, cwd=root, env=environ, text=True, capture_output=True)
+    except FileNotFoundError:
+        raise RefusalError(f"{command[0]} is needed; install the development packages: make test") from None
+    if ended.returncode:
+        hint = "" if shutil.which(environ["KUBECTL"]) else "\nmake: kubectl is needed: https://kubernetes.io/docs/tasks/tools/"
+        raise RefusalError(f"{' '.join(command)} has failed, so nothing has changed\n{ended.stdout}{ended.stderr}{hint}".rstrip())
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """Return the content of each file below `root`."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def transact(change: Callable[[Path], None]) -> list[str]:
+    """Apply `change` to a copy of the repository. If it succeeds, change the repository in the same way, or not at all.
+
+    Return a line for each file that was made, changed or deleted.
+    """
+    try:
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        raise RefusalError("this command needs git, and a clone of the repository") from None
+    with tempfile.TemporaryDirectory(prefix="service-") as folder:
+        root = Path(folder)
+        for name in filter(None, listed):
+            if Path(name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(name, root / name)
+        before = files(root)
+        change(root)
+        for cache in [*root.rglob("__pycache__"), *root.rglob(".ruff_cache")]:
+            shutil.rmtree(cache)
+        after = files(root)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    try:
+        for name in changed:
+            put(name, after.get(name))
+    except BaseException:
+        for name in changed:
+            put(name, before.get(name))
+        raise
+    kind = {(False, True): "made", (True, True): "changed", (True, False): "deleted"}
+    return [f"{kind[name in before, name in after]:8}{name}" for name in sorted(changed)]
+
+
+def put(name: str, content: bytes | None) -> None:
+    """Replace the file `name` atomically, or delete it, and then delete the folders that became empty."""
+    path = Path(name)
+    if content is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.new")
+        new.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, new)
+        new.replace(path)
+        return
+    path.unlink(missing_ok=True)
+    for cache in path.parent.glob("__pycache__"):
+        shutil.rmtree(cache)
+    while path.parent != Path() and path.parent.is_dir() and not any(path.parent.iterdir()):
+        path = path.parent
+        path.rmdir()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""A background task that fails is logged and counted at once, makes the process unready, and is started again."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+import pytest
+from aiohttp import web
+
+from nanoservice import background, config
+from nanoservice.service import Service
+from nanoservice.testing.served import Served, serving
+from nanoservice.testing.valkey import Valkey
+from nanoservice.testing.waiting import SLACK, eventually
+from tests.support.process import metric
+from tests.support.wire import ask, is_problem, request
+
+
+def service(**works: Callable[[], Awaitable[None]]) -> Service[config.Config]:
+    def setup(app: web.Application, config: config.Config) -> None:
+        for name, work in works.items():
+            background.add(app, name, work)
+
+    return Service("busy", "1", config.Config, setup)
+
+
+async def ready(served: Served) -> bool:
+    return (await ask(served.port, request("GET", "/readyz"))).status == 200
+
+
+async def test_task_that_fails_once_is_reported_and_runs_again(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    calls = 0
+
+    async def work() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise LookupError("why")
+        await asyncio.Event().wait()
+
+    async with serving(service(work=work), valkey.environ()) as served:
+        await eventually(lambda: caplog.messages, SLACK)
+        reply = await ask(served.port, request("GET", "/readyz"))
+        assert is_problem(reply, 503)
+        assert reply.json["detail"] == "a background task has failed: work"
+        assert await metric(served, "background_task_failures_total") == 1
+        assert (await ask(served.port, request("GET", "/livez"))).status == 200
+        await eventually(lambda: ready(served), 2 * SLACK)
+    assert calls == 2
+    assert caplog.messages == ["a background task failed"]
+    assert caplog.records[0].exc_info
+    assert vars(caplog.records[0])["task"] == "work"
+
+
+async def test_delay_doubles_up_to_its_maximum_and_begins_again_after_a_long_run(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "_FIRST_DELAY", 0.05)
+    monkeypatch.setattr(background, "_MAX_DELAY", 0.4)
+    calls = 0
+
+    async def work() -> None:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(1 if calls == 6 else 0)
+        raise asyncio.CancelledError if calls % 2 else ValueError
+
+    async with serving(service(work=work), valkey.environ()):
+        await eventually(lambda: len(caplog.records) >= 7, 3 * SLACK)
+    delays = [vars(record)["seconds_until_retry"] for record in caplog.records]
+    assert delays[:7] == [0.05, 0.1, 0.2, 0.4, 0.4, 0.05, 0.1]
+
+
+async def test_tasks_end_with_the_service_and_one_may_end_before(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    ended = []
+
+    async def short() -> None:
+        ended.append("short")
+
+    async def long() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("long")
+
+    async with serving(service(short=short, long=long), valkey.environ()) as served:
+        await eventually(lambda: ended, SLACK)
+        assert await ready(served)
+    assert ended == ["short", "long"]
+    assert not caplog.messages
+
+
+async def test_task_that_does_not_end_is_named_at_the_shutdown(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanoservice.server.CLEAN_UP_SECONDS", 0.2)
+    release = asyncio.Event()
+
+    async def work() -> None:
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                continue
+
+    async with serving(service(work=work), valkey.environ()):
+        pass
+    release.set()
+    [record] = [record for record in caplog.records if record.getMessage() == "a resource takes too long to close"]
+    assert vars(record)["resources"] == ["background task work"]
