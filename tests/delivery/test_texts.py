@@ -104,7 +104,7 @@ def test_messages_of_the_runbook_are_those_of_the_code() -> None:
     sources += [path for folder in ("nanoservice", *names()) for path in (ROOT / folder).glob("*.py")]
     code = "".join(path.read_text() for path in sources).replace("$name", names()[0])
     for message in messages:
-        for part in re.split(r": |\.\.\.|\b[A-Z]{3,}\b", message):  # compare only the parts between names and values
+        for part in re.split(r": |\.\.\.|\b[A-Z_]{3,}\b", message):  # compare only the parts between names and values
             assert part.strip() in code, message
 
 
