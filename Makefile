@@ -68,7 +68,7 @@ service: $(VENV)/installed ## make the service NAME, or add what an existing ser
 remove: $(VENV)/installed ## remove the service NAME: its files, and its entry in each list; needs git and kubectl
 	@$(BIN)/python scripts/service.py remove "$(NAME)"
 
-rename-project: $(VENV)/installed ## name namespace, labels, Compose project and the images' folder NAME; needs git and kubectl
+rename-project: $(VENV)/installed ## call namespace, labels, Compose project and images' folder NAME; needs git and kubectl
 	@$(BIN)/python scripts/service.py rename-project "$(NAME)"
 
 # Run the tests in four processes: while a test of one process waits, tests of the other processes run.

@@ -4,8 +4,8 @@
 #   redis-tls/tls.crt, tls.key, ca.crt a certificate for the name `redis`, for Valkey
 #   NAME/password, ca.crt              the password of the service NAME and the certificate of Valkey's CA, for the service
 # This script runs as root without any capability. Root owns all files. Valkey and the service both mount the volume, and each
-# can read only the files of its own group. All services have the same group, so here one service can read another's password. On
-# a cluster it cannot.
+# can read only the files of its own group. All services have the same group, so one service can read another's password. On a
+# cluster, it cannot.
 set -eu
 umask 077
 cd /secrets

@@ -34,7 +34,7 @@ _KEY_PATTERN = re.compile(r"[\x20-\x7e]{1,255}")
 
 @dataclass(frozen=True)
 class CounterConfig(Config, prefix=""):
-    """The counter's settings, in addition to the settings that every service has. None of them is a variable of a shell."""
+    """The counter's settings, in addition to the settings that every service has. No shell sets these variables."""
 
     request_timeout: float = setting(
         2.0, "seconds that a request waits for its number, at most 10; then it gets 503", seconds(0.1, FINISH_SECONDS)

@@ -32,7 +32,7 @@ from nanoservice.trace import Trace
 _STATUS_LINE = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus if status >= 200
 }
-_NO_BODY = 204, 304  # To a client, the bytes behind the head of such an answer are the next answer.
+_NO_BODY = 204, 304  # A client takes the bytes behind the head of such an answer for the next answer.
 _ONE_LINE = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)?")
 _CLOSE = b"Connection: close\r\n"
 
@@ -50,7 +50,7 @@ def check_lines(lines: bytes) -> None:
     """
     if type(lines) is not Lines:
         if not _ONE_LINE.fullmatch(lines):
-            raise ValueError("lines must be one header line, or what header_lines() returned")
+            raise ValueError("lines must be one header line, or the result of header_lines()")
         check_name(lines.partition(b":")[0].decode())
 
 
@@ -81,7 +81,7 @@ class Answer(web.StreamResponse):
         self.set_status(status)
 
     def set_status(self, status: int, reason: str | None = None) -> None:
-        """Set the status. Raises ValueError if it is not the status of an answer, or does not allow this answer's body."""
+        """Set the status. Raises ValueError if no answer can have this status, or if it does not allow this answer's body."""
         if status not in _STATUS_LINE:
             raise ValueError(f"{status} is not the status of an answer in HTTP")
         if status in _NO_BODY and self._content is not None:

@@ -21,8 +21,8 @@ def add(app: web.Application, name: str, work: Callable[[], Awaitable[None]]) ->
     """Run `work()` in a task from the start of `app` until its shutdown, which cancels the task.
 
     If `work` raises an error, the error is logged and counted at once, and `/readyz` answers 503 until `work` is called again.
-    This is after 1 s, and after twice the time for each further failure, at most 60 s. So a failure that passes, such as an
-    outage of Redis, needs no restart, and one that stays keeps the process out of service. If `work` returns, it has finished.
+    The first retry follows after 1 s. Each further failure doubles this delay, up to 60 s. So a temporary failure, such as an
+    outage of Redis, needs no restart, and a lasting failure keeps the process unready. If `work` returns, the task is finished.
     """
     if _FAILURES not in app:
         app[_FAILURES] = Counter("background_task_failures", "Failures of background tasks", ["task"], registry=app[REGISTRY])
@@ -53,5 +53,5 @@ def add(app: web.Application, name: str, work: Callable[[], Awaitable[None]]) ->
         task.cancel()
         await asyncio.wait({task})
 
-    running.__qualname__ = f"background task {name}"  # The log names it if it takes too long to stop.
+    running.__qualname__ = f"background task {name}"  # The log shows this name if the task takes too long to stop.
     app.cleanup_ctx.append(running)

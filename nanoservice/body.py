@@ -19,8 +19,9 @@ def json_body(kind: type[T]) -> Callable[[web.Request], Awaitable[T]]:
 
     Call this once, in `setup`: it raises TypeError for a type that msgspec does not support. The function that it returns raises
     ProblemError: 415 if the body is not `application/json`, 413 if it is longer than 1 MiB, 400 if it is not JSON, and 422 if a
-    field is missing or has a wrong value. For a check of its own, a dataclass raises ValueError in `__post_init__`: this is a 422
-    with the text of the error. Unknown fields are ignored, unless `kind` is a `msgspec.Struct` with `forbid_unknown_fields`.
+    field is missing or has a wrong value. For a check of its own, a dataclass raises ValueError in `__post_init__`: the client
+    gets 422 with the text of this error. Unknown fields are ignored, unless `kind` is a `msgspec.Struct` with
+    `forbid_unknown_fields`.
     """
     decoder = msgspec.json.Decoder(kind)
 

@@ -103,7 +103,7 @@ def setting(default: Any, help: str, parse: Callable[[str], Any] = utf8) -> Any:
 def secret(help: str, help_file: str = "file with it, which is read again at each use") -> Any:
     """Return a dataclass field of the type `Secret | None`. The environment variable of the same name sets it.
 
-    Instead, a variable of this name with `_FILE` behind it can name a file with the secret. `password` reads both.
+    Instead, a variable of this name with the suffix `_FILE` can name a file with the secret. `password` checks both.
     """
     file = {"help": help_file, "parse": password_file}
     return field(default=None, metadata={"help": help, "parse": lambda text: Secret(password(text)), "file": file})
@@ -236,7 +236,7 @@ class Config:
 
         Without a prefix, a field `user` would read the variable `USER`, which a shell sets.
         """
-        if prefix is None:  # `@dataclass(slots=True)` makes the class again, without its keywords.
+        if prefix is None:  # `@dataclass(slots=True)` creates the class again, without this keyword.
             prefix = cls.__dict__.get("_prefix")
         if prefix is None or not re.fullmatch(r"([A-Z][A-Z0-9]*_)*", prefix):
             raise TypeError(f'give {cls.__name__} the prefix of its variables: class {cls.__name__}(Config, prefix="LIKES_")')
@@ -320,7 +320,7 @@ def table(config: type[Config]) -> str:
 def _unknown(environ: Mapping[str, str], known: list[str], prefix: str) -> Iterator[str]:
     """Yield a line for each unknown variable that has the prefix of a setting or resembles a setting, and so may be misspelt.
 
-    `prefix` is that of the service's own settings.
+    `prefix` is the prefix of the service's own settings.
     """
     own = [name for name in known if prefix and name.startswith(prefix)]
     prefixes = (*{name.split("_")[0] + "_" for name in known if "_" in name and name not in own}, *([prefix] if own else []))

@@ -54,7 +54,7 @@ from nanoservice.metrics import RequestRecorder
 from nanoservice.trace import CURRENT, TRACEPARENT, UNMATCHED, Trace
 
 RECEIVE_SECONDS = 10.0  # A request must be complete within this time.
-# A handler must begin its answer within this time after the request is complete. A shutdown waits no longer either.
+# A handler must begin its answer within this time after the request is complete. A shutdown waits for the same time.
 HANDLE_SECONDS = FINISH_SECONDS
 SEND_SECONDS = 30.0  # A client may leave its answers unread for this time.
 # This is longer than common proxies keep an idle connection to a server. Google's load balancers keep one for 600 s.
@@ -77,7 +77,7 @@ _FRAMING_BYTES = 64 << 10  # A body in chunks may take this number of bytes more
 _CHUNK_WEIGHT = 48  # bytes that the Python objects for half a chunk take
 _CLOSE = b"Connection: close\r\n"
 _CONTINUE = "100-continue"
-_TRACEPARENT_LENGTH = 56  # More than this is not needed to check a `traceparent`, and would be memory that clients use.
+_TRACEPARENT_LENGTH = 56  # A check of a `traceparent` needs no more characters. To keep more would let clients fill the memory.
 
 _logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class Connection(BaseProtocol):
         self._bounds.remove(self)
         self._deaf, self._idle, self._later, self._counted, self._message, self._parser = True, False, b"", 0, None, None
         if not self._busy:
-            self._trace = None  # It refers to the request.
+            self._trace = None  # The trace refers to the request, and so keeps it in memory.
         if not self._body.is_eof():
             self._fail_body(web.RequestPayloadError("the connection was closed"))
 
@@ -413,7 +413,7 @@ class Connection(BaseProtocol):
         try:
             status, route, keep = await self._respond(message, body)
             factory.recorder.record(message.method, route, status, factory.now() - self._started, self)
-            CURRENT.set(None)  # What follows, such as the next request, is scheduled from here.
+            CURRENT.set(None)  # The next request may be scheduled from here, and would inherit the trace.
             if keep and not body.is_eof() and not self._deaf:
                 self._discarding = True
                 self._bounds.release(self)
@@ -602,7 +602,7 @@ class Connection(BaseProtocol):
         return getattr(handler, "time_limits", None) or TimeLimits()
 
     def cancel_late_handler(self, now: float) -> None:
-        """Cancel the handler if its request is complete or broken, and it takes too long to begin its answer."""
+        """Cancel the handler if its request is complete or broken, and the handler takes too long to begin its answer."""
         broken = self._body.exception() is not None
         if not self._busy or not (broken or self._body.is_eof()) or self._work is None or self._work is self._late:
             return
@@ -677,7 +677,7 @@ class ConnectionFactory:
         self._parses_until = None
 
     def close_overdue(self) -> None:
-        """Close the connections whose clients take too long, and cancel the handlers that do. Call this about once a second."""
+        """Close the connections whose clients are too slow, and cancel slow handlers. Call this about once a second."""
         now = self.now()
         for connection in self.connections:
             connection.end_overdue(now)

@@ -7,7 +7,7 @@ from http import HTTPStatus
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # Latin-1 without control characters
 
-# The server writes these headers itself. A handler's headers of these names are refused: replacing the server's needs more code.
+# The server writes these headers itself, so a handler may not set them. To replace the server's headers needs more code.
 _WRITTEN = "connection", "content-length", "date", "transfer-encoding"
 
 

@@ -68,7 +68,8 @@ _SIGNS: tuple[tuple[str | type[BaseException] | tuple[type[BaseException], ...],
     ((exceptions.ConnectionError, OSError), "it cannot be reached"),
 )
 
-# If no entry matches. A handler's command that gets such an error is at fault itself: a wrong argument, a key of another type.
+# The cause if no entry matches. If a handler's command gets such an error, the command is wrong: for example, it has a wrong
+# argument, or its key has another type.
 _UNEXPECTED = "an unexpected error"
 
 # An error begins with its code. If a command in a script fails, Redis 6.2 puts "ERR Error running script (...)" before its error.
@@ -112,7 +113,7 @@ def cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def not_of_a_handler() -> Iterator[None]:
-    """Raise CauseError for an error that Redis replies to the chassis, so that `Health.watch` does not blame the handler."""
+    """Turn an error that Redis replies to the chassis into a CauseError, so that `Health.watch` does not blame the handler."""
     try:
         yield
     except exceptions.ResponseError as error:

@@ -7,17 +7,18 @@ H = TypeVar("H", bound=Callable[..., Any])
 
 
 class TimeLimits(NamedTuple):
-    """Time limits in seconds. None is the limit of all other routes."""
+    """Time limits in seconds. None stands for the limit of all other routes."""
 
     receive: float | None = None
     handle: float | None = None
 
 
 def time_limits(*, receive: float | None = None, handle: float | None = None) -> Callable[[H], H]:
-    """Return a decorator for a handler that needs more or less time than others.
+    """Return a decorator for a handler that needs more or less time than other handlers.
 
     A request must be complete `receive` seconds after its first byte (for others: 10), or it gets 408. The handler must begin its
-    answer `handle` seconds after that (for others: 10), or it is cancelled, and the request gets 504. A shutdown waits for 10 s.
+    answer `handle` seconds after that (for others: 10), or it is cancelled, and the request gets 504. In any case,
+    a shutdown waits for at most 10 s.
     """
     if any(limit is not None and limit <= 0 for limit in (receive, handle)):
         raise ValueError("a time limit is a positive number of seconds")

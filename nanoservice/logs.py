@@ -20,7 +20,7 @@ _RECORD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "a
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:
-    """Return the fields of the request that the current task answers, and those that were passed as `extra=`."""
+    """Return the fields of the request that the current task answers, and the fields that were passed as `extra=`."""
     trace = CURRENT.get()
     extras = {key: value for key, value in vars(record).items() if key not in _RECORD_ATTRIBUTES}
     return {**trace.fields(), **extras} if trace is not None else extras
@@ -114,7 +114,7 @@ class BackgroundHandler(logging.Handler):
                 self._reported += missing
                 torn = b""
             except OSError:  # The reader is gone, or the disk is full.
-                left, lost = len(data), -bool(missing)  # The report is not a record.
+                left, lost = len(data), -bool(missing)  # The report of dropped lines is not counted.
                 while left > 0:
                     left -= len(lines.pop())
                     lost += 1

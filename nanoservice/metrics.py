@@ -84,7 +84,7 @@ class RequestRecorder(Collector):
         yield family
 
     def record(self, method: str, route: str, status: int, time: float, traced: "Traced | None" = None) -> None:
-        """Record one answered request; `time` is in seconds. `traced` has its trace."""
+        """Record one answered request; `time` is in seconds. `traced` has the request's trace."""
         # A client may send any method. All unknown methods get the same label, so that no client can create new ones.
         key = method if method in _METHODS else "other", route, status
         seen = self._seen.get(key)
@@ -101,7 +101,7 @@ class RequestRecorder(Collector):
 
 
 class Traced(Protocol):
-    """Something that answers requests, one at a time."""
+    """An object that answers requests, one request at a time."""
 
     def trace(self) -> Trace:
         """Return the trace of the request that is being answered."""

@@ -1,7 +1,7 @@
 """The trace of a request: the method, the route and the W3C trace id that its log lines and its problem details name.
 
-The id is that of a valid `traceparent` header, or a new one. It is read or made only when a line is logged or a problem is
-answered. Nothing is sent to a tracing system.
+The trace id is that of a valid `traceparent` header, or a new one. It is read or made only when a log line or problem details
+need it. Nothing is sent to a tracing system.
 """
 
 import random
@@ -21,7 +21,7 @@ UNMATCHED = "unmatched"  # the route of a request that no route matches
 
 
 class Trace:
-    """The trace of one request. aiohttp finds the route of `request`; the route of a direct request is known (`route`)."""
+    """The trace of one request. aiohttp finds the route of `request`; the route of a direct request is passed as `route`."""
 
     __slots__ = ("_headers", "_id", "_route", "method", "request")
 
@@ -51,5 +51,5 @@ class Trace:
         return {"method": self.method, "route": self.route, "trace_id": self.id}
 
 
-# The request that the current task answers. Tasks that a handler starts have the same request.
+# The trace of the request that the current task answers. Tasks that a handler starts inherit this trace.
 CURRENT: ContextVar[Trace | None] = ContextVar("CURRENT", default=None)

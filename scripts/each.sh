@@ -1,8 +1,8 @@
 #!/bin/sh
 # Run another script of this folder for each service: for SERVICE, or for all services if SERVICE is empty.
 # Usage: each.sh NAME.sh
-# The script reads SERVICE, IMAGE and LAYOUT. It passes on one service as SERVICE, and as the defaults of the other two the
-# service's name as IMAGE, and SERVICE.oci as LAYOUT.
+# The script reads SERVICE, IMAGE and LAYOUT. It runs the other script with one service as SERVICE. The default
+# of IMAGE is the service's name, and the default of LAYOUT is SERVICE.oci.
 . "${0%/*}/lib/base.sh"
 [ $# = 1 ] && [ "$1" = "${1##*/}" ] && [ -f "${0%/*}/$1" ] || usage
 . "${0%/*}/lib/services.sh"

@@ -1,7 +1,6 @@
 #!/bin/sh
-# Publish the image of SERVICE, which is in LAYOUT, in each of REGISTRIES, with its version as the tag. An image that is there
-# already is not pushed again. Attach the list of contents to the image, and
-# read both back.
+# Publish the image of SERVICE, which is in LAYOUT, in each of REGISTRIES, with its version as the tag. An image that is published
+# already is not pushed again. Attach the list of contents to the image, and read both back.
 # Usage: publish.sh
 # The script reads LAYOUT, ORAS, and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"

@@ -7,5 +7,5 @@
 . "${0%/*}/lib/release.sh"
 
 [ -z "${TAG:-}" ] || [ "$TAG" = "v$version" ] \
-|| fail "the tag is $TAG, and nanoservice/__init__.py has the version $version: it has to be v$version"
+|| fail "the tag is $TAG, and nanoservice/__init__.py has the version $version: the tag has to be v$version"
 [ "$(changes)" ] || fail "CHANGELOG.md has nothing on $version: write what changed, as its users see it, under ## $version"

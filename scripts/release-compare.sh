@@ -10,5 +10,5 @@ expected=$(echo "$DIGESTS" | sed -n "s/.*\"$SERVICE\":\"\(sha256:[0-9a-f]*\)\".*
 [ "$expected" ] || fail "which digest is expected for $SERVICE? DIGESTS='{\"$SERVICE\":\"sha256:...\"}', from make release-digest"
 digest=$(image_digest)
 [ "$digest" = "$expected" ] \
-|| fail "the image of $SERVICE differs: $expected was expected, and it is $digest. Nothing may be signed or published."
+|| fail "the image of $SERVICE differs: $expected was expected, and its digest is $digest. Nothing may be signed or published."
 echo "digest=$digest"

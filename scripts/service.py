@@ -2,14 +2,14 @@
 
 Usage: service.py add NAME | remove NAME | rename-project NAME | check
 
-`add` copies the files of scripts/template/, in which the service is called `starter`. It also adds an entry to each list that a
-tool cannot compute: a copy of the entry of the last service, with the new name and the next free ports. If the service exists
-already, `add` adds only the entries that are missing. `remove` deletes the service's files and entries, and what goes with the
+`add` copies the files of scripts/template/, in which the service is called `starter`. It also adds an entry to each list that no
+tool can compute: a copy of the entry of the last service, with the new name and the next free ports. If the service exists
+already, `add` adds only the entries that are missing. `remove` deletes the service's files and entries, and what belongs to the
 service: files, lines between the comments `NAME: begin` and `NAME: end`, and lines of texts that describe it. Where another text
 uses the service as an example, `remove` names another service instead.
 `rename-project` gives another name to the namespace, the labels, the Compose project and the images' folder in the registry.
 
-The script works on a copy of the repository. Only if everything has succeeded, it changes the files of the repository itself.
+The script works on a copy of the repository. It changes the repository itself only after everything has succeeded in the copy.
 The script needs git, which knows the files of the repository, ruff beside the running Python, and kubectl (KUBECTL).
 """
 
@@ -46,7 +46,7 @@ DOCUMENTS = ["manifests/production/autoscaler.yaml", "manifests/production/ingre
 # The places where an entry has a port that follows from the service's number.
 PORTS = {"nodePort, value: {}": 30080, "localPort: {}": 8080, ":-{}}": 8080}
 # hitcounter: begin
-# What goes with the service, besides its own folders.
+# The folders and files that belong to the service, besides its own folders.
 BELONGINGS = [
     "bench",
     "docs/how-a-request-is-counted.md",
@@ -67,7 +67,7 @@ BELONGINGS = [
 ]
 # hitcounter: end
 UNTOUCHED = re.compile(r"CHANGELOG\.md|LICENSE|manifests/rendered/.*|requirements.*\.txt|.*\.(svg|sum|lock)|.*-lock\.json")
-# The project's name follows one of these texts. Elsewhere the same word is the name of a service.
+# Behind one of these texts, the word is the project's name. Elsewhere, the same word is the name of a service.
 BEFORE_PROJECT = [
     r"\bnamespace(?:=\"?|: ?\"?|/| )",
     r"NAMESPACE(?:=| \?= ?)",
@@ -126,7 +126,7 @@ def add(name: str) -> None:
     print("\n".join(changed))
     number = numbers(Path())[name]
     print(
-        f"\n{name} is there. Its code is in {name}/app.py. To run it: make run SERVICE={name}\n"
+        f"\nThe service {name} has been made. Its code is in {name}/app.py. To run it: make run SERVICE={name}\n"
         f"Then, in another terminal: curl --request POST http://localhost:{8080 + number}/"
     )
 
@@ -139,7 +139,7 @@ def check_name(name: str) -> None:
             " so it has 2 to 30 lower-case letters and digits, and begins with a letter"
         )
     if keyword.iskeyword(name) or keyword.issoftkeyword(name):
-        raise RefusalError(f"NAME={name}: this is a word of Python")
+        raise RefusalError(f"NAME={name}: this is a keyword of Python")
     if name in sys.stdlib_module_names:
         raise RefusalError(f"NAME={name}: Python's standard library has a module of this name, which the service would replace")
     for place in FOLDERS.values():
@@ -205,7 +205,7 @@ def remove(name: str) -> None:
 
     def change(root: Path) -> None:
         before = files(root)
-        # Only the example has more than what `add` made.
+        # Only the example has more files than those that `add` makes.
         example = f"# {name}: begin\n" in Path(__file__).read_text()
         goes_with = globals()["BELONGINGS"] if example else []
         for place in [*(place.format(name) for place in FOLDERS.values()), *goes_with]:
@@ -287,7 +287,7 @@ def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
     """
     deleted = before.keys() - files(root).keys()
     kept = {Path(file).name for file in files(root)}
-    # If the other service has such a file too, a line that names the file names that one afterwards.
+    # If the other service has such a file too, lines that name the deleted file name the other's file afterwards.
     deleted = {file for file in deleted if not (root / re.sub(rf"\b{name}\b", other, file)).exists()}
     alone = {Path(file).name for file in deleted} - kept
     tests = rf"(?:tests/\w+/)?(?:{'|'.join(re.escape(file) for file in alone if file.startswith('test_')) or '(?!)'})"
@@ -317,7 +317,7 @@ def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
         if path.suffix != ".py":
             text = re.sub(r"\n{3,}", "\n\n", text)
         if path.suffix == ".md" and path.parts[-2] != "template":
-            # A mention of a test is not worth a line.
+            # Of a sentence that mentions a deleted test, delete only the mention.
             text = re.sub(rf"`{tests}`, (?=`)|(?<=`), `{tests}`", "", text)
             text = re.sub(rf"\s\(`{tests}`[^)]*\)", "", text)
             text = re.sub(rf"\| `{tests}` \|$", "| no test provokes this |", text, flags=re.MULTILINE)
@@ -328,7 +328,7 @@ def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
             for heading, anchor in (row.groups() for row in rows if row):  # a row of an index: its section goes, too
                 text = re.sub(rf"(?ms)^### {re.escape(heading)}\n.*?(?=^##)", "", text)
                 text = re.sub(rf"(?m)^.*\]\(#{anchor}\).*\n", "", text)
-        # Only what is not the project's name is the name of the service.
+        # Hide the project's name: only elsewhere is the same word the name of the service.
         hidden = re.sub(rf"{PROJECT}{name}(?![a-z0-9])", "\\g<before>\0", text)
         text = re.sub(rf"(?<![a-z0-9]){name}(?![a-z0-9])", other, hidden).replace("\0", name)
         text = text.replace(f"{name.upper()}_", f"{other.upper()}_")
@@ -367,7 +367,7 @@ def sentences(text: str) -> list[str]:
 
 
 def texts(root: Path) -> list[Path]:
-    """Return the files that people wrote and that are texts."""
+    """Return the text files that people write."""
     return [path for name in files(root) if not UNTOUCHED.fullmatch(name) and b"\0" not in (path := root / name).read_bytes()]
 
 
@@ -400,12 +400,12 @@ def first_lines(lines: list[str], file: str, name: str) -> list[str]:
 
 
 def key(first: str, name: str) -> str:
-    """Return the first line of an entry without what differs between two services."""
+    """Return the first line of an entry without the parts that differ between two services."""
     return re.sub(rf"\b{name}\b", "\0", re.sub("artifacts/[0-9]+", "artifacts/N", first))
 
 
 def extent(lines: list[str], begin: int) -> tuple[int, int]:
-    """Return the indexes of the first line of an entry and of the line after its last."""
+    """Return the indexes of the first line of an entry and of the line after its last line."""
     depth, end = len(lines[begin]) - len(lines[begin].lstrip()), begin + 1
     while end < len(lines) and len(lines[end]) - len(lines[end].lstrip()) > depth:
         end += 1
@@ -426,7 +426,7 @@ def with_ports(text: str, old_number: int, number: int) -> str:
 
 
 def renumbered(lines: list[str]) -> list[str]:
-    """Return the lines of skaffold.yaml with the index that each service has in the list of artifacts; others as they are."""
+    """Return the lines of skaffold.yaml with each service's index in the list of artifacts; other lines stay as they are."""
     order = [match[1] for line in lines if (match := re.fullmatch("    - image: ([a-z0-9]+)", line))]
     name = ""
     for number, line in enumerate(lines):

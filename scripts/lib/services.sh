@@ -1,4 +1,4 @@
-# This file knows which services the repository has: the folders with a `__main__.py`. Everything else asks this file.
+# This file finds the services of the repository: the folders with a `__main__.py`. All scripts and tests use its list.
 #
 # Each service has a number: 0, 1, 2 ... On a laptop its ports are 8080, 9090 and 5678 plus this number. On a node of a laptop's
 # cluster its port is 30080 plus this number. manifests/minikube/kustomization.yaml has this port, and so the number.
@@ -27,7 +27,7 @@ chosen() { # print the services to work on: SERVICE if it is set, or all; fail i
     echo "$SERVICE"
   elif [ "$all" != "${all%
 *}" ] && [ "${IMAGE:-}${LAYOUT:-}" ]; then
-    fail "IMAGE= and LAYOUT= name one image, so say of which service: SERVICE=..."
+    fail "IMAGE= and LAYOUT= name one image, so name the image's service: SERVICE=..."
   else
     echo "$all"
   fi

@@ -73,8 +73,8 @@ def test_script_runs_for_each_service_or_for_the_one_that_is_named(three: Path) 
     ("environ", "words"),
     [
         ({"SERVICE": "d"}, "SERVICE=d: the services are b c a; to make another: make service NAME=..."),
-        ({"IMAGE": "x"}, "IMAGE= and LAYOUT= name one image, so say of which service: SERVICE=..."),
-        ({"LAYOUT": "x"}, "IMAGE= and LAYOUT= name one image, so say of which service: SERVICE=..."),
+        ({"IMAGE": "x"}, "IMAGE= and LAYOUT= name one image, so name the image's service: SERVICE=..."),
+        ({"LAYOUT": "x"}, "IMAGE= and LAYOUT= name one image, so name the image's service: SERVICE=..."),
     ],
     ids=["unknown", "image", "layout"],
 )
@@ -208,7 +208,7 @@ def test_ten_services_have_ten_of_everything(repository: Path) -> None:
         ("1likes", "a service's name is a DNS label and a Python package at once"),
         ("a" * 31, "a service's name is a DNS label and a Python package at once"),
         ("../likes", "a service's name is a DNS label and a Python package at once"),
-        ("class", "this is a word of Python"),
+        ("class", "this is a keyword of Python"),
         ("json", "Python's standard library has a module of this name"),
         ("aiohttp", "an installed package has this name"),
         ("redis", "manifests/redis/ exists already, and is not a service"),
@@ -340,7 +340,7 @@ def test_project_s_name_is_a_dns_label(repository: Path, name: str) -> None:
 
 
 CACHE = ROOT / ".mypy_cache"
-# The tests whose result depends on the list of services, besides the new service's own.
+# The tests whose result depends on the list of services, except for the new service's own tests.
 LISTING = [
     *(f"tests/delivery/test_{name}.py" for name in ("manifests", "skaffold", "containerfile")),
     "tests/delivery/test_store.py::test_operator_loads_users_and_can_do_nothing_else",
@@ -415,7 +415,7 @@ def test_commands_of_the_page_make_a_complete_service_and_remove_it_completely(r
 
 
 def test_person_opens_three_files_and_forty_lines_to_change_what_a_new_service_does() -> None:
-    """The page names the three files. The lines are those of the code that are neither blank, imports nor docstrings."""
+    """The page names the three files. The number of lines is that of the code without blank lines, imports and docstrings."""
     page = (ROOT / "docs" / "second-service.md").read_text()
     opened = re.findall(r"^\| `((?:tests/)?likes/[\w.]+)` \|", page, re.MULTILINE)
     assert len(opened) == 3

@@ -28,7 +28,7 @@ def test_files_exist(text: Path) -> None:
     # may name a test file without its folder.
     named = re.findall(rf"`((?:\.ci|bench|docs|{'|'.join(names())}|image|manifests|nanoservice|tests)/[\w./-]+)`", content)
     linked = re.findall(r"\]\((?!https?://)([\w./-]+)\)", content)
-    # `likes` is the service that the texts make as an example.
+    # In the texts, `likes` is an example of a new service.
     missing = [name for name in named if not (ROOT / name).exists() and "/likes/" not in name]
     missing += [name for name in linked if not (text.parent / name).exists()]
     tests = {path.name for folder in ("tests", "scripts/template") for path in (ROOT / folder).rglob("test_*.py")}

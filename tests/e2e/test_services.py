@@ -1,4 +1,4 @@
-"""Two services run side by side: what is done to one of them reaches neither the pods nor the keys of the other."""
+"""Two services run side by side: a change to one service affects neither the pods nor the keys of the other service."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ LIKES = "app.kubernetes.io/name=likes"
 
 @dataclass
 class Both:
-    """A copy of the repository with a second service, which runs in the namespace of the first."""
+    """A copy of the repository with a second service, which runs in the namespace of the first service."""
 
     copy: Path
     namespace: Namespace

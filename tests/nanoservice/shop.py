@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings(config.Config, prefix="SHOP_"):
-    """The settings of the shop, in addition to those of every service."""
+    """The settings of the shop, in addition to the settings of every service."""
 
     user: str = setting("nobody", "user at the supplier")
     api_key: Secret | None = secret("key of the shop's own interface", "file with the key, which is read again for each request")
