@@ -317,6 +317,8 @@ def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
         if path.suffix != ".py":
             text = re.sub(r"\n{3,}", "\n\n", text)
         if path.suffix == ".md" and path.parts[-2] != "template":
+            # In the README's list of folders, the explanations stay in their column.
+            text = re.sub(rf"(?m)^{name}/ +(?=\S)", lambda folder: f"{other}/".ljust(len(folder[0]) - 1) + " ", text)
             # Of a sentence that mentions a deleted test, delete only the mention.
             text = re.sub(rf"`{tests}`, (?=`)|(?<=`), `{tests}`", "", text)
             text = re.sub(rf"\s\(`{tests}`[^)]*\)", "", text)

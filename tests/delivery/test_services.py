@@ -317,6 +317,15 @@ def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> 
         one for content in tree(repository).values() for one in re.findall(rb"\b(?:tests/)?orders/\w+\.(?:py|lua)\b", content)
     }
     assert {one.decode() for one in named} <= tree(repository).keys()
+    # The texts describe the team's services, not the counts of hitcounter, and nothing is missing where a part was deleted.
+    for name in (name for name in tree(repository) if name.endswith(".md") and name != "CHANGELOG.md"):
+        text = (repository / name).read_text()
+        assert re.findall(r"(?i)\bhits?\b|:posts\b|lost counts|idempotency-key|\blanes?\b|\bbatch", text) == [], name
+        outside = re.sub(r"(?ms)^ *```.*?^ *```$", "a block", text)
+        assert re.findall(r"(?m)^(?=(#+) )(.+)\n+(?=\Z|(?!\1#)#+ )", outside) == [], f"{name}: a heading has no text below it"
+        assert re.findall(r"(?m)^ *\|[ |-]+\|\n(?! *\|)", outside) == [], f"{name}: a table has no rows"
+        steps = [int(step) for step in re.findall(r"(?m)^(\d+)\. ", outside)]
+        assert all(step in (1, last + 1) for last, step in zip([0, *steps], steps)), f"{name}: a step is missing"
     # The modules that only the tests of hitcounter used are gone.
     code = [content.decode() for name, content in tree(repository).items() if name.endswith(".py")]
     helpers = [path.stem for path in (repository / "tests" / "support").glob("[a-z]*.py")]

@@ -397,6 +397,7 @@ def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
     values = {
         "NODE": ours.kubectl("get", "nodes", "--output=name").split()[0].removeprefix("node/"),
         "POD": "redis-0",
+        "NAME": "hitcounter",
         # Kubernetes deletes the oldest revisions at each restart below, so take the newest revision.
         "N": re.findall(r"^(\d+)", ours.kubectl("rollout", "history", "deployment/hitcounter"), re.MULTILINE)[-1],
     }
@@ -407,7 +408,7 @@ def test_commands_of_the_runbook_work(cluster: Deployed) -> None:
     for line in dict.fromkeys(lines):
         if "before-restore" in line:
             continue  # test_backup.py runs this command
-        filled = re.sub(r"\b(NODE|POD|N)\b", lambda name: values[name[1]], line)
+        filled = re.sub(r"\b(NODE|POD|NAME|N)\b", lambda name: values[name[1]], line)
         command = list(takewhile("|".__ne__, shlex.split(filled, comments=True)))
         verb = next(word for word in command if not word.startswith("--"))
         action = command[1] if verb == "rollout" else verb
