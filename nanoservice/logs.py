@@ -98,9 +98,11 @@ class BackgroundHandler(logging.Handler):
 
     def _write(self) -> None:
         torn = b""  # a line break, if the last line was written only in part
+        works = True
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._lines)
+                # After an error, the report of dropped lines waits for the next line: a try without one could fail without end.
+                self._changed.wait_for(lambda: self._lines or (works and self.dropped > self._reported))
                 lines, self._lines = self._lines, []
                 size, missing = sum(map(len, lines)), self.dropped - self._reported
             if missing:
@@ -112,8 +114,9 @@ class BackgroundHandler(logging.Handler):
                 while data:
                     data = data[os.write(self._descriptor, data) :]
                 self._reported += missing
-                torn = b""
+                torn, works = b"", True
             except OSError:  # The reader is gone, or the disk is full.
+                works = False
                 left, lost = len(data), -bool(missing)  # The report of dropped lines is not counted.
                 while left > 0:
                     left -= len(lines.pop())

@@ -149,13 +149,21 @@ def read(reader: IO[bytes], until: Callable[[dict[str, Any]], bool]) -> list[dic
     return lines
 
 
+def read_until_reported(reader: IO[bytes], dropped: int) -> list[dict[str, Any]]:
+    """Return the lines up to the one with which the log has reported this number of dropped lines."""
+    lines: list[dict[str, Any]] = []
+    while sum(line.get("lines", 0) for line in lines) < dropped:
+        lines.append(json.loads(reader.readline()))
+    return lines
+
+
 def test_lines_that_nobody_reads_are_dropped_and_counted_and_the_log_says_how_many(pipe: tuple[IO[bytes], TextIO]) -> None:
     reader, writer = pipe
     logs.configure("info", "json", writer)
     total = fill()
-    lines = read(reader, lambda line: "lines" in line)
-    assert [line["number"] for line in lines[:-1]] == list(range(total - 100))
-    assert (lines[-1]["level"], lines[-1]["lines"]) == ("warning", 100)
+    lines = read_until_reported(reader, 100)
+    assert [line["number"] for line in lines if "number" in line] == list(range(total - 100))
+    assert {line["level"] for line in lines if "lines" in line} == {"warning"}
     logging.getLogger("x").info("works again")
     assert json.loads(reader.readline())["message"] == "works again"
     assert logs.dropped() == 100
@@ -204,7 +212,28 @@ def test_memory_of_a_log_that_nobody_reads_is_bounded(pipe: tuple[IO[bytes], Tex
     reader, writer = pipe
     logs.configure("info", "json", writer)
     assert fill(100_000) * 100_000 < (2 << 20) + 200 * 100_000  # two times the limit, the lines that are dropped, and the pipe
-    read(reader, lambda line: "lines" in line)
+    read_until_reported(reader, 100)
+
+
+def test_dropped_lines_are_reported_although_no_line_follows(
+    pipe: tuple[IO[bytes], TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = pipe
+    begun, waiting = threading.Event(), threading.Event()
+
+    def write(descriptor: int, data: bytes) -> int:
+        begun.set()
+        assert waiting.wait(5 * SLACK)
+        return os.write(descriptor, data)
+
+    monkeypatch.setattr(logs, "os", SimpleNamespace(write=write))
+    monkeypatch.setattr(logs, "_MAX_WAITING", 1)
+    logs.configure("info", "json", writer)
+    logging.getLogger("x").info("written")
+    assert begun.wait(5 * SLACK)
+    logging.getLogger("x").info("dropped")
+    waiting.set()
+    assert [line.get("lines") for line in read_until_reported(reader, 1)] == [None, 1]
 
 
 def test_exit_waits_for_a_slow_reader_but_not_for_ever(tmp_path: Path) -> None:
