@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -173,8 +174,20 @@ def test_no_list_lacks_a_service() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+def edit(path: Path, old: str, new: str) -> None:
+    """Replace the text `old`, which is in the file once."""
+    text = path.read_text()
+    assert text.count(old) == 1, (path, old)
+    path.write_text(text.replace(old, new))
+
+
 def test_ten_services_have_ten_of_everything(repository: Path) -> None:
-    made = [f"made{letter}" for letter in "zyxwvutsr"]
+    # The lists have these words in other meanings, too.
+    made = ["store", "run", "metrics", "host", "data", "cpu", "backend", "app", "api"]
+    # What people have changed in the entries of one service must not get into those of another.
+    edit(repository / "compose.yaml", f"      REDIS_USERNAME: {FIRST}\n", f"      REDIS_USERNAME: {FIRST}\n      EDITED: x\n")
+    edit(repository / "manifests" / "production" / "ingress.yaml", f"{FIRST}.example.com", "edited.example.org")
+    edit(repository / "manifests" / "production" / "autoscaler.yaml", "maxReplicas: 8", "maxReplicas: 9")
     for name in made:
         # Only the last run needs to render the manifests.
         made_one = service(repository, "add", name, KUBECTL="kubectl" if name == made[-1] else "true")
@@ -189,7 +202,18 @@ def test_ten_services_have_ten_of_everything(repository: Path) -> None:
         assert {kinds.count(kind) for kind in ("Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy")} == {10}
         node_ports = [it["spec"]["ports"][0].get("nodePort") for it in objects if it["kind"] == "Service"]
         assert variant == "production" or sorted(filter(None, node_ports)) == list(range(30080, 30090))
-    services = yaml.safe_load((repository / "compose.yaml").read_text())["services"]
+    hosts = [it["spec"]["rules"][0]["host"] for it in objects if it["kind"] == "Ingress"]
+    assert sorted(hosts) == sorted(["edited.example.org", *(f"{name}.example.com" for name in made)])
+    scaled = {it["spec"]["scaleTargetRef"]["name"]: it["spec"]["maxReplicas"] for it in objects if "Autoscaler" in it["kind"]}
+    assert scaled == {FIRST: 9} | dict.fromkeys(made, 8)
+    compose = yaml.safe_load((repository / "compose.yaml").read_text())
+    assert (list(compose["networks"]), list(compose["volumes"])) == (["outside", "store"], ["data", "secrets"])
+    services = compose["services"]
+    for name in every:
+        assert services[name]["build"]["args"]["SERVICE"] == name
+        own = {key: text for key, text in services[f"{name}-tls"]["environment"].items() if name in text or key == "EDITED"}
+        files = {f"REDIS_{key}_FILE": f"/run/secrets/{name}/{file}" for key, file in (("PASSWORD", "password"), ("CA", "ca.crt"))}
+        assert own == {"REDIS_USERNAME": name, **files} | ({"EDITED": "x"} if name == FIRST else {})
     published = {name: re.findall(r"(\w+)_PORT:-(\d+)", one["ports"][0])[0] for name, one in services.items() if name in every}
     assert published == {name: (name.upper(), str(8080 + number)) for number, name in enumerate(every)}
     skaffold = yaml.safe_load((repository / "skaffold.yaml").read_text())
@@ -270,11 +294,34 @@ def test_each_line_that_is_missing_is_named_and_added_again(repository: Path) ->
         assert text.count(f"{line}\n") == 1
         (repository / file).write_text(text.replace(f"{line}\n", ""))
     found = service(repository, "check")
-    said = {f"{file} has no line for {NEW}: {line.strip().replace('artifacts/1', 'artifacts/N')}" for file, line in lacking}
+    said = {f"{file} has no line for {NEW}: {line.strip()}" for file, line in lacking}
     assert (found.returncode, {line.removeprefix("make: ") for line in found.stderr.splitlines()[:-1]}) == (1, said)
-    assert "make service NAME=... adds what is missing" in found.stderr
+    assert "make service NAME=... adds an entry that is missing" in found.stderr
     assert service(repository, "add", NEW, KUBECTL="true").returncode == 0
     assert tree(repository) == complete
+
+
+def test_line_that_an_entry_lacks_is_named(repository: Path) -> None:
+    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0
+    lines = [
+        ("skaffold.yaml", "the entry", f"SERVICE: {NEW}   # Skaffold ignores"),
+        ("skaffold.yaml", "the entry", "localPort: 8081"),
+        ("skaffold.yaml", "the entry", f"- {{src: {NEW}/**, dest: /app}}"),
+        ("compose.yaml", "the entry", f"args: {{<<: *build-args, SERVICE: {NEW}}}"),
+        ("compose.yaml", "the entry", f"REDIS_CA_FILE: /run/secrets/{NEW}/ca.crt"),
+        ("manifests/production/autoscaler.yaml", "the document", f"    name: {NEW}"),
+    ]
+    for file, where, line in lines:
+        whole = f"\n{line}\n" if where == "the document" else line
+        edit(repository / file, whole, whole.replace(NEW, FIRST).replace("8081", "8089"))
+    before = tree(repository)
+    for arguments in (("check",), ("add", NEW)):
+        found = service(repository, *arguments)
+        assert found.returncode == 1
+        for file, where, line in lines:
+            assert f"{file} lacks a line in {where} of {NEW}: {line.strip()}" in found.stderr
+        assert found.stderr.count(" lacks a line in ") == len(lines)
+    assert tree(repository) == before
 
 
 def test_numbers_of_the_other_services_stay_when_one_is_removed(repository: Path) -> None:
@@ -291,6 +338,23 @@ def test_numbers_of_the_other_services_stay_when_one_is_removed(repository: Path
 
 
 # hitcounter: begin
+def test_template_has_the_entries_of_the_example() -> None:
+    found = spec_from_file_location("generator", ROOT / "scripts" / "service.py")
+    assert found
+    assert found.loader
+    generator = module_from_spec(found)
+    found.loader.exec_module(generator)
+    for file in generator.LISTS:
+        lines = (ROOT / file).read_text().splitlines()
+        text, needed = generator.template(ROOT, file, lines, "hitcounter", 0)
+        for head in generator.heads(needed):
+            listed = lines[slice(*generator.extent(lines, generator.trails(lines)[head]))]
+            assert file == generator.USERS or text[slice(*generator.extent(text, needed[head]))] == listed
+    for file in generator.DOCUMENTS:
+        text = (ROOT / generator.ENTRIES / file).read_text()
+        assert generator.named(text, "hitcounter") == generator.document(ROOT / file, "hitcounter")
+
+
 def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> None:
     for arguments in (("add", "orders"), ("remove", "hitcounter"), ("rename-project", "shop")):
         ended = service(repository, *arguments)
