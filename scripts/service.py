@@ -60,6 +60,14 @@ BELONGINGS = [
     "tests/support/traffic.py",
 ]
 # hitcounter: end
+# YAML reads these words as a truth value or as nothing.
+YAML_WORDS = {"false", "n", "no", "null", "off", "on", "true", "y", "yes"}
+# Variables that begin with these words and a `_` are settings of every service, or other programs set them.
+PREFIXES = re.compile(
+    "admin|bind|drain|log|max|"
+    "aws|ci|conda|dbus|debian|docker|git|github|gitlab|gnome|google|gpg|gtk|helm|java|kube|kubernetes|lc|ld|less|ls|make|node|npm|"
+    "nvm|otel|pip|podman|pyenv|python|qt|runner|session|shell|skaffold|ssh|ssl|sudo|systemd|term|virtual|vscode|xdg"
+)
 UNTOUCHED = re.compile(r"CHANGELOG\.md|LICENSE|manifests/rendered/.*|requirements.*\.txt|.*\.(svg|sum|lock)|.*-lock\.json")
 # Behind one of these texts, the word is the project's name. Elsewhere, the same word is the name of a service.
 BEFORE_PROJECT = [
@@ -133,16 +141,27 @@ def check_name(name: str) -> None:
         )
     if keyword.iskeyword(name) or keyword.issoftkeyword(name):
         raise RefusalError(f"NAME={name}: this is a keyword of Python")
+    if name in YAML_WORDS:
+        raise RefusalError(f"NAME={name}: YAML reads this word as a value, not as a name")
+    if name in ("starter", "service"):
+        raise RefusalError(f"NAME={name}: the template in scripts/, or the script that copies it, has this name")
     if name in sys.stdlib_module_names:
         raise RefusalError(f"NAME={name}: Python's standard library has a module of this name, which the service would replace")
     for place in FOLDERS.values():
         if Path(place.format(name)).exists():
             raise RefusalError(f"NAME={name}: {place.format(name)}/ exists already, and is not a service")
-    sys.path = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
+    sys.path = [folder for folder in sys.path if Path(folder).resolve() not in (ROOT, ROOT / "scripts")]
     if find_spec(name):
         raise RefusalError(f"NAME={name}: an installed package has this name, and the service would replace it")
-    if re.search(rf"^user {name} ", Path(USERS).read_text(), re.MULTILINE):
-        raise RefusalError(f"NAME={name}: {USERS} has a user of this name already")
+    for file in sorted(Path("manifests").rglob("*.acl")):
+        if re.search(rf"^user {name} ", file.read_text(), re.MULTILINE):
+            raise RefusalError(f"NAME={name}: {file} has a user of this name already, whose rights the service would get")
+    for file in map(Path, LISTS):
+        lines = file.read_text().splitlines()
+        if trails(lines).keys() & heads(template(Path(), str(file), lines, name, 0)[1]):
+            raise RefusalError(f"NAME={name}: {file} has an entry of this name already, which is not a service's")
+    if PREFIXES.fullmatch(name):
+        raise RefusalError(f"NAME={name}: variables that begin with {name.upper()}_ exist already, and are not its settings")
     if not subprocess.run(["git", "check-ignore", "--quiet", f"{name}/"], check=False).returncode:
         raise RefusalError(f"NAME={name}: .gitignore names this folder, so git would not keep the service")
 
@@ -240,6 +259,10 @@ def rename_project(new: str) -> None:
     """Name the namespace, the labels, the Compose project and the images' folder in the registry `new`."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", new):
         raise RefusalError(f"NAME={new}: a project's name is a DNS label of at most 40 letters, digits and hyphens")
+    if new in YAML_WORDS:
+        raise RefusalError(f"NAME={new}: YAML reads this word as a value, not as a name")
+    if new == "default" or new.startswith("kube-"):
+        raise RefusalError(f"NAME={new}: this namespace belongs to Kubernetes")
     old = project(Path())
     if new == old:
         print(f"the project's name is {new} already; nothing has changed")

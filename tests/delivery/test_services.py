@@ -183,7 +183,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 def test_ten_services_have_ten_of_everything(repository: Path) -> None:
     # The lists have these words in other meanings, too.
-    made = ["store", "run", "metrics", "host", "data", "cpu", "backend", "app", "api"]
+    made = ["store", "sbom", "run", "metrics", "data", "cpu", "backend", "app", "api"]
     # What people have changed in the entries of one service must not get into those of another.
     edit(repository / "compose.yaml", f"      REDIS_USERNAME: {FIRST}\n", f"      REDIS_USERNAME: {FIRST}\n      EDITED: x\n")
     edit(repository / "manifests" / "production" / "ingress.yaml", f"{FIRST}.example.com", "edited.example.org")
@@ -239,11 +239,17 @@ def test_ten_services_have_ten_of_everything(repository: Path) -> None:
         ("support", "tests/support/ exists already, and is not a service"),
         ("nanoservice", "nanoservice/ exists already, and is not a service"),
         ("operator", "Python's standard library has a module of this name"),
-        ("probe", "manifests/redis/users.acl has a user of this name already"),
+        ("probe", " has a user of this name already, whose rights the service would get"),
+        ("sentinel", "manifests/components/redis-replicated/replicated.acl has a user of this name already"),
+        ("taken", "compose.yaml has an entry of this name already"),
+        ("on", "YAML reads this word as a value"),
+        ("session", "variables that begin with SESSION_ exist already"),
+        ("starter", "the template in scripts/"),
         ("dist", ".gitignore names this folder"),
     ],
 )
 def test_name_that_cannot_be_used_is_refused_with_the_reason(repository: Path, name: str, words: str) -> None:
+    edit(repository / "compose.yaml", "\nnetworks:\n", "\n  taken:\n    image: x\n\nnetworks:\n")
     before = tree(repository)
     refused = service(repository, "add", name)
     assert (refused.returncode, refused.stdout) == (1, "")
@@ -389,11 +395,19 @@ def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> 
     assert again.stdout == "the project's name is shop already; nothing has changed\n"
 
 
-@pytest.mark.parametrize("name", ["", "Shop", "my_shop", "-shop", "shop-", "a" * 41])
-def test_project_s_name_is_a_dns_label(repository: Path, name: str) -> None:
+LABEL = "a project's name is a DNS label"
+UNUSABLE = {
+    **dict.fromkeys(("", "Shop", "my_shop", "-shop", "shop-", "a" * 41), LABEL),
+    **dict.fromkeys(("default", "kube-system"), "this namespace belongs to Kubernetes"),
+    "true": "YAML reads this word as a value",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), UNUSABLE.items())
+def test_project_s_name_is_a_dns_label_and_not_taken(repository: Path, name: str, words: str) -> None:
     before = tree(repository)
     refused = service(repository, "rename-project", name)
-    assert (refused.returncode, refused.stderr.count("a project's name is a DNS label")) == (1, 1)
+    assert (refused.returncode, refused.stderr.count(words)) == (1, 1)
     assert tree(repository) == before
 
 
