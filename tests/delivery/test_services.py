@@ -37,6 +37,9 @@ def three(tmp_path: Path) -> Path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__main__.py").touch()
     (tmp_path / "no_service").mkdir()
+    for name in ("Big", "my_service", "my-service", "two words", 'quo"te', "1st", "a.b"):  # no service can have such a name
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__main__.py").touch()
     (tmp_path / "manifests" / "minikube").mkdir(parents=True)
     ports = "".join(
         f"  - target: {{kind: Service, name: {name}}}\n    patch: |-\n"
@@ -51,11 +54,11 @@ def test_services_are_listed_with_their_ports_in_a_fixed_order(three: Path) -> N
     _, *rows = script("services.sh", cwd=three).stdout.splitlines()
     assert [row.split() for row in rows] == [
         ["b", "8080", "9090", "5678", "30080"],
-        ["c", "8080", "9090", "5678", "30080"],
         ["a", "8081", "9091", "5679", "30081"],
+        "c is not complete: make service NAME=c".split(),
     ]
-    assert script("services.sh", "names", cwd=three).stdout.split() == ["b", "c", "a"]
-    assert script("services.sh", "json", cwd=three).stdout == 'services=["b","c","a"]\n'
+    assert script("services.sh", "names", cwd=three).stdout.split() == ["b", "a", "c"]
+    assert script("services.sh", "json", cwd=three).stdout == 'services=["b","a","c"]\n'
 
 
 def test_tests_know_the_services_that_make_knows() -> None:
@@ -67,17 +70,20 @@ def test_script_runs_for_each_service_or_for_the_one_that_is_named(three: Path) 
     one = script("each.sh", "tell.sh", cwd=three, SERVICE="a", IMAGE="x")
     assert (one.returncode, one.stdout) == (0, "a x a.oci\n")
     every = script("each.sh", "tell.sh", cwd=three)
-    assert (every.returncode, every.stdout) == (1, "b b b.oci\nc c c.oci\n")  # a failure stops the rest
+    assert (every.returncode, every.stdout) == (1, "b b b.oci\na a a.oci\nc c c.oci\n")
 
 
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
-        ({"SERVICE": "d"}, "SERVICE=d: the services are b c a; to make another: make service NAME=..."),
+        *(
+            ({"SERVICE": name}, f"SERVICE={name}: the services are b a c; to make another: make service NAME=...")
+            for name in ("d", "b/", "./b", ".", "my_service", "scripts/template/starter", "-x")
+        ),
         ({"IMAGE": "x"}, "IMAGE= and LAYOUT= name one image, so name the image's service: SERVICE=..."),
         ({"LAYOUT": "x"}, "IMAGE= and LAYOUT= name one image, so name the image's service: SERVICE=..."),
     ],
-    ids=["unknown", "image", "layout"],
+    ids=lambda value: " ".join(f"{key}={text}" for key, text in value.items()) if isinstance(value, dict) else "",
 )
 def test_choice_that_is_not_clear_is_refused(three: Path, environ: dict[str, str], words: str) -> None:
     (three / "scripts" / "tell.sh").write_text("echo told\n")
@@ -97,6 +103,8 @@ def test_each_service_runs_on_its_own_ports_unless_told_otherwise(three: Path) -
     ):
         assert script("run.sh", cwd=three, VENV=str(three), **environ).stdout == f"{said}\n"
     assert "SERVICE=d: the services are" in script("run.sh", cwd=three, VENV=str(three), SERVICE="d").stderr
+    incomplete = script("run.sh", cwd=three, VENV=str(three), SERVICE="c")
+    assert (incomplete.stdout, incomplete.stderr) == ("", "make: c is not complete: make service NAME=c\n")
 
 
 # --- make service, make remove ---
