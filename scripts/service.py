@@ -13,6 +13,7 @@ The script works on a copy of the repository. It changes the repository itself o
 The script needs git, which knows the files of the repository, ruff beside the running Python, and kubectl (KUBECTL).
 """
 
+import fcntl
 import keyword
 import os
 import re
@@ -211,13 +212,16 @@ def remove(name: str) -> None:
     if len(known) == 1:
         raise RefusalError(f"NAME={name}: this is the only service; first make another: make service NAME=...")
     heir = next(other for other in known if other != name)
+    # Only the example has more files than those that `add` makes.
+    example = f"# {name}: begin\n" in Path(__file__).read_text()
+    places = [*(place.format(name) for place in FOLDERS.values()), *(globals()["BELONGINGS"] if example else [])]
+    status = subprocess.run(["git", "status", "--porcelain", "--", *places], check=False, text=True, capture_output=True).stdout
+    if status and os.environ.get("FORCE") != "1":
+        raise RefusalError(f"NAME={name}: commit these files first, or delete them for ever with FORCE=1:\n{status.rstrip()}")
 
     def change(root: Path) -> None:
         before = files(root)
-        # Only the example has more files than those that `add` makes.
-        example = f"# {name}: begin\n" in Path(__file__).read_text()
-        goes_with = globals()["BELONGINGS"] if example else []
-        for place in [*(place.format(name) for place in FOLDERS.values()), *goes_with]:
+        for place in places:
             if (root / place).is_dir():
                 shutil.rmtree(root / place)
             else:
@@ -249,7 +253,9 @@ def remove(name: str) -> None:
     print(
         f"\n{name} is removed. If a cluster still runs it: kubectl delete"
         " deployment,service,configmap,networkpolicy,poddisruptionbudget,horizontalpodautoscaler,ingress"
-        f" --selector=app.kubernetes.io/name={name}"
+        f" --selector=app.kubernetes.io/name={name}\n"
+        f"The command keeps the data: the Secret {name}-redis, the key {name} of the Secret redis-users, the keys in Redis that"
+        f" begin with {{{name}}}:, and the folder .data/{name}/ of this machine."
     )
     if named:
         print(f"These files still name {name}: {' '.join(named)}")
@@ -564,6 +570,8 @@ def transact(change: Callable[[Path], None]) -> list[str]:
 
     Return a line for each file that was made, changed or deleted.
     """
+    repository = os.open(ROOT, os.O_RDONLY)
+    fcntl.flock(repository, fcntl.LOCK_EX)  # the kernel releases the lock when this process ends
     try:
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
@@ -581,6 +589,9 @@ def transact(change: Callable[[Path], None]) -> list[str]:
             shutil.rmtree(cache)
         after = files(root)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    now = {name: path.read_bytes() for name in changed if (path := Path(name)).is_file()}
+    if edited := [name for name in sorted(changed) if before.get(name) != now.get(name)]:
+        raise RefusalError(f"other changes were made at the same time, so nothing was changed here: {' '.join(edited)}")
     try:
         for name in changed:
             put(name, after.get(name))

@@ -124,7 +124,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy2(ROOT / name, folder / name)
     git(folder, "init", "--quiet")
     for name in names()[1:]:
-        assert service(folder, "remove", name).returncode == 0
+        assert service(folder, "remove", name, FORCE="1").returncode == 0
     commit(folder)
     return folder
 
@@ -341,7 +341,14 @@ def test_line_that_an_entry_lacks_is_named(repository: Path) -> None:
 def test_numbers_of_the_other_services_stay_when_one_is_removed(repository: Path) -> None:
     for name in (NEW, NEWER):
         assert service(repository, "add", name, KUBECTL="true").returncode == 0
-    assert service(repository, "remove", NEW, KUBECTL="true").returncode == 0
+    before = tree(repository)
+    refused = service(repository, "remove", NEW, KUBECTL="true")
+    assert refused.returncode == 1
+    assert all(f"\n?? {folder}/" in refused.stderr for folder in (NEW, f"manifests/{NEW}", f"tests/{NEW}"))
+    assert tree(repository) == before
+    removed = service(repository, "remove", NEW, KUBECTL="true", FORCE="1")
+    assert removed.returncode == 0
+    assert all(text in removed.stdout for text in (f"Secret {NEW}-redis,", f"{{{NEW}}}:,", f".data/{NEW}/"))
     assert service(repository, "check").returncode == 0
     listed = script("services.sh", cwd=repository).stdout
     assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [(FIRST, "80"), (NEWER, "82")]
@@ -349,6 +356,41 @@ def test_numbers_of_the_other_services_stay_when_one_is_removed(repository: Path
     assert service(repository, "add", NEW, KUBECTL="true").returncode == 0  # it gets the lowest number that is free
     listed = script("services.sh", cwd=repository).stdout
     assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [(FIRST, "80"), (NEW, "81"), (NEWER, "82")]
+
+
+def test_services_that_are_made_at_the_same_time_get_their_own_ports(repository: Path) -> None:
+    command = [sys.executable, "scripts/service.py", "add"]
+    environ = {**os.environ, "KUBECTL": "true"}
+    both = [subprocess.Popen([*command, name], cwd=repository, env=environ, stdout=subprocess.DEVNULL) for name in (NEW, NEWER)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert service(repository, "check").returncode == 0
+    listed = script("services.sh", cwd=repository).stdout
+    assert sorted(re.findall(r"^(\w+) +80", listed, re.MULTILINE)) == sorted((FIRST, NEW, NEWER))
+    assert sorted(re.findall(r" (80\d\d) ", listed)) == ["8080", "8081", "8082"]
+
+
+def test_file_that_is_edited_at_the_same_time_is_kept(repository: Path, tmp_path: Path) -> None:
+    editing = tmp_path / "kubectl"
+    editing.write_text(f"#!/bin/sh\necho '# edited' >>'{repository}/skaffold.yaml'\n")
+    editing.chmod(0o755)
+    before = tree(repository)
+    refused = service(repository, "add", NEW, KUBECTL=str(editing))
+    assert (refused.returncode, refused.stderr.count("skaffold.yaml\n")) == (1, 1), refused.stderr
+    assert [name for name, content in tree(repository).items() if content != before.get(name)] == ["skaffold.yaml"]
+
+
+def test_service_that_has_the_ports_of_another_gets_its_own(repository: Path) -> None:
+    for name in (NEW, NEWER):
+        assert service(repository, "add", name, KUBECTL="true").returncode == 0
+    complete = tree(repository)
+    # This is what two branches leave that each made one service.
+    for file, port in (("manifests/minikube/kustomization.yaml", "3008"), ("skaffold.yaml", "808"), ("compose.yaml", ":-808")):
+        edit(repository / file, f"{port}2", f"{port}1")
+    assert (
+        f"{NEWER} has the ports of {NEW}; to give {NEWER} ports of its own: make service" in service(repository, "check").stderr
+    )
+    assert service(repository, "add", NEWER, KUBECTL="true").returncode == 0
+    assert tree(repository) == complete
 
 
 # hitcounter: begin
