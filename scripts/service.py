@@ -66,8 +66,8 @@ YAML_WORDS = {"false", "n", "no", "null", "off", "on", "true", "y", "yes"}
 # Variables that begin with these words and a `_` are settings of every service, or other programs set them.
 PREFIXES = re.compile(
     "admin|bind|drain|log|max|"
-    "aws|ci|conda|dbus|debian|docker|git|github|gitlab|gnome|google|gpg|gtk|helm|java|kube|kubernetes|lc|ld|less|ls|make|node|npm|"
-    "nvm|otel|pip|podman|pyenv|python|qt|runner|session|shell|skaffold|ssh|ssl|sudo|systemd|term|virtual|vscode|xdg"
+    "aws|ci|conda|dbus|debian|docker|git|github|gitlab|gnome|google|gpg|gtk|helm|java|kube|kubernetes|lc|ld|less|ls|make|node|"
+    "npm|nvm|otel|pip|podman|pyenv|python|qt|runner|session|shell|skaffold|ssh|ssl|sudo|systemd|term|virtual|vscode|xdg"
 )
 UNTOUCHED = re.compile(r"CHANGELOG\.md|LICENSE|manifests/rendered/.*|requirements.*\.txt|.*\.(svg|sum|lock)|.*-lock\.json")
 # Behind one of these texts, the word is the project's name. Elsewhere, the same word is the name of a service.

@@ -125,7 +125,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(folder, "init", "--quiet")
     for name in names()[1:]:
         assert service(folder, "remove", name, FORCE="1").returncode == 0
-    commit(folder)
+    commit(folder, "one")
     return folder
 
 
@@ -137,6 +137,17 @@ def repository(clone: Path) -> Iterator[Path]:
     git(clone, "clean", "--quiet", "-dfx")
 
 
+@pytest.fixture
+def trio(repository: Path) -> Path:
+    """Return `repository` with the services FIRST, NEW and NEWER, which have the numbers 0, 1 and 2. All are committed."""
+    if not git(repository, "tag", "--list", "three"):
+        for name in (NEW, NEWER):
+            assert service(repository, "add", name, KUBECTL="true").returncode == 0  # these tests need no rendered manifests
+        commit(repository, "three")
+    git(repository, "reset", "--quiet", "--hard", "three")
+    return repository
+
+
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", f"safe.directory={folder}", "-c", "core.hooksPath=/dev/null"]
     environ = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
@@ -145,10 +156,10 @@ def git(folder: Path, *arguments: str) -> str:
     ).stdout
 
 
-def commit(folder: Path) -> None:
+def commit(folder: Path, tag: str) -> None:
     git(folder, "add", "--all")
-    git(folder, "commit", "--quiet", "--message=one")
-    git(folder, "tag", "one")
+    git(folder, "commit", "--quiet", f"--message={tag}")
+    git(folder, "tag", tag)
 
 
 def service(folder: Path, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -292,69 +303,67 @@ def test_only_service_and_unknown_service_are_not_removed(repository: Path) -> N
     assert tree(repository) == before
 
 
-def test_each_line_that_is_missing_is_named_and_added_again(repository: Path) -> None:
-    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0  # this test needs no rendered manifests
-    complete = tree(repository)
-    network = "      - {op: add, path: /build/artifacts/1/docker/network, value: none}"
+def test_each_line_that_is_missing_is_named_and_added_again(trio: Path) -> None:
+    complete = tree(trio)
+    network = "      - {op: add, path: /build/artifacts/2/docker/network, value: none}"
     lacking = [
-        (".dockerignore", f"!{NEW}"),
-        ("pyproject.toml", f'    "{NEW}/",'),
-        ("manifests/services/kustomization.yaml", f"  - ../{NEW}"),
-        ("skaffold.yaml", f"        - {NEW}"),
-        ("skaffold.yaml", f"{network}   # {NEW}"),
+        (".dockerignore", f"!{NEWER}"),
+        ("pyproject.toml", f'    "{NEWER}/",'),
+        ("manifests/services/kustomization.yaml", f"  - ../{NEWER}"),
+        ("skaffold.yaml", f"        - {NEWER}"),
+        ("skaffold.yaml", f"{network}   # {NEWER}"),
     ]
     for file, line in lacking:
-        text = (repository / file).read_text()
+        text = (trio / file).read_text()
         assert text.count(f"{line}\n") == 1
-        (repository / file).write_text(text.replace(f"{line}\n", ""))
-    found = service(repository, "check")
-    said = {f"{file} has no line for {NEW}: {line.strip()}" for file, line in lacking}
+        (trio / file).write_text(text.replace(f"{line}\n", ""))
+    found = service(trio, "check")
+    said = {f"{file} has no line for {NEWER}: {line.strip()}" for file, line in lacking}
     assert (found.returncode, {line.removeprefix("make: ") for line in found.stderr.splitlines()[:-1]}) == (1, said)
     assert "make service NAME=... adds an entry that is missing" in found.stderr
-    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0
-    assert tree(repository) == complete
+    assert service(trio, "add", NEWER, KUBECTL="true").returncode == 0
+    assert tree(trio) == complete
 
 
-def test_line_that_an_entry_lacks_is_named(repository: Path) -> None:
-    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0
+def test_line_that_an_entry_lacks_is_named(trio: Path) -> None:
     lines = [
-        ("skaffold.yaml", "the entry", f"SERVICE: {NEW}   # Skaffold ignores"),
-        ("skaffold.yaml", "the entry", "localPort: 8081"),
-        ("skaffold.yaml", "the entry", f"- {{src: {NEW}/**, dest: /app}}"),
-        ("compose.yaml", "the entry", f"args: {{<<: *build-args, SERVICE: {NEW}}}"),
-        ("compose.yaml", "the entry", f"REDIS_CA_FILE: /run/secrets/{NEW}/ca.crt"),
-        ("manifests/production/autoscaler.yaml", "the document", f"    name: {NEW}"),
+        ("skaffold.yaml", "the entry", f"SERVICE: {NEWER}   # Skaffold ignores"),
+        ("skaffold.yaml", "the entry", "localPort: 8082"),
+        ("skaffold.yaml", "the entry", f"- {{src: {NEWER}/**, dest: /app}}"),
+        ("compose.yaml", "the entry", f"args: {{<<: *build-args, SERVICE: {NEWER}}}"),
+        ("compose.yaml", "the entry", f"REDIS_CA_FILE: /run/secrets/{NEWER}/ca.crt"),
+        ("manifests/production/autoscaler.yaml", "the document", f"    name: {NEWER}"),
     ]
     for file, where, line in lines:
         whole = f"\n{line}\n" if where == "the document" else line
-        edit(repository / file, whole, whole.replace(NEW, FIRST).replace("8081", "8089"))
-    before = tree(repository)
-    for arguments in (("check",), ("add", NEW)):
-        found = service(repository, *arguments)
+        edit(trio / file, whole, whole.replace(NEWER, FIRST).replace("8082", "8089"))
+    before = tree(trio)
+    for arguments in (("check",), ("add", NEWER)):
+        found = service(trio, *arguments)
         assert found.returncode == 1
         for file, where, line in lines:
-            assert f"{file} lacks a line in {where} of {NEW}: {line.strip()}" in found.stderr
+            assert f"{file} lacks a line in {where} of {NEWER}: {line.strip()}" in found.stderr
         assert found.stderr.count(" lacks a line in ") == len(lines)
-    assert tree(repository) == before
+    assert tree(trio) == before
 
 
-def test_numbers_of_the_other_services_stay_when_one_is_removed(repository: Path) -> None:
-    for name in (NEW, NEWER):
-        assert service(repository, "add", name, KUBECTL="true").returncode == 0
-    before = tree(repository)
-    refused = service(repository, "remove", NEW, KUBECTL="true")
+def test_numbers_of_the_other_services_stay_when_one_is_removed(trio: Path) -> None:
+    (trio / NEW / "new.py").touch()
+    (trio / "tests" / NEW / "test_app.py").write_text("")
+    before = tree(trio)
+    refused = service(trio, "remove", NEW, KUBECTL="true")
     assert refused.returncode == 1
-    assert all(f"\n?? {folder}/" in refused.stderr for folder in (NEW, f"manifests/{NEW}", f"tests/{NEW}"))
-    assert tree(repository) == before
-    removed = service(repository, "remove", NEW, KUBECTL="true", FORCE="1")
+    assert refused.stderr.endswith(f"FORCE=1:\n M tests/{NEW}/test_app.py\n?? {NEW}/new.py\n")
+    assert tree(trio) == before
+    removed = service(trio, "remove", NEW, KUBECTL="true", FORCE="1")
     assert removed.returncode == 0
     assert all(text in removed.stdout for text in (f"Secret {NEW}-redis,", f"{{{NEW}}}:,", f".data/{NEW}/"))
-    assert service(repository, "check").returncode == 0
-    listed = script("services.sh", cwd=repository).stdout
+    assert service(trio, "check").returncode == 0
+    listed = script("services.sh", cwd=trio).stdout
     assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [(FIRST, "80"), (NEWER, "82")]
-    assert f"/build/artifacts/1/docker/target, value: dev}}   # {NEWER}" in (repository / "skaffold.yaml").read_text()
-    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0  # it gets the lowest number that is free
-    listed = script("services.sh", cwd=repository).stdout
+    assert f"/build/artifacts/1/docker/target, value: dev}}   # {NEWER}" in (trio / "skaffold.yaml").read_text()
+    assert service(trio, "add", NEW, KUBECTL="true").returncode == 0  # it gets the lowest number that is free
+    listed = script("services.sh", cwd=trio).stdout
     assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [(FIRST, "80"), (NEW, "81"), (NEWER, "82")]
 
 
@@ -379,18 +388,15 @@ def test_file_that_is_edited_at_the_same_time_is_kept(repository: Path, tmp_path
     assert [name for name, content in tree(repository).items() if content != before.get(name)] == ["skaffold.yaml"]
 
 
-def test_service_that_has_the_ports_of_another_gets_its_own(repository: Path) -> None:
-    for name in (NEW, NEWER):
-        assert service(repository, "add", name, KUBECTL="true").returncode == 0
-    complete = tree(repository)
+def test_service_that_has_the_ports_of_another_gets_its_own(trio: Path) -> None:
+    complete = tree(trio)
     # This is what two branches leave that each made one service.
     for file, port in (("manifests/minikube/kustomization.yaml", "3008"), ("skaffold.yaml", "808"), ("compose.yaml", ":-808")):
-        edit(repository / file, f"{port}2", f"{port}1")
-    assert (
-        f"{NEWER} has the ports of {NEW}; to give {NEWER} ports of its own: make service" in service(repository, "check").stderr
-    )
-    assert service(repository, "add", NEWER, KUBECTL="true").returncode == 0
-    assert tree(repository) == complete
+        edit(trio / file, f"{port}2", f"{port}1")
+    twins = f"{NEWER} has the ports of {NEW}; to give {NEWER} ports of its own: make service NAME={NEWER}"
+    assert twins in service(trio, "check").stderr
+    assert service(trio, "add", NEWER, KUBECTL="true").returncode == 0
+    assert tree(trio) == complete
 
 
 # hitcounter: begin
