@@ -15,7 +15,9 @@ number() { # NAME: print the service's number; fail if the service has no node p
 
 services() { # print the names of all services, in the order of their numbers; a service without a number comes last
   for file in */__main__.py; do
-    name=$(echo "${file%/*}" | LC_ALL=C grep -x '[a-z][a-z0-9]*') || continue
+    name=${file%/*}
+    # In some locales the range a-z has capital letters, too.
+    case $name in [0-9]* | *[!abcdefghijklmnopqrstuvwxyz0-9]*) continue ;; esac
     echo "$( (number "$name") 2>/dev/null || echo 99999) $name"
   done | sort -k 1,1n -k 2 | cut -d ' ' -f 2
 }

@@ -432,6 +432,8 @@ def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> 
     assert re.findall(r"^(\w+) +(\d+)", script("services.sh", cwd=repository).stdout, re.MULTILINE) == [("orders", "8080")]
     assert "${ORDERS_PORT:-8080}" in (repository / "compose.yaml").read_text()
     assert yaml.safe_load((repository / "compose.yaml").read_text())["name"] == "shop"
+    entries = repository / "scripts" / "template" / "entries"  # a service that is made later gets the new names, too
+    assert "registry.example.com/shop/starter\n" in (entries / "manifests" / "production" / "kustomization.yaml").read_text()
     check(
         repository, "tests/orders", "tests/delivery/test_manifests.py", "tests/delivery/test_skaffold.py",
         "tests/delivery/test_texts.py", "tests/delivery/test_columns.py", "tests/delivery/test_deploy_played.py",
