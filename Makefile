@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 SERVERS ?=           # packages of tests/servers/requirements.in; with them, `make test-servers` tests only with their servers
 UPGRADE ?=           # with UPGRADE=--upgrade, `make lock` locks the newest versions
 NAME ?=              # the name of the service that `make service` makes or `make remove` removes, such as likes
+FORCE ?=             # with FORCE=1, `make remove` also deletes files of the service that are not committed
 FORMAT ?=            # how `make services` prints the services: table (the default), names or json
 
 ENGINE ?=            # docker (with buildx), podman or buildah; if empty, make uses the first of these that it finds

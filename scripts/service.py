@@ -3,16 +3,17 @@
 Usage: service.py add NAME | remove NAME | rename-project NAME | check
 
 `add` copies the files of scripts/template/, in which the service is called `starter`. It also adds an entry to each list that no
-tool can compute: a copy of the entry of the last service, with the new name and the next free ports. If the service exists
-already, `add` adds only the entries that are missing. `remove` deletes the service's files and entries, and what belongs to the
-service: files, lines between the comments `NAME: begin` and `NAME: end`, and lines of texts that describe it. Where another text
-uses the service as an example, `remove` names another service instead.
+tool can compute. scripts/template/entries/ has these entries, with the ports of the first service; a new service gets the next
+free ports. If the service exists already, `add` adds only the entries that are missing. `remove` deletes the service's files and
+entries, and what belongs to the service: files, lines between the comments `NAME: begin` and `NAME: end`, and lines of texts that
+describe it. Where another text uses the service as an example, `remove` names another service instead.
 `rename-project` gives another name to the namespace, the labels, the Compose project and the images' folder in the registry.
 
 The script works on a copy of the repository. It changes the repository itself only after everything has succeeded in the copy.
 The script needs git, which knows the files of the repository, ruff beside the running Python, and kubectl (KUBECTL).
 """
 
+import fcntl
 import keyword
 import os
 import re
@@ -30,19 +31,13 @@ TEMPLATE = Path("scripts/template")
 FOLDERS = {"starter": "{}", "starter_tests": "tests/{}", "manifests": "manifests/{}"}  # a folder of the template, and its place
 USERS = "manifests/redis/users.acl"
 
-# The first line of each entry that a service has in a list. An entry continues over all lines that are indented further.
-ENTRIES = {
-    ".dockerignore": ["!NAME"],
-    "pyproject.toml": [r'    "NAME/",', r'    "NAME",', r"NAME = \[.*"],
-    USERS: ["user NAME .*"],
-    "manifests/services/kustomization.yaml": [r"  - \.\./NAME"],
-    "manifests/minikube/kustomization.yaml": [r"  - target: {kind: Service, name: NAME}"],
-    "manifests/production/kustomization.yaml": ["  - name: NAME"],
-    "skaffold.yaml": ["    - image: NAME", "  - resourceName: NAME", "        - NAME", "      - .*# NAME"],
-    "compose.yaml": ["  NAME:", "  NAME-dev:", "  NAME-tls:"],
-}
+# Each file here has the entries that a service has in the list of the same path. The first line of an entry names the service,
+# and the entry continues over all lines that are indented further. The lines above an entry say to which part of the list it
+# belongs.
+ENTRIES = TEMPLATE / "entries"
 # In these files each service has a document of its own.
 DOCUMENTS = ["manifests/production/autoscaler.yaml", "manifests/production/ingress.yaml"]
+LISTS = sorted({it.relative_to(ROOT / ENTRIES).as_posix() for it in (ROOT / ENTRIES).rglob("*") if it.is_file()} - {*DOCUMENTS})
 # The places where an entry has a port that follows from the service's number.
 PORTS = {"nodePort, value: {}": 30080, "localPort: {}": 8080, ":-{}}": 8080}
 # hitcounter: begin
@@ -66,6 +61,14 @@ BELONGINGS = [
     "tests/support/traffic.py",
 ]
 # hitcounter: end
+# YAML reads these words as a truth value or as nothing.
+YAML_WORDS = {"false", "n", "no", "null", "off", "on", "true", "y", "yes"}
+# Variables that begin with these words and a `_` are settings of every service, or other programs set them.
+PREFIXES = re.compile(
+    "admin|bind|drain|log|max|"
+    "aws|ci|conda|dbus|debian|docker|git|github|gitlab|gnome|google|gpg|gtk|helm|java|kube|kubernetes|lc|ld|less|ls|make|node|"
+    "npm|nvm|otel|pip|podman|pyenv|python|qt|runner|session|shell|skaffold|ssh|ssl|sudo|systemd|term|virtual|vscode|xdg"
+)
 UNTOUCHED = re.compile(r"CHANGELOG\.md|LICENSE|manifests/rendered/.*|requirements.*\.txt|.*\.(svg|sum|lock)|.*-lock\.json")
 # Behind one of these texts, the word is the project's name. Elsewhere, the same word is the name of a service.
 BEFORE_PROJECT = [
@@ -83,7 +86,7 @@ BEFORE_PROJECT = [
     r"^ *\"?name\"?: \"?(?=\S+\n(?:build:|  labels:\n    app.kubernetes.io/part-of|\n# |  \"build\"))",
 ]
 PROJECT = f"(?m:(?P<before>{'|'.join(BEFORE_PROJECT)}))"
-ZEROS = "sha256:" + "0" * 64
+Trail = tuple[str, ...]  # the lines that a line is below, and the line itself, all without comments
 
 
 class RefusalError(Exception):
@@ -104,7 +107,7 @@ def main(arguments: list[str]) -> int:
                 rename_project(name)
             case ["check"]:
                 if wrong := missing(Path()):
-                    raise RefusalError("\n".join([*wrong, "make service NAME=... adds what is missing"]))
+                    raise RefusalError("\n".join([*wrong, "make service NAME=... adds an entry that is missing"]))
             case _:
                 print(__doc__, file=sys.stderr)
                 return os.EX_USAGE
@@ -116,10 +119,9 @@ def main(arguments: list[str]) -> int:
 
 def add(name: str) -> None:
     """Make the service `name`, or complete it."""
-    new = not Path(name, "__main__.py").exists()
-    if new:
+    if name not in numbers(Path()):
         check_name(name)
-    changed = transact(lambda root: write(root, name, new))
+    changed = transact(lambda root: write(root, name))
     if not changed:
         print(f"{name} exists already and is complete; nothing has changed")
         return
@@ -140,57 +142,65 @@ def check_name(name: str) -> None:
         )
     if keyword.iskeyword(name) or keyword.issoftkeyword(name):
         raise RefusalError(f"NAME={name}: this is a keyword of Python")
+    if name in YAML_WORDS:
+        raise RefusalError(f"NAME={name}: YAML reads this word as a value, not as a name")
+    if name in ("starter", "service"):
+        raise RefusalError(f"NAME={name}: the template in scripts/, or the script that copies it, has this name")
     if name in sys.stdlib_module_names:
         raise RefusalError(f"NAME={name}: Python's standard library has a module of this name, which the service would replace")
     for place in FOLDERS.values():
         if Path(place.format(name)).exists():
             raise RefusalError(f"NAME={name}: {place.format(name)}/ exists already, and is not a service")
-    sys.path = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
+    sys.path = [folder for folder in sys.path if Path(folder).resolve() not in (ROOT, ROOT / "scripts")]
     if find_spec(name):
         raise RefusalError(f"NAME={name}: an installed package has this name, and the service would replace it")
-    if re.search(rf"^user {name} ", Path(USERS).read_text(), re.MULTILINE):
-        raise RefusalError(f"NAME={name}: {USERS} has a user of this name already")
+    for file in sorted(Path("manifests").rglob("*.acl")):
+        if re.search(rf"^user {name} ", file.read_text(), re.MULTILINE):
+            raise RefusalError(f"NAME={name}: {file} has a user of this name already, whose rights the service would get")
+    for file in map(Path, LISTS):
+        lines = file.read_text().splitlines()
+        if trails(lines).keys() & heads(template(Path(), str(file), lines, name, 0)[1]):
+            raise RefusalError(f"NAME={name}: {file} has an entry of this name already, which is not a service's")
+    if PREFIXES.fullmatch(name):
+        raise RefusalError(f"NAME={name}: variables that begin with {name.upper()}_ exist already, and are not its settings")
     if not subprocess.run(["git", "check-ignore", "--quiet", f"{name}/"], check=False).returncode:
         raise RefusalError(f"NAME={name}: .gitignore names this folder, so git would not keep the service")
 
 
-def write(root: Path, name: str, new: bool) -> None:
+def write(root: Path, name: str) -> None:
     """Write the files and the entries of the service `name` into the copy `root` of the repository."""
-    if new:
+    if name not in numbers(root):
         for folder, place in FOLDERS.items():
             for source in (root / TEMPLATE / folder).rglob("*"):
                 target = root / place.format(name) / source.relative_to(root / TEMPLATE / folder)
                 if source.is_file():
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    content = re.sub(r"\bstarter\b", name, source.read_text())
-                    target.write_text(content.replace("STARTER_", f"{name.upper()}_"))
+                    target.write_text(named(source.read_text(), name))
         folders = [root / FOLDERS[folder].format(name) for folder in ("starter", "starter_tests")]
         # The order of the imports depends on the name.
         ruff = str(Path(sys.executable).parent / "ruff")
         run(root, ruff, "check", "--quiet", "--fix", *map(str, folders))
         run(root, ruff, "format", "--quiet", *map(str, folders))
-    if not re.search(rf"^user {name} ", (root / USERS).read_text(), re.MULTILINE):
-        with (root / USERS).open("a") as users:
-            users.write((root / TEMPLATE / "users.acl").read_text().replace("starter", name))
-    known = numbers(root)
-    pattern = [other for other in known if other != name][-1]
-    number = known[name] if name in nodes(root) else min(set(range(len(known) + 1)) - set(nodes(root).values()))
-    for file in ENTRIES:
-        path = root / file
-        lines = path.read_text().splitlines()
-        there = {key(first_line, name) for first_line in first_lines(lines, file, name)}
-        for first in reversed(first_lines(lines, file, pattern)):
-            if file == USERS or key(first, pattern) in there:
+    old, known = nodes(root).get(name, 0), numbers(root)
+    for file in LISTS:
+        lines = renumbered((root / file).read_text().splitlines())
+        move(root, file, lines, name, old, known[name])
+        text, needed = template(root, file, lines, name, known[name])
+        others = [heads(template(root, file, lines, other, known[other])[1]) for other in known if other != name]
+        for kind, head in enumerate(heads(needed)):
+            there = trails(lines)
+            alike = [there[each[kind]] for each in others if each[kind] in there]
+            if head in there or not alike:
                 continue
-            begin, end = extent(lines, lines.index(first))
-            copied = [renamed(line, pattern, name, known[pattern], number) for line in lines[begin:end]]
-            lines[end:end] = ["", *copied] if begin and not lines[begin - 1] else copied
-        path.write_text("\n".join(renumbered(lines)) + "\n")
+            begin, end = extent(lines, max(alike))
+            entry = text[slice(*extent(text, needed[head]))]
+            lines[end:end] = ["", *entry] if begin and not lines[begin - 1] else entry
+            lines = renumbered(lines)
+        (root / file).write_text("\n".join(lines) + "\n")
     for file in DOCUMENTS:
         path = root / file
         if not document(path, name):
-            text = document(path, pattern).lstrip("#").partition("apiVersion:")
-            path.write_text(path.read_text() + "---\napiVersion:" + renamed(text[2], pattern, name, 0, 0))
+            path.write_text(path.read_text() + "---\n" + named((root / ENTRIES / file).read_text(), name))
     finish(root)
 
 
@@ -202,29 +212,33 @@ def remove(name: str) -> None:
     if len(known) == 1:
         raise RefusalError(f"NAME={name}: this is the only service; first make another: make service NAME=...")
     heir = next(other for other in known if other != name)
+    # Only the example has more files than those that `add` makes.
+    example = f"# {name}: begin\n" in Path(__file__).read_text()
+    places = [*(place.format(name) for place in FOLDERS.values()), *(globals()["BELONGINGS"] if example else [])]
+    status = subprocess.run(["git", "status", "--porcelain", "--", *places], check=False, text=True, capture_output=True).stdout
+    if status and os.environ.get("FORCE") != "1":
+        raise RefusalError(f"NAME={name}: commit these files first, or delete them for ever with FORCE=1:\n{status.rstrip()}")
 
     def change(root: Path) -> None:
         before = files(root)
-        # Only the example has more files than those that `add` makes.
-        example = f"# {name}: begin\n" in Path(__file__).read_text()
-        goes_with = globals()["BELONGINGS"] if example else []
-        for place in [*(place.format(name) for place in FOLDERS.values()), *goes_with]:
+        for place in places:
             if (root / place).is_dir():
                 shutil.rmtree(root / place)
             else:
                 (root / place).unlink(missing_ok=True)
-        for file in ENTRIES:
-            lines = (root / file).read_text().splitlines()
-            for first in first_lines(lines, file, name):
-                begin, end = extent(lines, lines.index(first))
+        for file in LISTS:
+            lines = renumbered((root / file).read_text().splitlines())
+            for head in reversed(heads(template(root, file, lines, name, known[name])[1])):
+                if head not in (there := trails(lines)):
+                    continue
+                begin, end = extent(lines, there[head])
                 if begin and not lines[begin - 1] and (end == len(lines) or not lines[end]):
                     begin -= 1  # one of the two empty lines
                 del lines[begin:end]
+            lines = renumbered(lines)
             if not known[name]:  # one service always has the number 0, and so the first ports, which texts and workflows name
-                for first in first_lines(lines, file, heir):
-                    begin, end = extent(lines, lines.index(first))
-                    lines[begin:end] = [with_ports(line, known[heir], 0) for line in lines[begin:end]]
-            (root / file).write_text("\n".join(renumbered(lines)) + "\n")
+                move(root, file, lines, heir, known[heir], 0)
+            (root / file).write_text("\n".join(lines) + "\n")
         for file in DOCUMENTS:
             comment, texts = documents(root / file)
             kept = [text for text in texts if not re.search(rf"^  name: {name}$", text, re.MULTILINE)]
@@ -239,7 +253,9 @@ def remove(name: str) -> None:
     print(
         f"\n{name} is removed. If a cluster still runs it: kubectl delete"
         " deployment,service,configmap,networkpolicy,poddisruptionbudget,horizontalpodautoscaler,ingress"
-        f" --selector=app.kubernetes.io/name={name}"
+        f" --selector=app.kubernetes.io/name={name}\n"
+        f"The command keeps the data: the Secret {name}-redis, the key {name} of the Secret redis-users, the keys in Redis that"
+        f" begin with {{{name}}}:, and the folder .data/{name}/ of this machine."
     )
     if named:
         print(f"These files still name {name}: {' '.join(named)}")
@@ -249,13 +265,17 @@ def rename_project(new: str) -> None:
     """Name the namespace, the labels, the Compose project and the images' folder in the registry `new`."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", new):
         raise RefusalError(f"NAME={new}: a project's name is a DNS label of at most 40 letters, digits and hyphens")
+    if new in YAML_WORDS:
+        raise RefusalError(f"NAME={new}: YAML reads this word as a value, not as a name")
+    if new == "default" or new.startswith("kube-"):
+        raise RefusalError(f"NAME={new}: this namespace belongs to Kubernetes")
     old = project(Path())
     if new == old:
         print(f"the project's name is {new} already; nothing has changed")
         return
 
     def change(root: Path) -> None:
-        services = "|".join(numbers(root))
+        services = "|".join([*numbers(root), "starter"])
         for path in texts(root):
             text = re.sub(rf"{PROJECT}{old}(?![a-z0-9])", rf"\g<before>{new}", path.read_text())
             # The manifests and the scripts name the images' folder in the example registry.
@@ -374,36 +394,85 @@ def texts(root: Path) -> list[Path]:
 
 
 def missing(root: Path) -> list[str]:
-    """Return a sentence for each entry that a list lacks, and for each user in Redis whose service does not exist."""
-    names, found = list(numbers(root)), []
-    for file, regexes in ENTRIES.items():
+    """Return a sentence for each line that a list lacks, and for each user in Redis whose service does not exist."""
+    known, ports, found = numbers(root), nodes(root), []
+    for name, number in known.items():
+        if name in ports and ports[name] != number:
+            twin = next(other for other in known if other != name and ports.get(other) == ports[name])
+            found.append(f"{name} has the ports of {twin}; to give {name} ports of its own: make service NAME={name}")
+    for file in LISTS:
         lines = (root / file).read_text().splitlines()
-        entries = {name: {key(first, name) for first in first_lines(lines, file, name)} for name in names}
-        for name in names:
-            # Another service shows how the line has to look. If no service has the line, show its pattern.
-            lacking = {line.replace("\0", name) for line in set().union(*entries.values()) - entries[name] if file != USERS}
-            for regex in (regex.replace("NAME", name) for regex in regexes):
-                if not any(re.fullmatch(regex, line) for line in [*lines, *lacking]):
-                    lacking.add(regex)
-            found += [f"{file} has no line for {name}: {line.strip()}" for line in sorted(lacking)]
-    found += [f"{file} has no document for {name}" for file in DOCUMENTS for name in names if not document(root / file, name)]
+        there = trails(lines)
+        for name, number in known.items():
+            text, needed = template(root, file, lines, name, ports.get(name, number))
+            lacking = {trail: index for trail, index in needed.items() if trail not in there}
+            for trail in heads(lacking):
+                where = "has no line for" if trail in heads(needed) else "lacks a line in the entry of"
+                found.append(f"{file} {where} {name}: {text[lacking[trail]].strip()}")
+    for file in DOCUMENTS:
+        for name in known:
+            lines = [bare(line) for line in document(root / file, name).splitlines()]
+            text, needed = template(root, file, lines, name, 0)
+            if not lines:
+                found.append(f"{file} has no document for {name}")
+            elif lacks := {bare(text[index]) for index in needed.values()} - {*lines}:
+                found += [f"{file} lacks a line in the document of {name}: {line.strip()}" for line in sorted(lacks)]
     users = re.findall("^user ([a-z0-9]+) ", (root / USERS).read_text(), re.MULTILINE)
-    unknown = set(users) - {*names, "default", "probe", "operator"}
+    unknown = set(users) - {*known, "default", "probe", "operator"}
     return [*found, *(f"{USERS} has the user {user}, but there is no {user}/__main__.py" for user in sorted(unknown))]
 
 
 # --- the text of a list ---
 
 
-def first_lines(lines: list[str], file: str, name: str) -> list[str]:
-    """Return the first line of each entry that the service `name` has in `lines`, the content of `file`."""
-    regexes = [regex.replace("NAME", name) for regex in ENTRIES[file]]
-    return [line for line in lines if any(re.fullmatch(regex, line) for regex in regexes)]
+def named(text: str, name: str) -> str:
+    """Return a text of the template with the name of a service."""
+    return re.sub(r"\bstarter\b", name, text).replace("STARTER_", f"{name.upper()}_")
 
 
-def key(first: str, name: str) -> str:
-    """Return the first line of an entry without the parts that differ between two services."""
-    return re.sub(rf"\b{name}\b", "\0", re.sub("artifacts/[0-9]+", "artifacts/N", first))
+def template(root: Path, file: str, lines: list[str], name: str, number: int) -> tuple[list[str], dict[Trail, int]]:
+    """Return the lines of the template for the list `file`, with the name, ports and index of a service.
+
+    Return also the trail and the index of each line that the list, whose content is `lines`, must have: those lines that name the
+    service or have its port. A line with the domain example.com is left out, because people replace it.
+    """
+    raw = (root / ENTRIES / file).read_text()
+    text = named(with_ports(raw, 0, number), name).replace("artifacts/0", f"artifacts/{[*artifacts(lines), name].index(name)}")
+    marks = ["starter", *(form.replace("{}", str(first)) for form, first in PORTS.items())]
+    needed = [any(mark in line for mark in marks) and "example.com" not in line for line in raw.splitlines()]
+    return text.splitlines(), {trail: index for trail, index in trails(text.splitlines()).items() if needed[index]}
+
+
+def trails(lines: list[str]) -> dict[Trail, int]:
+    """Return a dict from the trail of each line to the line's index. Lines that are only a comment are left out."""
+    found: dict[Trail, int] = {}
+    trail: list[tuple[int, str]] = []
+    for index, line in enumerate(lines):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        depth = -1 if line.startswith("[") else len(line) - len(line.lstrip())  # a heading of TOML is above what follows
+        trail = [*((above, text) for above, text in trail if above < depth), (depth, bare(line))]
+        found.setdefault(tuple(text for _, text in trail), index)
+    return found
+
+
+def bare(line: str) -> str:
+    """Return a line without values that people may change, and without its comment unless this is the name of a service."""
+    return re.sub(r"^(user \w+|\w+ =) .*", r"\1", re.sub(" +# .* .*", "", line))
+
+
+def heads(needed: dict[Trail, int]) -> list[Trail]:
+    """Return the trails that are not below another of the trails: those of the first lines of the entries."""
+    return [trail for trail in needed if not any(trail[:length] in needed for length in range(len(trail)))]
+
+
+def move(root: Path, file: str, lines: list[str], name: str, old: int, new: int) -> None:
+    """Replace the ports of the number `old` by those of the number `new` in the entries of the service `name`."""
+    there = trails(lines)
+    for head in heads(template(root, file, lines, name, old)[1]):
+        if head in there:
+            begin, end = extent(lines, there[head])
+            lines[begin:end] = [with_ports(line, old, new) for line in lines[begin:end]]
 
 
 def extent(lines: list[str], begin: int) -> tuple[int, int]:
@@ -414,12 +483,6 @@ def extent(lines: list[str], begin: int) -> tuple[int, int]:
     return begin, end
 
 
-def renamed(text: str, old: str, new: str, old_number: int, number: int) -> str:
-    """Return `text` with the name and the ports of another service. An image that was not built yet has the digest of zeros."""
-    text = re.sub(rf"(?<!namespace: )\b{old}(?![a-z0-9])", new, text).replace(f"{old.upper()}_", f"{new.upper()}_")
-    return with_ports(re.sub("(?<=digest: )sha256:[0-9a-f]{64}", ZEROS, text), old_number, number)
-
-
 def with_ports(text: str, old_number: int, number: int) -> str:
     """Return `text` with the ports of the service `number` instead of those of the service `old_number`."""
     for form, first in PORTS.items():
@@ -427,16 +490,19 @@ def with_ports(text: str, old_number: int, number: int) -> str:
     return text
 
 
+def artifacts(lines: list[str]) -> list[str]:
+    """Return the names in the list of artifacts, if `lines` are those of skaffold.yaml."""
+    return [match[1] for line in lines if (match := re.fullmatch("    - image: ([a-z0-9]+)", line))]
+
+
 def renumbered(lines: list[str]) -> list[str]:
     """Return the lines of skaffold.yaml with each service's index in the list of artifacts; other lines stay as they are."""
-    order = [match[1] for line in lines if (match := re.fullmatch("    - image: ([a-z0-9]+)", line))]
-    name = ""
-    for number, line in enumerate(lines):
+    order, name, result = artifacts(lines), "", []
+    for line in lines:
         if match := re.fullmatch("      - .*# ([a-z0-9]+)", line):
             name = match[1]
-        if name in order:
-            lines[number] = re.sub("(?<=/build/artifacts/)[0-9]+", str(order.index(name)), line)
-    return lines
+        result.append(re.sub("(?<=/build/artifacts/)[0-9]+", str(order.index(name)), line) if name in order else line)
+    return result
 
 
 def documents(path: Path) -> tuple[str, list[str]]:
@@ -459,19 +525,29 @@ def nodes(root: Path) -> dict[str, int]:
 
 
 def numbers(root: Path) -> dict[str, int]:
-    """Return a dict from the name of each service to its number, in the order of the numbers."""
-    listed = subprocess.check_output(["sh", "scripts/services.sh", "table"], cwd=root, text=True).splitlines()[1:]
-    return {name: int(port) - 8080 for name, port, *_ in map(str.split, listed)}
+    """Return a dict from the name of each service to its number, in the order of the numbers.
+
+    A service that has no number yet, or the number of a service above it, gets the lowest free number.
+    """
+    names = subprocess.check_output(["sh", "scripts/services.sh", "names"], cwd=root, text=True).split()
+    found: dict[str, int] = {}
+    for name, number in nodes(root).items():
+        if name in names and number not in found.values():
+            found[name] = number
+    for name in names:
+        if name not in found:
+            found[name] = min({*range(len(names))} - {*found.values()})
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 # --- a copy of the repository ---
 
 
 def finish(root: Path) -> None:
-    """Render the manifests of the copy, and check that no list lacks a service."""
-    run(root, "sh", "scripts/manifests.sh", "manifests/rendered")
+    """Check that no list of the copy lacks a service, and render the manifests of the copy."""
     if wrong := missing(root):
         raise RefusalError("\n".join(wrong))
+    run(root, "sh", "scripts/manifests.sh", "manifests/rendered")
 
 
 def run(root: Path, *command: str) -> None:
@@ -496,6 +572,8 @@ def transact(change: Callable[[Path], None]) -> list[str]:
 
     Return a line for each file that was made, changed or deleted.
     """
+    repository = os.open(ROOT, os.O_RDONLY)
+    fcntl.flock(repository, fcntl.LOCK_EX)  # the kernel releases the lock when this process ends
     try:
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
@@ -513,6 +591,9 @@ def transact(change: Callable[[Path], None]) -> list[str]:
             shutil.rmtree(cache)
         after = files(root)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    now = {name: path.read_bytes() for name in changed if (path := Path(name)).is_file()}
+    if edited := [name for name in sorted(changed) if before.get(name) != now.get(name)]:
+        raise RefusalError(f"other changes were made at the same time, so nothing was changed here: {' '.join(edited)}")
     try:
         for name in changed:
             put(name, after.get(name))

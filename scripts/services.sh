@@ -14,7 +14,7 @@ case "${1:-table}" in
   table)
     printf '%-20s %10s %7s %9s %9s\n' service "make run" admin debugger "node port"
     for name in $(services); do
-      number=$(number "$name")
+      number=$(number "$name" 2>&1) || { echo "${number#make: }"; continue; }
       printf '%-20s %10s %7s %9s %9s\n' "$name" $((8080 + number)) $((9090 + number)) $((5678 + number)) $((30080 + number))
     done
     ;;

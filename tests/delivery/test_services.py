@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ def three(tmp_path: Path) -> Path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__main__.py").touch()
     (tmp_path / "no_service").mkdir()
+    for name in ("Big", "my_service", "my-service", "two words", 'quo"te', "1st", "a.b"):  # no service can have such a name
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__main__.py").touch()
     (tmp_path / "manifests" / "minikube").mkdir(parents=True)
     ports = "".join(
         f"  - target: {{kind: Service, name: {name}}}\n    patch: |-\n"
@@ -50,11 +54,11 @@ def test_services_are_listed_with_their_ports_in_a_fixed_order(three: Path) -> N
     _, *rows = script("services.sh", cwd=three).stdout.splitlines()
     assert [row.split() for row in rows] == [
         ["b", "8080", "9090", "5678", "30080"],
-        ["c", "8080", "9090", "5678", "30080"],
         ["a", "8081", "9091", "5679", "30081"],
+        "c is not complete: make service NAME=c".split(),
     ]
-    assert script("services.sh", "names", cwd=three).stdout.split() == ["b", "c", "a"]
-    assert script("services.sh", "json", cwd=three).stdout == 'services=["b","c","a"]\n'
+    assert script("services.sh", "names", cwd=three).stdout.split() == ["b", "a", "c"]
+    assert script("services.sh", "json", cwd=three).stdout == 'services=["b","a","c"]\n'
 
 
 def test_tests_know_the_services_that_make_knows() -> None:
@@ -66,17 +70,20 @@ def test_script_runs_for_each_service_or_for_the_one_that_is_named(three: Path) 
     one = script("each.sh", "tell.sh", cwd=three, SERVICE="a", IMAGE="x")
     assert (one.returncode, one.stdout) == (0, "a x a.oci\n")
     every = script("each.sh", "tell.sh", cwd=three)
-    assert (every.returncode, every.stdout) == (1, "b b b.oci\nc c c.oci\n")  # a failure stops the rest
+    assert (every.returncode, every.stdout) == (1, "b b b.oci\na a a.oci\nc c c.oci\n")
 
 
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
-        ({"SERVICE": "d"}, "SERVICE=d: the services are b c a; to make another: make service NAME=..."),
+        *(
+            ({"SERVICE": name}, f"SERVICE={name}: the services are b a c; to make another: make service NAME=...")
+            for name in ("d", "b/", "./b", ".", "my_service", "scripts/template/starter", "-x")
+        ),
         ({"IMAGE": "x"}, "IMAGE= and LAYOUT= name one image, so name the image's service: SERVICE=..."),
         ({"LAYOUT": "x"}, "IMAGE= and LAYOUT= name one image, so name the image's service: SERVICE=..."),
     ],
-    ids=["unknown", "image", "layout"],
+    ids=lambda value: " ".join(f"{key}={text}" for key, text in value.items()) if isinstance(value, dict) else "",
 )
 def test_choice_that_is_not_clear_is_refused(three: Path, environ: dict[str, str], words: str) -> None:
     (three / "scripts" / "tell.sh").write_text("echo told\n")
@@ -96,6 +103,8 @@ def test_each_service_runs_on_its_own_ports_unless_told_otherwise(three: Path) -
     ):
         assert script("run.sh", cwd=three, VENV=str(three), **environ).stdout == f"{said}\n"
     assert "SERVICE=d: the services are" in script("run.sh", cwd=three, VENV=str(three), SERVICE="d").stderr
+    incomplete = script("run.sh", cwd=three, VENV=str(three), SERVICE="c")
+    assert (incomplete.stdout, incomplete.stderr) == ("", "make: c is not complete: make service NAME=c\n")
 
 
 # --- make service, make remove ---
@@ -115,8 +124,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy2(ROOT / name, folder / name)
     git(folder, "init", "--quiet")
     for name in names()[1:]:
-        assert service(folder, "remove", name).returncode == 0
-    commit(folder)
+        assert service(folder, "remove", name, FORCE="1").returncode == 0
+    commit(folder, "one")
     return folder
 
 
@@ -128,6 +137,17 @@ def repository(clone: Path) -> Iterator[Path]:
     git(clone, "clean", "--quiet", "-dfx")
 
 
+@pytest.fixture
+def trio(repository: Path) -> Path:
+    """Return `repository` with the services FIRST, NEW and NEWER, which have the numbers 0, 1 and 2. All are committed."""
+    if not git(repository, "tag", "--list", "three"):
+        for name in (NEW, NEWER):
+            assert service(repository, "add", name, KUBECTL="true").returncode == 0  # these tests need no rendered manifests
+        commit(repository, "three")
+    git(repository, "reset", "--quiet", "--hard", "three")
+    return repository
+
+
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", f"safe.directory={folder}", "-c", "core.hooksPath=/dev/null"]
     environ = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
@@ -136,10 +156,10 @@ def git(folder: Path, *arguments: str) -> str:
     ).stdout
 
 
-def commit(folder: Path) -> None:
+def commit(folder: Path, tag: str) -> None:
     git(folder, "add", "--all")
-    git(folder, "commit", "--quiet", "--message=one")
-    git(folder, "tag", "one")
+    git(folder, "commit", "--quiet", f"--message={tag}")
+    git(folder, "tag", tag)
 
 
 def service(folder: Path, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -173,8 +193,20 @@ def test_no_list_lacks_a_service() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+def edit(path: Path, old: str, new: str) -> None:
+    """Replace the text `old`, which is in the file once."""
+    text = path.read_text()
+    assert text.count(old) == 1, (path, old)
+    path.write_text(text.replace(old, new))
+
+
 def test_ten_services_have_ten_of_everything(repository: Path) -> None:
-    made = [f"made{letter}" for letter in "zyxwvutsr"]
+    # The lists have these words in other meanings, too.
+    made = ["store", "sbom", "run", "metrics", "data", "cpu", "backend", "app", "api"]
+    # What people have changed in the entries of one service must not get into those of another.
+    edit(repository / "compose.yaml", f"      REDIS_USERNAME: {FIRST}\n", f"      REDIS_USERNAME: {FIRST}\n      EDITED: x\n")
+    edit(repository / "manifests" / "production" / "ingress.yaml", f"{FIRST}.example.com", "edited.example.org")
+    edit(repository / "manifests" / "production" / "autoscaler.yaml", "maxReplicas: 8", "maxReplicas: 9")
     for name in made:
         # Only the last run needs to render the manifests.
         made_one = service(repository, "add", name, KUBECTL="kubectl" if name == made[-1] else "true")
@@ -189,7 +221,18 @@ def test_ten_services_have_ten_of_everything(repository: Path) -> None:
         assert {kinds.count(kind) for kind in ("Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy")} == {10}
         node_ports = [it["spec"]["ports"][0].get("nodePort") for it in objects if it["kind"] == "Service"]
         assert variant == "production" or sorted(filter(None, node_ports)) == list(range(30080, 30090))
-    services = yaml.safe_load((repository / "compose.yaml").read_text())["services"]
+    hosts = [it["spec"]["rules"][0]["host"] for it in objects if it["kind"] == "Ingress"]
+    assert sorted(hosts) == sorted(["edited.example.org", *(f"{name}.example.com" for name in made)])
+    scaled = {it["spec"]["scaleTargetRef"]["name"]: it["spec"]["maxReplicas"] for it in objects if "Autoscaler" in it["kind"]}
+    assert scaled == {FIRST: 9} | dict.fromkeys(made, 8)
+    compose = yaml.safe_load((repository / "compose.yaml").read_text())
+    assert (list(compose["networks"]), list(compose["volumes"])) == (["outside", "store"], ["data", "secrets"])
+    services = compose["services"]
+    for name in every:
+        assert services[name]["build"]["args"]["SERVICE"] == name
+        own = {key: text for key, text in services[f"{name}-tls"]["environment"].items() if name in text or key == "EDITED"}
+        files = {f"REDIS_{key}_FILE": f"/run/secrets/{name}/{file}" for key, file in (("PASSWORD", "password"), ("CA", "ca.crt"))}
+        assert own == {"REDIS_USERNAME": name, **files} | ({"EDITED": "x"} if name == FIRST else {})
     published = {name: re.findall(r"(\w+)_PORT:-(\d+)", one["ports"][0])[0] for name, one in services.items() if name in every}
     assert published == {name: (name.upper(), str(8080 + number)) for number, name in enumerate(every)}
     skaffold = yaml.safe_load((repository / "skaffold.yaml").read_text())
@@ -215,11 +258,17 @@ def test_ten_services_have_ten_of_everything(repository: Path) -> None:
         ("support", "tests/support/ exists already, and is not a service"),
         ("nanoservice", "nanoservice/ exists already, and is not a service"),
         ("operator", "Python's standard library has a module of this name"),
-        ("probe", "manifests/redis/users.acl has a user of this name already"),
+        ("probe", " has a user of this name already, whose rights the service would get"),
+        ("sentinel", "manifests/components/redis-replicated/replicated.acl has a user of this name already"),
+        ("taken", "compose.yaml has an entry of this name already"),
+        ("on", "YAML reads this word as a value"),
+        ("session", "variables that begin with SESSION_ exist already"),
+        ("starter", "the template in scripts/"),
         ("dist", ".gitignore names this folder"),
     ],
 )
 def test_name_that_cannot_be_used_is_refused_with_the_reason(repository: Path, name: str, words: str) -> None:
+    edit(repository / "compose.yaml", "\nnetworks:\n", "\n  taken:\n    image: x\n\nnetworks:\n")
     before = tree(repository)
     refused = service(repository, "add", name)
     assert (refused.returncode, refused.stdout) == (1, "")
@@ -254,43 +303,120 @@ def test_only_service_and_unknown_service_are_not_removed(repository: Path) -> N
     assert tree(repository) == before
 
 
-def test_each_line_that_is_missing_is_named_and_added_again(repository: Path) -> None:
-    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0  # this test needs no rendered manifests
-    complete = tree(repository)
-    network = "      - {op: add, path: /build/artifacts/1/docker/network, value: none}"
+def test_each_line_that_is_missing_is_named_and_added_again(trio: Path) -> None:
+    complete = tree(trio)
+    network = "      - {op: add, path: /build/artifacts/2/docker/network, value: none}"
     lacking = [
-        (".dockerignore", f"!{NEW}"),
-        ("pyproject.toml", f'    "{NEW}/",'),
-        ("manifests/services/kustomization.yaml", f"  - ../{NEW}"),
-        ("skaffold.yaml", f"        - {NEW}"),
-        ("skaffold.yaml", f"{network}   # {NEW}"),
+        (".dockerignore", f"!{NEWER}"),
+        ("pyproject.toml", f'    "{NEWER}/",'),
+        ("manifests/services/kustomization.yaml", f"  - ../{NEWER}"),
+        ("skaffold.yaml", f"        - {NEWER}"),
+        ("skaffold.yaml", f"{network}   # {NEWER}"),
     ]
     for file, line in lacking:
-        text = (repository / file).read_text()
+        text = (trio / file).read_text()
         assert text.count(f"{line}\n") == 1
-        (repository / file).write_text(text.replace(f"{line}\n", ""))
-    found = service(repository, "check")
-    said = {f"{file} has no line for {NEW}: {line.strip().replace('artifacts/1', 'artifacts/N')}" for file, line in lacking}
+        (trio / file).write_text(text.replace(f"{line}\n", ""))
+    found = service(trio, "check")
+    said = {f"{file} has no line for {NEWER}: {line.strip()}" for file, line in lacking}
     assert (found.returncode, {line.removeprefix("make: ") for line in found.stderr.splitlines()[:-1]}) == (1, said)
-    assert "make service NAME=... adds what is missing" in found.stderr
-    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0
-    assert tree(repository) == complete
+    assert "make service NAME=... adds an entry that is missing" in found.stderr
+    assert service(trio, "add", NEWER, KUBECTL="true").returncode == 0
+    assert tree(trio) == complete
 
 
-def test_numbers_of_the_other_services_stay_when_one_is_removed(repository: Path) -> None:
-    for name in (NEW, NEWER):
-        assert service(repository, "add", name, KUBECTL="true").returncode == 0
-    assert service(repository, "remove", NEW, KUBECTL="true").returncode == 0
-    assert service(repository, "check").returncode == 0
-    listed = script("services.sh", cwd=repository).stdout
+def test_line_that_an_entry_lacks_is_named(trio: Path) -> None:
+    lines = [
+        ("skaffold.yaml", "the entry", f"SERVICE: {NEWER}   # Skaffold ignores"),
+        ("skaffold.yaml", "the entry", "localPort: 8082"),
+        ("skaffold.yaml", "the entry", f"- {{src: {NEWER}/**, dest: /app}}"),
+        ("compose.yaml", "the entry", f"args: {{<<: *build-args, SERVICE: {NEWER}}}"),
+        ("compose.yaml", "the entry", f"REDIS_CA_FILE: /run/secrets/{NEWER}/ca.crt"),
+        ("manifests/production/autoscaler.yaml", "the document", f"    name: {NEWER}"),
+    ]
+    for file, where, line in lines:
+        whole = f"\n{line}\n" if where == "the document" else line
+        edit(trio / file, whole, whole.replace(NEWER, FIRST).replace("8082", "8089"))
+    before = tree(trio)
+    for arguments in (("check",), ("add", NEWER)):
+        found = service(trio, *arguments)
+        assert found.returncode == 1
+        for file, where, line in lines:
+            assert f"{file} lacks a line in {where} of {NEWER}: {line.strip()}" in found.stderr
+        assert found.stderr.count(" lacks a line in ") == len(lines)
+    assert tree(trio) == before
+
+
+def test_numbers_of_the_other_services_stay_when_one_is_removed(trio: Path) -> None:
+    (trio / NEW / "new.py").touch()
+    (trio / "tests" / NEW / "test_app.py").write_text("")
+    before = tree(trio)
+    refused = service(trio, "remove", NEW, KUBECTL="true")
+    assert refused.returncode == 1
+    assert refused.stderr.endswith(f"FORCE=1:\n M tests/{NEW}/test_app.py\n?? {NEW}/new.py\n")
+    assert tree(trio) == before
+    removed = service(trio, "remove", NEW, KUBECTL="true", FORCE="1")
+    assert removed.returncode == 0
+    assert all(text in removed.stdout for text in (f"Secret {NEW}-redis,", f"{{{NEW}}}:,", f".data/{NEW}/"))
+    assert service(trio, "check").returncode == 0
+    listed = script("services.sh", cwd=trio).stdout
     assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [(FIRST, "80"), (NEWER, "82")]
-    assert f"/build/artifacts/1/docker/target, value: dev}}   # {NEWER}" in (repository / "skaffold.yaml").read_text()
-    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0  # it gets the lowest number that is free
-    listed = script("services.sh", cwd=repository).stdout
+    assert f"/build/artifacts/1/docker/target, value: dev}}   # {NEWER}" in (trio / "skaffold.yaml").read_text()
+    assert service(trio, "add", NEW, KUBECTL="true").returncode == 0  # it gets the lowest number that is free
+    listed = script("services.sh", cwd=trio).stdout
     assert re.findall(r"^(\w+) +80(\d\d)", listed, re.MULTILINE) == [(FIRST, "80"), (NEW, "81"), (NEWER, "82")]
 
 
+def test_services_that_are_made_at_the_same_time_get_their_own_ports(repository: Path) -> None:
+    command = [sys.executable, "scripts/service.py", "add"]
+    environ = {**os.environ, "KUBECTL": "true"}
+    both = [subprocess.Popen([*command, name], cwd=repository, env=environ, stdout=subprocess.DEVNULL) for name in (NEW, NEWER)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert service(repository, "check").returncode == 0
+    listed = script("services.sh", cwd=repository).stdout
+    assert sorted(re.findall(r"^(\w+) +80", listed, re.MULTILINE)) == sorted((FIRST, NEW, NEWER))
+    assert sorted(re.findall(r" (80\d\d) ", listed)) == ["8080", "8081", "8082"]
+
+
+def test_file_that_is_edited_at_the_same_time_is_kept(repository: Path, tmp_path: Path) -> None:
+    editing = tmp_path / "kubectl"
+    editing.write_text(f"#!/bin/sh\necho '# edited' >>'{repository}/skaffold.yaml'\n")
+    editing.chmod(0o755)
+    before = tree(repository)
+    refused = service(repository, "add", NEW, KUBECTL=str(editing))
+    assert (refused.returncode, refused.stderr.count("skaffold.yaml\n")) == (1, 1), refused.stderr
+    assert [name for name, content in tree(repository).items() if content != before.get(name)] == ["skaffold.yaml"]
+
+
+def test_service_that_has_the_ports_of_another_gets_its_own(trio: Path) -> None:
+    complete = tree(trio)
+    # This is what two branches leave that each made one service.
+    for file, port in (("manifests/minikube/kustomization.yaml", "3008"), ("skaffold.yaml", "808"), ("compose.yaml", ":-808")):
+        edit(trio / file, f"{port}2", f"{port}1")
+    twins = f"{NEWER} has the ports of {NEW}; to give {NEWER} ports of its own: make service NAME={NEWER}"
+    assert twins in service(trio, "check").stderr
+    assert service(trio, "add", NEWER, KUBECTL="true").returncode == 0
+    assert tree(trio) == complete
+
+
 # hitcounter: begin
+def test_template_has_the_entries_of_the_example() -> None:
+    found = spec_from_file_location("generator", ROOT / "scripts" / "service.py")
+    assert found
+    assert found.loader
+    generator = module_from_spec(found)
+    found.loader.exec_module(generator)
+    for file in generator.LISTS:
+        lines = (ROOT / file).read_text().splitlines()
+        text, needed = generator.template(ROOT, file, lines, "hitcounter", 0)
+        for head in generator.heads(needed):
+            listed = lines[slice(*generator.extent(lines, generator.trails(lines)[head]))]
+            assert file == generator.USERS or text[slice(*generator.extent(text, needed[head]))] == listed
+    for file in generator.DOCUMENTS:
+        text = (ROOT / generator.ENTRIES / file).read_text()
+        assert generator.named(text, "hitcounter") == generator.document(ROOT / file, "hitcounter")
+
+
 def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> None:
     for arguments in (("add", "orders"), ("remove", "hitcounter"), ("rename-project", "shop")):
         ended = service(repository, *arguments)
@@ -306,6 +432,8 @@ def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> 
     assert re.findall(r"^(\w+) +(\d+)", script("services.sh", cwd=repository).stdout, re.MULTILINE) == [("orders", "8080")]
     assert "${ORDERS_PORT:-8080}" in (repository / "compose.yaml").read_text()
     assert yaml.safe_load((repository / "compose.yaml").read_text())["name"] == "shop"
+    entries = repository / "scripts" / "template" / "entries"  # a service that is made later gets the new names, too
+    assert "registry.example.com/shop/starter\n" in (entries / "manifests" / "production" / "kustomization.yaml").read_text()
     check(
         repository, "tests/orders", "tests/delivery/test_manifests.py", "tests/delivery/test_skaffold.py",
         "tests/delivery/test_texts.py", "tests/delivery/test_columns.py", "tests/delivery/test_deploy_played.py",
@@ -334,11 +462,19 @@ def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> 
     assert again.stdout == "the project's name is shop already; nothing has changed\n"
 
 
-@pytest.mark.parametrize("name", ["", "Shop", "my_shop", "-shop", "shop-", "a" * 41])
-def test_project_s_name_is_a_dns_label(repository: Path, name: str) -> None:
+LABEL = "a project's name is a DNS label"
+UNUSABLE = {
+    **dict.fromkeys(("", "Shop", "my_shop", "-shop", "shop-", "a" * 41), LABEL),
+    **dict.fromkeys(("default", "kube-system"), "this namespace belongs to Kubernetes"),
+    "true": "YAML reads this word as a value",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), UNUSABLE.items())
+def test_project_s_name_is_a_dns_label_and_not_taken(repository: Path, name: str, words: str) -> None:
     before = tree(repository)
     refused = service(repository, "rename-project", name)
-    assert (refused.returncode, refused.stderr.count("a project's name is a DNS label")) == (1, 1)
+    assert (refused.returncode, refused.stderr.count(words)) == (1, 1)
     assert tree(repository) == before
 
 
