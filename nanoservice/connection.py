@@ -598,7 +598,9 @@ class Connection(BaseProtocol):
     def _limits(self) -> TimeLimits:
         """Return the time limits of the route of the request that is being received or answered."""
         request = self._trace.request if isinstance(self._trace, Trace) else None
-        handler = request.match_info.handler if request is not None else None
+        handler: Any = request.match_info.handler if request is not None else None
+        if request is not None and isinstance(handler, type):  # a `web.View`
+            handler = getattr(handler, request.method.lower(), handler)
         return getattr(handler, "time_limits", None) or TimeLimits()
 
     def cancel_late_handler(self, now: float) -> None:

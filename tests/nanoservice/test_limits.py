@@ -51,14 +51,25 @@ def setup(app: web.Application, config: config.Config) -> None:
         await response.prepare(request)
         return response
 
-    def begin(headers: Headers) -> tuple["asyncio.Future[None]", Callable[[None], Content]]:
-        return asyncio.get_running_loop().create_future(), lambda _: (b"", b"")
+    class View(web.View):
+        @time_limits(handle=60)
+        async def get(self) -> Answer:
+            return await patient(self.request)
+
+        @time_limits(receive=0.2)
+        async def post(self) -> Answer:
+            return await read(self.request)
 
     for get in (slow, patient, stubborn, socket):
         app.router.add_get(f"/{get.__name__}", get)
     for post in (read, upload, brief, slow):
         app.router.add_post(f"/{post.__name__}", post)
+    app.router.add_view("/view", View)
     direct.add(app, "GET", "/direct", begin)
+
+
+def begin(headers: Headers) -> tuple["asyncio.Future[None]", Callable[[None], Content]]:
+    return asyncio.get_running_loop().create_future(), lambda _: (b"", b"")
 
 
 @pytest.fixture
@@ -88,8 +99,9 @@ async def test_requests_of_a_connection_each_have_the_whole_time(served: Served)
             assert (await wire.reply()).body == b"x"
 
 
-async def test_route_can_have_more_time_for_its_handler(served: Served) -> None:
-    assert (await ask(served.port, request("GET", "/patient"))).body == b"patient"
+@pytest.mark.parametrize("path", ["/patient", "/view"])
+async def test_route_can_have_more_time_for_its_handler(served: Served, path: str) -> None:
+    assert (await ask(served.port, request("GET", path))).body == b"patient"
 
 
 async def test_handler_that_answers_although_it_was_cancelled_is_heard(served: Served) -> None:
@@ -109,8 +121,9 @@ async def test_route_can_have_more_time_for_its_body(served: Served, path: str, 
         assert reply.body == b"xxxxx"
 
 
-async def test_route_can_have_less_time_and_the_408_names_its_time(served: Served) -> None:
-    reply = await ask(served.port, request("POST", "/brief", "Content-Length: 5"))
+@pytest.mark.parametrize("path", ["/brief", "/view"])
+async def test_route_can_have_less_time_and_the_408_names_its_time(served: Served, path: str) -> None:
+    reply = await ask(served.port, request("POST", path, "Content-Length: 5"))
     assert is_problem(reply, 408)
     assert reply.json["detail"] == "the body did not arrive within 0.2 s"
 
@@ -142,3 +155,8 @@ def test_time_limit_that_is_not_positive_is_an_error_at_once() -> None:
     for wrong in (0, -1.0):
         with pytest.raises(ValueError, match="positive"):
             time_limits(handle=wrong)
+
+
+def test_time_limit_of_a_direct_route_is_an_error_at_once() -> None:
+    with pytest.raises(TypeError, match="direct route"):
+        direct.add(web.Application(), "GET", "/", time_limits(handle=1)(begin))
