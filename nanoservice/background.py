@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from aiohttp import web
 from prometheus_client import Counter
 
+from nanoservice.health import is_redis_failure, is_refusal
 from nanoservice.metrics import REGISTRY
 from nanoservice.probes import READINESS
 
 _FIRST_DELAY, _MAX_DELAY = 1.0, 60.0  # seconds until a task that has failed is started again
+_MAX_REDIS_DELAY = 5.0  # seconds until a task that failed because of Redis is started again
 
 _FAILURES = web.AppKey("background_task_failures", Counter)
 
@@ -21,8 +23,12 @@ def add(app: web.Application, name: str, work: Callable[[], Awaitable[None]]) ->
     """Run `work()` in a task from the start of `app` until its shutdown, which cancels the task.
 
     If `work` raises an error, the error is logged and counted at once, and `/readyz` answers 503 until `work` is called again.
-    The first retry follows after 1 s. Each further failure doubles this delay, up to 60 s. So a temporary failure, such as an
-    outage of Redis, needs no restart, and a lasting failure keeps the process unready. If `work` returns, the task is finished.
+    The first retry follows after 1 s. Each further failure doubles this delay, up to 60 s. So a temporary failure needs no
+    restart, and a lasting failure keeps the process unready. If `work` returns, the task is finished.
+
+    If Redis has caused the error (see `is_redis_failure`), the delay is at most 5 s. Unless Redis answered and refused a command,
+    the log then has no traceback, and `/readyz` does not count the failure of the task: `/readyz` checks Redis itself, and so
+    answers 200 as soon as Redis works again.
     """
     if _FAILURES not in app:
         app[_FAILURES] = Counter("background_task_failures", "Failures of background tasks", ["task"], registry=app[REGISTRY])
@@ -38,9 +44,15 @@ def add(app: web.Application, name: str, work: Callable[[], Awaitable[None]]) ->
                 if (task := asyncio.current_task()) and task.cancelling():
                     raise
                 failures.inc()
-                failed.add(name)
+                because_of_redis = is_redis_failure(error)
                 delay = _FIRST_DELAY if loop.time() - began >= _MAX_DELAY else delay
-                _logger.error("a background task failed", exc_info=error, extra={"task": name, "seconds_until_retry": delay})
+                delay = min(delay, _MAX_REDIS_DELAY) if because_of_redis else delay
+                details = {"task": name, "seconds_until_retry": delay}
+                if because_of_redis and not is_refusal(error):  # A traceback every few seconds would hide other lines.
+                    _logger.error("a background task failed", extra=details | {"error": str(error)})
+                else:
+                    failed.add(name)
+                    _logger.error("a background task failed", exc_info=error, extra=details)
             else:
                 return
             await asyncio.sleep(delay)

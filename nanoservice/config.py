@@ -325,7 +325,7 @@ def _unknown(environ: Mapping[str, str], known: list[str], prefix: str) -> Itera
     own = [name for name in known if prefix and name.startswith(prefix)]
     prefixes = (*{name.split("_")[0] + "_" for name in known if "_" in name and name not in own}, *([prefix] if own else []))
     for name, value in environ.items():
-        if name in known or _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and "://" in value):
+        if not value or name in known or _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and "://" in value):
             continue  # Kubernetes sets such a variable for a Service.
         for nearest in difflib.get_close_matches(name, known, n=1, cutoff=0.0 if name.startswith(prefixes) else _MIN_SIMILARITY):
             yield f"{name} is not a setting; the nearest is {nearest}"

@@ -163,7 +163,7 @@ class Connection(BaseProtocol):
     def _forget(self) -> None:
         self._bounds.remove(self)
         self._deaf, self._idle, self._later, self._counted, self._message, self._parser = True, False, b"", 0, None, None
-        if not self._busy:
+        if not self._busy and (self._late is None or self._late.done()):
             self._trace = None  # The trace refers to the request, and so keeps it in memory.
         if not self._body.is_eof():
             self._fail_body(web.RequestPayloadError("the connection was closed"))
@@ -384,6 +384,8 @@ class Connection(BaseProtocol):
             factory.add_task(self._answer(message, self._body), self)
 
     def _on_direct_result(self, future: "asyncio.Future[Any]") -> None:
+        if not self._busy:  # 504 was sent in place of this answer.
+            return
         last = self._factory.draining
         try:
             lines, body = self._content(future.result())
@@ -412,7 +414,8 @@ class Connection(BaseProtocol):
         factory = self._factory
         try:
             status, route, keep = await self._respond(message, body)
-            factory.recorder.record(message.method, route, status, factory.now() - self._started, self)
+            if self._busy:  # If not, 504 was sent and recorded in place of this answer.
+                factory.recorder.record(message.method, route, status, factory.now() - self._started, self)
             CURRENT.set(None)  # The next request may be scheduled from here, and would inherit the trace.
             if keep and not body.is_eof() and not self._deaf:
                 self._discarding = True
@@ -598,20 +601,41 @@ class Connection(BaseProtocol):
     def _limits(self) -> TimeLimits:
         """Return the time limits of the route of the request that is being received or answered."""
         request = self._trace.request if isinstance(self._trace, Trace) else None
-        handler = request.match_info.handler if request is not None else None
+        handler: Any = request.match_info.handler if request is not None else None
+        if request is not None and isinstance(handler, type):  # a `web.View`
+            handler = getattr(handler, request.method.lower(), handler)
         return getattr(handler, "time_limits", None) or TimeLimits()
 
     def cancel_late_handler(self, now: float) -> None:
-        """Cancel the handler if its request is complete or broken, and the handler takes too long to begin its answer."""
+        """Cancel the handler if its request is complete or broken, and the handler takes too long to begin its answer.
+
+        If the handler was cancelled at the last call, and still has not begun its answer, answer in its place.
+        """
         broken = self._body.exception() is not None
-        if not self._busy or not (broken or self._body.is_eof()) or self._work is None or self._work is self._late:
+        if not self._busy or not (broken or self._body.is_eof()) or self._work is None:
             return
         request = self._trace.request if isinstance(self._trace, Trace) else None
         begun = request is not None and request.writer.output_size > 0
         limit = (self._limits.handle or HANDLE_SECONDS) + broken * (self._limits.receive or RECEIVE_SECONDS)
-        if not begun and now - max(self._started, self._since) >= limit:
+        if begun:
+            return
+        if self._work is self._late:
+            self._give_up(now)
+        elif now - max(self._started, self._since) >= limit:
             self._late = self._work
             self._work.cancel()
+
+    def _give_up(self, now: float) -> None:
+        """Answer 504 in place of a handler that ignores its cancellation, and close the connection. The handler runs on."""
+        trace, error = self.trace(), TimeoutError("the handler ignores its cancellation")
+        self._factory.failures.log(error, trace)
+        self._factory.recorder.record(trace.method, trace.route, 504, now - self._started, self)
+        answer = problem(504, trace, str(error))
+        answer.force_close()
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(answer.encode(whole=trace.method != "HEAD"))
+        self._close(linger=False)
+        self._trace = trace  # The handler may still fail.
 
 
 def _malformed(error: HttpProcessingError) -> tuple[int, str]:

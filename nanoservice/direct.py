@@ -39,6 +39,8 @@ def add(app: web.Application, method: str, path: str, begin: Begin) -> None:
     """Add a route whose handler has two halves. A body of at most 1 MiB is read and discarded before `begin` is called."""
     if method == "HEAD":  # The connection would send a body, too, which breaks its framing.
         raise ValueError("a direct route cannot answer HEAD: use app.router.add_head() and Answer(None, ...)")
+    if hasattr(begin, "time_limits"):
+        raise TypeError("a direct route cannot have time limits of its own: use app.router.add_route()")
 
     async def handler(request: web.Request) -> Answer:
         if method == "POST":

@@ -120,6 +120,22 @@ def not_of_a_handler() -> Iterator[None]:
         raise CauseError(cause(error)) from error
 
 
+def is_redis_failure(error: BaseException) -> bool:
+    """Return whether `error`, an UnavailableError or an error of the driver, says that Redis fails."""
+    return isinstance(error, (UnavailableError, exceptions.RedisError)) and not _is_of_handler(error)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether Redis has answered, but refused the command. A PING may work all the same."""
+    return isinstance(error.__cause__ if isinstance(error, UnavailableError) else error, exceptions.ResponseError)
+
+
+def _is_of_handler(error: BaseException) -> bool:
+    """Return whether a handler expects `error` from Redis, or has caused it."""
+    wrong = isinstance(error, exceptions.ResponseError) and cause(error).startswith(_UNEXPECTED)
+    return wrong or isinstance(error, _HANDLER_ERRORS)
+
+
 class Health:
     """Records whether Redis works for this process. Logs each cause once per outage, and sets the metric `redis_up`.
 
@@ -183,10 +199,8 @@ class Health:
         seen = self.successes
         try:
             result = await work
-        except _HANDLER_ERRORS:
-            raise
         except REDIS_ERRORS as error:
-            if isinstance(error, exceptions.ResponseError) and cause(error).startswith(_UNEXPECTED):
+            if _is_of_handler(error):
                 raise
             if str(error) == _POOL_IS_EMPTY:  # Handlers use all connections. This alone says nothing about Redis.
                 raise UnavailableError("Redis: " + self.reason if self.reason else "no connection to Redis is free") from error

@@ -16,6 +16,7 @@ class TimeLimits(NamedTuple):
 def time_limits(*, receive: float | None = None, handle: float | None = None) -> Callable[[H], H]:
     """Return a decorator for a handler that needs more or less time than other handlers.
 
+    The handler is a function or a method of a `web.View`. A direct route (`direct.add`) cannot have time limits of its own.
     A request must be complete `receive` seconds after its first byte (for others: 10), or it gets 408. The handler must begin its
     answer `handle` seconds after that (for others: 10), or it is cancelled, and the request gets 504. In any case,
     a shutdown waits for at most 10 s.

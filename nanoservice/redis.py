@@ -6,6 +6,8 @@ reports each one that an upgrade removes.
 - `Redis.execute_command`, `Pipeline.immediate_execute_command`, `Pipeline.execute`: each command reaches the server through one
   of them. Without them a failing Redis is a 500 instead of a 503. An event or a hook around each command will replace them, once
   the driver's asyncio client has one.
+- `Pipeline.execute_command`, `Redis.pubsub`, `Redis.monitor`: they begin a command of a pipeline, or one that blocks for ever.
+  Without them a command that blocks a connection of the pool is reported as an outage of Redis.
 - `Pipeline.command_stack`: it is empty if the pipeline sends nothing. Such a pipeline must not count as successful work.
 - `Pipeline.__init__`, `Redis.pipeline`, `Redis.response_callbacks`: they make a pipeline that reports to `health`.
 - `AbstractConnection.on_connect_check_health`: it makes the handshake. Without it the log shows the server's message about AUTH,
@@ -44,6 +46,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
+from nanoservice import blocking
 from nanoservice.config import Config
 from nanoservice.errors import SecretFileError
 from nanoservice.health import Health, not_of_a_handler
@@ -183,20 +186,30 @@ class _PrimaryConnection(_DiscreetConnection, Connection):
 class _WatchedClient(Redis):
     """A client that reports the outcome of its commands and pipelines to `health`.
 
-    A command or a pipeline succeeds only when enough replicas have what it wrote.
+    A command or a pipeline succeeds only when enough replicas have what it wrote. A command that blocks for more than
+    `most_seconds` is refused.
     """
 
     health: Health
     replication: Replication
+    most_seconds: float
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
+        blocking.check(args, self.most_seconds)
         return await self.health.watch(super().execute_command(*args, **options))  # type: ignore[no-untyped-call] # typed in part
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "_WatchedPipeline":
         pipeline = _WatchedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
         pipeline.health = self.health
         pipeline.replication = self.replication
+        pipeline.most_seconds = self.most_seconds
         return pipeline
+
+    def pubsub(self, **kwargs: Any) -> Any:
+        blocking.check(("SUBSCRIBE",), self.most_seconds)
+
+    def monitor(self) -> Any:
+        blocking.check(("MONITOR",), self.most_seconds)
 
     async def _send_command_parse_response(self, conn: Any, command_name: Any, *args: Any, **options: Any) -> Any:
         reply = await super()._send_command_parse_response(conn, command_name, *args, **options)  # type: ignore[no-untyped-call]
@@ -207,6 +220,11 @@ class _WatchedClient(Redis):
 class _WatchedPipeline(Pipeline):
     health: Health
     replication: Replication
+    most_seconds: float
+
+    def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        blocking.check(args, self.most_seconds)
+        return super().execute_command(*args, **kwargs)
 
     async def _send_command_parse_response(self, conn: Any, command_name: Any, *args: Any, **options: Any) -> Any:
         reply = await super()._send_command_parse_response(conn, command_name, *args, **options)  # type: ignore[no-untyped-call]
@@ -243,7 +261,8 @@ class Store:
     """The Redis that the settings or the Sentinels name, or the embedded Valkey at the Unix socket `socket`.
 
     Handlers run commands and pipelines through `client`. If Redis fails, these raise UnavailableError, which is answered with
-    503. `connection()` is for code that needs a connection of its own; such code uses `replication` itself.
+    503. `connection()` is for code that needs a connection of its own, for a command that blocks, for example; such code uses
+    `replication` itself.
 
     A Sentinel answers PING, and so does each node of a Redis Cluster. To make `/readyz` answer 503 with them, set `check` to a
     command that reads a key of the service.
@@ -272,6 +291,7 @@ class Store:
         )
         self.client = cast("_WatchedClient", _WatchedClient.from_pool(pool))  # Closing the client closes the pool.
         self.client.health, self.client.replication = self.health, self.replication
+        self.client.most_seconds = timeout / 2  # The reply needs time, too.
         self.check: tuple[str, ...] = ()
 
     def connection(self) -> AbstractConnection:

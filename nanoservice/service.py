@@ -1,13 +1,13 @@
 """The definition of a service, and the application that the chassis makes from it."""
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Generic, TypeVar
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from nanoservice.answer import Answer, json_answer
 from nanoservice.config import Config
@@ -101,16 +101,34 @@ async def _close_store(app: web.Application) -> AsyncIterator[None]:
 
 
 def _answer_options(app: web.Application) -> None:
-    """Make every path answer OPTIONS with `Allow`, the list of its methods."""
+    """Make every path answer OPTIONS with `Allow`, the list of its methods, and each `web.View` with `get` answer HEAD."""
     for resource in list(app.router.resources()):
+        for view in {route.handler for route in resource}:
+            if isinstance(view, type) and issubclass(view, web.View):
+                _complete(view)
         methods = {route.method for route in resource}
         if isinstance(resource, web.Resource) and not methods & {"OPTIONS", "*"}:
             resource.add_route("OPTIONS", _options)
 
 
+def _complete(view: Any) -> None:
+    """Give the class `view` the methods `head` and `options` if it lacks them. aiohttp would answer 405."""
+    if hasattr(view, "get") and not hasattr(view, "head"):
+        view.head = view.get
+    if not hasattr(view, "options"):
+        view.options = _options_of_view
+
+
 async def _options(request: web.Request) -> Answer:
-    allow = ",".join(sorted(route.method for route in request.match_info.route.resource or ()))
-    return Answer(None, header_lines({"Allow": allow, "Cache-Control": "no-store"}), status=204)
+    return _allowed(route.method for route in request.match_info.route.resource or ())
+
+
+async def _options_of_view(view: web.View) -> Answer:
+    return _allowed(method for method in hdrs.METH_ALL if hasattr(view, method.lower()))
+
+
+def _allowed(methods: Iterable[str]) -> Answer:
+    return Answer(None, header_lines({"Allow": ",".join(sorted(methods)), "Cache-Control": "no-store"}), status=204)
 
 
 async def _prepare(request: web.Request, response: web.StreamResponse) -> None:

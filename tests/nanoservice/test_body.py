@@ -68,6 +68,18 @@ async def test_body_without_a_content_type_is_415(served: Served) -> None:
     assert is_problem(await ask(served.port, request("POST", "/strict", body=b'{"name": "ada"}')), 415)
 
 
+@pytest.mark.parametrize(("charset", "status"), [('"UTF-8"', 200), ("utf8", 200), ("utf-16", 415), ("latin1", 415)])
+async def test_charset_other_than_utf_8_is_415(served: Served, charset: str, status: int) -> None:
+    header = f"Content-Type: application/json; charset={charset}"
+    reply = await ask(served.port, request("POST", "/strict", header, body=b'{"name": "ada"}'))
+    assert reply.status == status
+    assert status == 200 or is_problem(reply, status)
+
+
+async def test_byte_order_mark_is_ignored(served: Served) -> None:
+    assert (await ask(served.port, request("POST", "/strict", JSON, body=b'\xef\xbb\xbf{"name": "ada"}'))).body == b"ada"
+
+
 def test_type_that_cannot_be_read_is_an_error_at_once() -> None:
     @dataclass
     class Wrong:

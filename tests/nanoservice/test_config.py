@@ -34,7 +34,8 @@ def test_defaults_need_no_variable() -> None:
 
 
 def test_empty_variable_counts_as_not_set() -> None:
-    assert Config.read({"BIND_PORT": "", "REDIS_HOST": ""}) == Config.read({})
+    assert Config.read({"BIND_PORT": "", "REDIS_HOST": "", "REDIS_HSOT": "", "LANE": ""}) == Config.read({})
+    assert Shop.read({"SHOP_OLD": ""}) == Shop.read({})
 
 
 def test_each_kind_of_value_is_read() -> None:

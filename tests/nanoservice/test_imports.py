@@ -8,7 +8,7 @@ from tests.support.imports import imported, modules, violations
 # The layers, the lowest first. A module may import modules of lower layers, but no module of its own layer.
 LAYERS = [
     "errors trace limits",
-    "config logs answer listen negotiation embedded bounds failures",
+    "config logs answer listen negotiation embedded bounds failures blocking",
     "health direct",
     "sentinel body",
     "replication",

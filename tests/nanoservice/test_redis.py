@@ -323,6 +323,59 @@ async def test_wait_that_redis_refuses_is_not_the_handlers_error(valkey: Valkey,
     assert "WAIT cannot be used with replica instances" in logged(caplog)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(f"{name} list 0.6" for name in ("BLPOP", "BRPOP", "BRPOPLPUSH list", "BZPOPMIN", "bzpopmax")),
+        "BLPOP list 0",
+        "BLMOVE list list LEFT LEFT 3",
+        "BLMPOP 3 1 list LEFT",
+        "BZMPOP 3 1 list MIN",
+        "XREAD COUNT 1 BLOCK 600 STREAMS stream $",
+        "XREADGROUP GROUP group me block 0 STREAMS stream >",
+        "WAIT 1 600",
+        "WAITAOF 0 1 0",
+        "SUBSCRIBE channel",
+        "PSUBSCRIBE *",
+    ],
+)
+async def test_command_that_blocks_for_too_long_is_refused_at_once(
+    store: Store, command: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client: Any = store.client
+    name, *words = command.split()
+    for send in (client.execute_command, client.pipeline().execute_command):
+        with pytest.raises(ValueError, match=f"{name.upper()} would block a connection that requests share"):
+            await send(name, *words)
+    assert not caplog.messages
+
+
+async def test_command_that_blocks_for_a_short_time_or_not_at_all_is_sent(
+    store: Store, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    client: Any = store.client
+    valkey.run("XGROUP", "CREATE", "stream", "block", "$", "MKSTREAM")
+    assert await client.blpop(["list"], timeout=0.5) is None
+    assert await client.xread({"stream": "$"}, block=500) in ([], {}, None)
+    assert await client.xread({"stream": "$", "block": "$"}) in ([], {}, None)
+    assert await client.xreadgroup("block", "me", {"stream": ">"}, block=10) in ([], {}, None)
+    assert await client.wait(1, 10) == 0
+    for subscribe in (client.pubsub, client.monitor):
+        with pytest.raises(ValueError, match="would block"):
+            subscribe()
+    assert not caplog.messages
+
+
+async def test_command_blocks_for_any_time_over_a_connection_of_its_own(store: Store, valkey: Valkey) -> None:
+    connection = store.connection()
+    await connection.connect()
+    await connection.send_command("BLPOP", "list", 0)
+    await asyncio.sleep(1.5)  # longer than REDIS_TIMEOUT
+    valkey.run("RPUSH", "list", "item")
+    assert await connection.read_response() == [b"list", b"item"]
+    await connection.disconnect(nowait=True)
+
+
 async def test_handlers_that_use_all_connections_are_not_reported_as_an_outage_of_redis(
     valkey: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,10 +3,13 @@
 import asyncio
 
 import pytest
+from aiohttp import web
 
-from nanoservice import connection
+from nanoservice import config, connection
+from nanoservice.answer import Answer
 from nanoservice.direct import MAX_BODY
-from nanoservice.testing.served import Served
+from nanoservice.service import Service
+from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.nanoservice.sample import HITS, POSTS
@@ -54,6 +57,29 @@ async def test_options_request_for_the_whole_server_is_answered(served: Served) 
         reply = await ask(port, request("OPTIONS", "*"))
         assert (reply.status, reply.headers["Allow"]) == (204, "GET,HEAD,OPTIONS")
         assert is_problem(await ask(port, request("GET", "*")), 400)
+
+
+@pytest.mark.parametrize(("path", "allow"), [("/any", "GET,HEAD,OPTIONS,PUT"), ("/get", "GET,HEAD,OPTIONS")])
+async def test_view_answers_head_and_options(valkey: Valkey, path: str, allow: str) -> None:
+    class View(web.View):
+        async def get(self) -> Answer:
+            return Answer(b"body", b"X-Name: view\r\n")
+
+        async def put(self) -> Answer:
+            return Answer(b"put")
+
+    def setup(app: web.Application, config: config.Config) -> None:
+        app.router.add_view("/any", View)
+        app.router.add_get("/get", View)
+
+    async with serving(Service("views", "1", config.Config, setup), valkey.environ()) as served:
+        reply = await ask(served.port, request("HEAD", path), head=True)
+        assert (reply.status, reply.headers["X-Name"], reply.headers["Content-Length"]) == (200, "view", "4")
+        reply = await ask(served.port, request("OPTIONS", path))
+        assert (reply.status, reply.headers["Allow"]) == (204, allow)
+        reply = await ask(served.port, request("DELETE", path))
+        assert is_problem(reply, 405)
+        assert set(reply.headers["Allow"].split(",")) == set(allow.split(","))
 
 
 async def test_body_that_is_too_long_gets_413_instead_of_100_continue(served: Served) -> None:
