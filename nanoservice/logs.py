@@ -65,6 +65,7 @@ class BackgroundHandler(logging.Handler):
         super().__init__()
         self.dropped = 0  # number of records
         self._reported = 0  # the number of these that the log has reported
+        self._works = True  # whether the last write succeeded
         self._descriptor = stream.fileno()
         self._lines: list[bytes] = []
         self._waiting = 0  # bytes that are not written yet
@@ -98,11 +99,10 @@ class BackgroundHandler(logging.Handler):
 
     def _write(self) -> None:
         torn = b""  # a line break, if the last line was written only in part
-        works = True
         while True:
             with self._changed:
                 # After an error, the report of dropped lines waits for the next line: a try without one could fail without end.
-                self._changed.wait_for(lambda: self._lines or (works and self.dropped > self._reported))
+                self._changed.wait_for(lambda: self._lines or (self._works and self.dropped > self._reported))
                 lines, self._lines = self._lines, []
                 size, missing = sum(map(len, lines)), self.dropped - self._reported
             if missing:
@@ -114,9 +114,9 @@ class BackgroundHandler(logging.Handler):
                 while data:
                     data = data[os.write(self._descriptor, data) :]
                 self._reported += missing
-                torn, works = b"", True
+                torn, self._works = b"", True
             except OSError:  # The reader is gone, or the disk is full.
-                works = False
+                self._works = False
                 left, lost = len(data), -bool(missing)  # The report of dropped lines is not counted.
                 while left > 0:
                     left -= len(lines.pop())
