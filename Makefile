@@ -42,7 +42,7 @@ export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE SERVERS
 
 # --- Every day ---
 
-.PHONY: help run services service remove rename-project test test-newest test-servers coverage lint format types clean
+.PHONY: help run services service remove rename-project test test-services test-newest test-servers coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -75,6 +75,9 @@ rename-project: $(VENV)/installed ## call namespace, labels, Compose project and
 # Run the tests in four processes: while a test of one process waits, tests of the other processes run.
 test: $(VENV)/installed ## run all tests that need only this machine
 	@$(BIN)/python -m pytest -n 4 --dist worksteal
+
+test-services: $(VENV)/installed ## make, remove and test services in copies of the repository
+	@$(BIN)/python -m pytest -n 3 -m generator tests/delivery/test_services.py
 
 test-newest: ## run the contract tests with the newest aiohttp and redis-py; these tests may fail
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed

@@ -200,6 +200,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+@pytest.mark.generator
 def test_ten_services_have_ten_of_everything(repository: Path) -> None:
     # The lists have these words in other meanings, too.
     made = ["store", "sbom", "run", "metrics", "data", "cpu", "backend", "app", "api"]
@@ -417,6 +418,7 @@ def test_template_has_the_entries_of_the_example() -> None:
         assert generator.named(text, "hitcounter") == generator.document(ROOT / file, "hitcounter")
 
 
+@pytest.mark.generator
 def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> None:
     for arguments in (("add", "orders"), ("remove", "hitcounter"), ("rename-project", "shop")):
         ended = service(repository, *arguments)
@@ -529,6 +531,7 @@ def running(folder: Path, command: str) -> Iterator[str]:
             process.communicate(timeout=30)
 
 
+@pytest.mark.generator
 def test_commands_of_the_page_make_a_complete_service_and_remove_it_completely(repository: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "second-service.md").read_text().replace("likes", NEW))
