@@ -42,7 +42,8 @@ export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE SERVERS
 
 # --- Every day ---
 
-.PHONY: help run services service remove rename-project test test-services test-newest test-servers coverage lint format types clean
+.PHONY: help run services service remove rename-project
+.PHONY: test test-services test-newest test-servers coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
