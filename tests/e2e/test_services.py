@@ -36,7 +36,7 @@ class Both:
 
     def act(self, command: str) -> str:
         """Run a command in the copy, on the namespace of this run."""
-        environ = {"NAMESPACE": self.namespace.name, "WHEELS": os.environ.get("WHEELS", str(ROOT / "wheels"))}
+        environ = {"NAMESPACE": self.namespace.name, "WHEELS": str(ROOT / os.environ.get("WHEELS", "wheels"))}
         ended = subprocess.run(
             ["sh", "-c", command], cwd=self.copy, env=os.environ | environ, text=True, capture_output=True, timeout=900
         )

@@ -205,4 +205,4 @@ def test_time_limit_that_is_not_positive_is_an_error_at_once() -> None:
 
 def test_time_limit_of_a_direct_route_is_an_error_at_once() -> None:
     with pytest.raises(TypeError, match="direct route"):
-        direct.add(web.Application(), "GET", "/", time_limits(handle=1)(begin))
+        direct.add(web.Application(), "GET", "/", time_limits(handle=1)(lambda headers: begin(headers)))
