@@ -109,6 +109,13 @@ def shipped() -> Iterator[Shipped]:
             store.end(signal.SIGKILL)
 
 
+def empty(store: Shipped, user: str, rights: list[str]) -> None:
+    """Delete all keys and scripts, and give `user` its rights again."""
+    store.ask("all", "FLUSHALL")
+    store.ask("all", "SCRIPT", "FLUSH")
+    store.ask("all", "ACL", "SETUSER", user, "resetkeys", *rights)
+
+
 @pytest.fixture
 def stopped() -> Iterator[Shipped]:
     """Yield a Valkey that has not been started."""
@@ -126,9 +133,7 @@ def started() -> Iterator[Shipped]:
 
 @pytest.fixture
 def store(started: Shipped) -> Shipped:
-    started.ask("all", "FLUSHALL")
-    started.ask("all", "SCRIPT", "FLUSH")
-    started.ask("all", "ACL", "SETUSER", NAME, "resetkeys", *RIGHTS)
+    empty(started, NAME, RIGHTS)
     return started
 
 

@@ -7,7 +7,7 @@ import pytest
 from hitcounter.app import SERVICE
 from hitcounter.counter import _keys
 from nanoservice.testing.served import serving
-from tests.delivery.test_store import USERS, Shipped, shipped
+from tests.delivery.test_store import USERS, Shipped, empty, shipped
 
 HITS, POSTS, _, ANSWERS, ORDER = _keys("hitcounter", "")
 RIGHTS = next(line.split()[2:] for line in USERS.splitlines() if line.startswith("user hitcounter "))
@@ -23,9 +23,7 @@ def started() -> Iterator[Shipped]:
 
 @pytest.fixture
 def store(started: Shipped) -> Shipped:
-    started.ask("all", "FLUSHALL")
-    started.ask("all", "SCRIPT", "FLUSH")
-    started.ask("all", "ACL", "SETUSER", "hitcounter", "resetkeys", *RIGHTS)
+    empty(started, "hitcounter", RIGHTS)
     return started
 
 
