@@ -3,15 +3,14 @@
 import asyncio
 import io
 import json
-import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from nanoservice import background, logs
+from nanoservice import background
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
@@ -38,19 +37,6 @@ async def served(valkey: Valkey, key: Path) -> AsyncIterator[Served]:
     environ = valkey.environ(SHOP_API_KEY_FILE=str(key), SHOP_REFILL_MILLISECONDS="60000", USER="root", API_URL="x")
     async with serving(shop.SERVICE, environ) as it:
         yield it
-
-
-@pytest.fixture
-def log() -> Iterator[io.StringIO]:
-    """Yield the log of the service as JSON, and restore the configuration of `logging` afterwards."""
-    root, stream = logging.getLogger(), io.StringIO()
-    handlers, level, others = root.handlers[:], root.level, logging.getLogger("asyncio").level
-    logs.configure("info", "json", stream)
-    yield stream
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("asyncio").setLevel(others)
-    logging.captureWarnings(False)
 
 
 def lines(log: io.StringIO, message: str) -> list[dict[str, Any]]:

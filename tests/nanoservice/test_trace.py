@@ -4,13 +4,13 @@ import asyncio
 import io
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 from aiohttp import web
 
-from nanoservice import config, direct, logs
+from nanoservice import config, direct
 from nanoservice.answer import Answer
 from nanoservice.direct import Content, Headers
 from nanoservice.errors import ProblemError, UnavailableError
@@ -59,19 +59,6 @@ def setup(app: web.Application, config: config.Config) -> None:
 async def served(valkey: Valkey) -> AsyncIterator[Served]:
     async with serving(Service("traced", "1", config.Config, setup), valkey.environ()) as it:
         yield it
-
-
-@pytest.fixture
-def log() -> Iterator[io.StringIO]:
-    """Yield the log of the service, as JSON and at debug level."""
-    root, stream = logging.getLogger(), io.StringIO()
-    handlers, level, others = root.handlers[:], root.level, logging.getLogger("asyncio").level
-    logs.configure("debug", "json", stream)
-    yield stream
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("asyncio").setLevel(others)
-    logging.captureWarnings(False)
 
 
 def lines(log: io.StringIO) -> list[dict[str, Any]]:
