@@ -21,12 +21,17 @@ NOT_HERE = {
     # hitcounter: begin
     "sudo apt-get install": "the command installs a package that Debian has and the runner's Ubuntu lacks",
     # hitcounter: end
-    "skaffold": "Skaffold is on a site that cannot be reached; `skaffold.yaml` is checked against its schema",
+    "skaffold": "no test runs Skaffold on a cluster; `make render-check` runs Skaffold without one",
     "curl": "the command asks minikube, which does not run here; this machine asks the node's port of another cluster",
     "kubectl wait": "the command waits for objects that Skaffold deletes",
     "make sign": "the target signs with the identity of the workflow, which only GitHub gives",
     "gh release create": "the command makes a release on GitHub",
 }
+# hitcounter: begin
+# tests/e2e/test_skaffold.py runs the commands that begin with these words.
+for words in ("skaffold", "kubectl wait"):
+    del NOT_HERE[words]
+# hitcounter: end
 
 
 @dataclass(frozen=True)
