@@ -392,7 +392,7 @@ def test_changed_requirements_give_new_pods(project: Project, dev: Watching) -> 
     change(project, {"requirements.txt": f"{lock}# changed\n"})
 
     def replaced() -> bool:
-        with contextlib.suppress(ValueError, KeyError):  # there are two pods, or the new one has no container yet
+        with contextlib.suppress(ValueError, KeyError, IndexError):  # there are two pods, or a new pod has no container yet
             return all(uid != before[name][0] for name, (uid, _) in project.identities().items())
         return False
 
