@@ -70,12 +70,12 @@ def monitoring() -> Iterator[Namespace]:
         yield one
     finally:
         if there:
-            one.kubectl("delete", "pod", "client", "--ignore-not-found")
+            one.kubectl("delete", "pod", "client", "prometheus", "--ignore-not-found")
         else:
             one.delete()
 
 
-def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
+def test_only_the_service_reaches_redis_and_only_prometheus_the_admin_port(
     cluster: Deployed, other: Namespace, monitoring: Namespace
 ) -> None:
     ours = cluster.namespace
@@ -83,6 +83,7 @@ def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
     address = pod["status"]["podIP"]
     start(other, cluster.image)
     start(monitoring, cluster.image)
+    start(monitoring, cluster.image, "prometheus", {"app.kubernetes.io/name": "prometheus"})
     start(ours, cluster.image, "stranger")
 
     wait_for(lambda: reach(ours, ours.ready()[0], redis) == {redis: True}, 15)
@@ -96,9 +97,11 @@ def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
     ours.kubectl("delete", "pod", "stranger")
 
     def monitored() -> bool:  # the policies admit a new pod a moment after the pod has its address
-        return reach(monitoring, "client", f"{address}:9090", redis) == {f"{address}:9090": True, redis: False}
+        return reach(monitoring, "prometheus", f"{address}:9090", redis) == {f"{address}:9090": True, redis: False}
 
     wait_for(monitored, 15)
+    public, admin = f"{address}:8080", f"{address}:9090"
+    assert reach(monitoring, "client", public, admin) == {public: True, admin: False}
 
 
 def test_service_reaches_redis_and_dns_and_nothing_else(cluster: Deployed, other: Namespace) -> None:

@@ -1,7 +1,7 @@
 """Deploy the service on a cluster with `make deploy`, and run commands there.
 
 `make e2e` uses the cluster of kubectl's current context. The tests create namespaces of their own, and delete these namespaces.
-One pod of the tests is in the namespace `monitoring`. If the cluster lacks this namespace, the tests create and delete it.
+Two pods of the tests are in the namespace `monitoring`. If the cluster lacks this namespace, the tests create and delete it.
 """
 
 import atexit
