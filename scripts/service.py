@@ -57,6 +57,7 @@ BELONGINGS = [
     # Only those tests and hitcounter's own use these modules.
     "tests/support/cluster.py",
     "tests/support/command_lines.py",
+    "tests/support/failing_task.py",
     "tests/support/exhaustion.py",
     "tests/support/load.py",
     "tests/support/proxies.py",

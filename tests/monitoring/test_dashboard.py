@@ -8,7 +8,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import textwrap
 import time
 from datetime import UTC, datetime, timedelta
@@ -24,6 +23,7 @@ from nanoservice.testing.valkey import Valkey, free_port
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.nanoservice.second_service import SERVICE as GREETER
 from tests.support import ROOT
+from tests.support.failing_task import FAILING_TASK
 from tests.support.load import Load
 from tests.support.process import spawning
 from tests.support.prometheus import COMPONENT, Prometheus, program, rules, shortened_rules
@@ -130,22 +130,6 @@ def test_documented_configurations_are_valid(tmp_path: Path) -> None:
 
 
 # hitcounter: begin
-# This is hitcounter with a background task that fails.
-_WITH_TASK = """
-import dataclasses
-from hitcounter import app
-from nanoservice import background, run
-
-async def fail():
-    raise RuntimeError("this task fails on purpose")
-
-def setup(application, config):
-    app.setup(application, config)
-    background.add(application, "fails", fail)
-
-app.SERVICE = dataclasses.replace(app.SERVICE, setup=setup)
-run.run("hitcounter")
-"""
 
 
 async def faults(store: Replicated, valkey: Valkey) -> None:
@@ -169,6 +153,7 @@ async def answers(folder: Path) -> dict[str, list[Any]]:
     Three instances serve a load while Redis fails in several ways. Two instances have a replicated Redis, and one uses TLS.
     """
     (folder / "valkey").mkdir()
+    (folder / "fails").touch()
     valkey = Valkey(folder / "valkey")
     front = TlsFront(valkey, folder)
     async with Replicated(folder / "store").running() as store:
@@ -181,8 +166,8 @@ async def answers(folder: Path) -> dict[str, list[Any]]:
             with spawning("hitcounter") as spawn, Prometheus(folder, targets, spec, relabelling()) as prometheus:
                 ports = []
                 for environ, admin in zip(pods, targets, strict=True):
-                    command = (sys.executable, "-c", _WITH_TASK) if "MAX_PENDING" in environ else ()
-                    process = await asyncio.to_thread(spawn, environ | {"ADMIN_PORT": str(admin)}, ROOT, command)
+                    command = FAILING_TASK if "MAX_PENDING" in environ else ()
+                    process = await asyncio.to_thread(spawn, environ | {"ADMIN_PORT": str(admin)}, folder, command)
                     ports.append(process.port)
                 began = time.monotonic()
                 load = Load(ports, 48, pause=0.05)

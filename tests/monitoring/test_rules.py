@@ -71,6 +71,9 @@ def burn(fast: bool, slo: str) -> Case:
             **requests(f"{good} _x99", pod="a"),
             **requests(f"_x{BEFORE} " + rates((6000, 99)), pod="b"),
         },
+        "a restart of Redis within 5 s": requests(
+            rates((6000, BEFORE), (5500, 1), (6000, 60)), **{kind: rates((0, BEFORE), (500, 1), (0, 60))}
+        ),
         "an idle night": requests(rates((6000, 60), (0, 480), (6000, 60))),
         "a single bad request at night": requests(rates((0, BEFORE)), **{kind: rates((0, 300), (1, 1), (0, 60))}),
         "probes that fail": {
@@ -126,6 +129,16 @@ CASES = {
                 **series("process_start_time_seconds", "_x6 3x30", pod="c"),
             },
             "restarts that are rare": series("process_start_time_seconds", "1x9 2x9 3x9 4x9"),
+        },
+    ),
+    "BackgroundTaskFails": Case(
+        series("background_task_failures_total", "0x5 1+1x20 21x40", 'task="t"'), 14, 45,
+        {
+            "a single failure": series("background_task_failures_total", "0x5 1x60", 'task="t"'),
+            "a short outage of Redis": {
+                **series("background_task_failures_total", "0x5 3x60", 'task="t"'),
+                **series("redis_up", "1x5 0 1x60"),
+            },
         },
     ),
     # hitcounter: begin
