@@ -46,6 +46,7 @@ class Sentinels:
         self._failovers = Counter("redis_failovers", "Times that another server became the primary", registry=registry)
         self.primary: Address | None = None
         self.replicas = 0  # the number of replicas that the Sentinels know, also of those that are down
+        self._named: Address | None = None  # by the last search
         self._successor: tuple[float, Address, Address] | None = None  # when it was learnt, the former primary, its successor
 
     async def find(self) -> Address:
@@ -61,19 +62,25 @@ class Sentinels:
         if self._successor:
             learnt, former, successor = self._successor
             if found == former and time.monotonic() < learnt + _FOLLOW_SECONDS:
-                return successor
+                found = successor
+        self._named = found
         return found
 
     def confirm(self, address: Address, role: list[Any]) -> None:
         """Record the role that the server at `address` reports, which is its reply to ROLE.
 
-        Raises NoPrimaryError unless it is a primary. In a planned failover the former primary knows its successor a second before
-        the Sentinels do. So for a second, `find` returns the successor instead of the former primary.
+        Raises NoPrimaryError unless it is a primary, and the one that the Sentinels named last. A connection to a former primary
+        may need until after the failover to open, and a server that was cut off does not know that it is replaced.
+
+        In a planned failover the former primary knows its successor a second before the Sentinels do. So for a second, `find`
+        returns the successor instead of the former primary.
         """
         if role[0] != b"master":
             if role[0] == b"slave":
                 self._successor = time.monotonic(), address, (role[1].decode(), int(role[2]))
             raise NoPrimaryError("the server that the Sentinels name is not a primary")
+        if address != self._named:
+            raise NoPrimaryError("another server has become the primary")
         if self.primary not in (None, address):
             self._failovers.inc()
             _logger.warning("Redis has failed over to another primary", extra={"redis": "{}:{}".format(*address)})

@@ -170,6 +170,26 @@ async def test_connection_to_a_demoted_primary_is_not_used_again(store: Replicat
         assert (status, "the server that the Sentinels name is not a primary" in body) == (503, True)
 
 
+async def test_connection_that_opens_late_does_not_lead_back_to_the_old_primary(store: Replicated) -> None:
+    registry = CollectorRegistry()
+    it = Store(Config.read(store.environ(REDIS_TIMEOUT="30")), registry)
+    assert await it.client.set("n", 1)
+    old = store.primary()
+    assert old
+    old.network.cut = frozenset(Peer)
+    late = asyncio.create_task(it.connection().connect())
+    await eventually(lambda: asyncio.to_thread(lambda: store.primary() not in (None, old)), 20 * SLACK)
+    new = it.connection()
+    await new.connect()
+    old.network.cut = frozenset({Peer.REPLICA, Peer.SENTINEL})  # The old primary answers, and nobody has told it of the failover.
+    assert old.role() == "master"
+    with pytest.raises(UnavailableError, match="another server has become the primary"):
+        await it.health.watch(late)
+    assert registry.get_sample_value("redis_failovers_total") == 1
+    await new.disconnect()
+    await it.client.aclose()
+
+
 async def test_search_ends_when_its_callers_are_gone(store: Replicated, silent: int) -> None:
     it = Store(Config.read(store.environ(REDIS_SENTINELS=f"127.0.0.1:{silent}")), CollectorRegistry())
     before = asyncio.all_tasks()
