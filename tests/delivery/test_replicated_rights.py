@@ -91,7 +91,8 @@ class Store:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    monkeypatch.delenv("REDIS_SERVER", raising=False)  # The rights are those of the manifests' Valkey.
     with ExitStack() as stack:
         yield Store(tmp_path, stack)
 
