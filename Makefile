@@ -92,7 +92,7 @@ test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2,
 	@sh scripts/test-servers.sh
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
-	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
+	@$(BIN)/coverage run -m pytest -n 4 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 # shellcheck needs the option --shell, because redis.sh, .ci/steps and the files in scripts/lib/ do not name their shell.
 lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows

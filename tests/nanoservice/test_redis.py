@@ -294,14 +294,14 @@ async def test_connection_that_is_refused_for_an_unknown_reason_is_not_the_handl
 async def test_connection_whose_handshake_is_cancelled_is_closed(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = asyncio.Event()
 
-    async def find(self: Sentinels) -> tuple[str, int]:
+    async def ask_all(self: Sentinels) -> tuple[str, int]:
         return "127.0.0.1", valkey.port
 
     async def begin(self: Replication, *arguments: Any) -> None:
         begun.set()
         await asyncio.sleep(3600)
 
-    monkeypatch.setattr(Sentinels, "find", find)
+    monkeypatch.setattr(Sentinels, "_ask_all", ask_all)
     monkeypatch.setattr(Replication, "begin", begin)
     it: Any = Store(Config.read({"REDIS_SENTINELS": "127.0.0.1:1"}), CollectorRegistry())
     try:

@@ -101,7 +101,7 @@ async def test_too_few_replicas_are_named_by_the_answer_and_by_readyz(
     valkey: Valkey, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "replica").mkdir()
-    replica = Valkey(tmp_path / "replica", "--replicaof", f"127.0.0.1 {valkey.port}", "--repl-diskless-sync-delay", "0")
+    replica = Valkey(tmp_path / "replica", "--replicaof", "127.0.0.1", str(valkey.port), "--repl-diskless-sync-delay", "0")
     async with serving(SERVICE, valkey.environ(REDIS_REPLICAS="1")) as served:
         cause = "Redis: too few replicas have what it wrote"
         for path in ("/", "/readyz"):
