@@ -51,7 +51,7 @@ async def test_failover_is_followed_logged_once_and_measured(store: Replicated, 
     async with serving(SERVICE, store.environ(REDIS_REPLICAS="1")) as served:
         assert (await get(served, "/readyz"))[0] == 200
         assert await works(served)
-        assert await metric(served, "redis_replicas") == 2
+        assert await metric(served, "redis_replicas") == await metric(served, "redis_replicas_expected") == 2
         old = store.primary()
         assert old
         old.kill()
@@ -59,6 +59,7 @@ async def test_failover_is_followed_logged_once_and_measured(store: Replicated, 
         await eventually(lambda: works(served), 10 * SLACK)
         await eventually(lambda: _ready(served), 2 * SLACK)
         assert await metric(served, "redis_failovers_total") == 1
+        assert (await metric(served, "redis_replicas"), await metric(served, "redis_replicas_expected")) == (1, 2)
         assert len([line for line in caplog.messages if line == "Redis has failed over to another primary"]) == 1
         assert [record for record in caplog.records if vars(record).get("redis", "").startswith("127.")]
 
