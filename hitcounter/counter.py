@@ -237,8 +237,9 @@ class Batch:
                 yield future
 
     def freeze(self) -> tuple[int, int, list[bytes]]:
-        """Drop the requests of disconnected clients; return the number of hits, the number of posts, and the keys' digests.
+        """Drop the requests that were cancelled; return the number of hits, the number of posts, and the keys' digests.
 
+        The request of a client that has disconnected is not cancelled, so it is counted.
         No request joins the batch after this call, so each retry sends the same batch.
         """
         self.hits = [future for future in self.hits if not future.done()]

@@ -7,6 +7,7 @@ write. tests/nanoservice/test_borrowed.py reports each one that an upgrade remov
   nothing is sent. `web.Response` will replace them once its cost no longer matters.
 - `StreamResponse.force_close`, `StreamResponse.keep_alive`: aiohttp documents both. Without them a handler cannot close a
   connection after its answer.
+- `StreamResponse.set_status`: aiohttp documents it. Without it a middleware can no longer change the status.
 - `StreamResponse.enable_compression`: aiohttp documents it, and `Answer` refuses the call. Without it the override can
   be removed.
 - `StreamResponse._cookies`: it holds the cookies that were set after the answer was made. Without it they are not sent.
@@ -25,10 +26,13 @@ from http import HTTPStatus
 from aiohttp import HttpVersion10, web
 from aiohttp.abc import AbstractStreamWriter
 
-from nanoservice.errors import Lines, header_lines
+from nanoservice.errors import Lines, check_name, header_lines
 from nanoservice.trace import Trace
 
-_STATUS_LINE = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus}
+_STATUS_LINE = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus if status >= 200
+}
+_NO_BODY = 204, 304  # To a client, the bytes behind the head of such an answer are the next answer.
 _ONE_LINE = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)?")
 _CLOSE = b"Connection: close\r\n"
 
@@ -44,8 +48,10 @@ def check_lines(lines: bytes) -> None:
 
     Several lines in plain bytes are refused, because a value with a line break may have added the second line.
     """
-    if type(lines) is not Lines and not _ONE_LINE.fullmatch(lines):
-        raise ValueError("lines must be one header line, or what header_lines() returned")
+    if type(lines) is not Lines:
+        if not _ONE_LINE.fullmatch(lines):
+            raise ValueError("lines must be one header line, or what header_lines() returned")
+        check_name(lines.partition(b":")[0].decode())
 
 
 def encode(status: int, lines: bytes, body: bytes | None, connection: bytes = b"", *, whole: bool = True) -> bytes:
@@ -61,19 +67,26 @@ class Answer(web.StreamResponse):
 
     aiohttp's Response builds a header map and serialises the headers. This is a quarter of the cost of a small request. This
     class writes bytes through `request.writer`, and honours HEAD, HTTP/1.0 and `Connection: close`. `lines` are further header
-    lines (see `check_lines`). If `body` is None (for HEAD and 204), no Content-Length is sent. A header or cookie that is set
-    later, by a middleware or a signal `on_response_prepare`, replaces the lines of its name. Compression is refused.
+    lines (see `check_lines`). If `body` is None (for HEAD, 204 and 304), no Content-Length is sent. A header or cookie that is
+    set later, by a middleware or a signal `on_response_prepare`, replaces the lines of its name. Compression is refused.
     """
 
     def __init__(self, body: bytes | None, lines: bytes = b"", *, status: int = 200) -> None:
         check_lines(lines)
-        if status not in _STATUS_LINE:
-            raise ValueError(f"{status} is not a status that HTTP defines")
-        super().__init__(status=status)
+        super().__init__()
         self._content = body
         self._lines = lines
         self._closing = False
         self._alive: bool | None = None
+        self.set_status(status)
+
+    def set_status(self, status: int, reason: str | None = None) -> None:
+        """Set the status. Raises ValueError if it is not the status of an answer, or does not allow this answer's body."""
+        if status not in _STATUS_LINE:
+            raise ValueError(f"{status} is not the status of an answer in HTTP")
+        if status in _NO_BODY and self._content is not None:
+            raise ValueError(f"an answer with the status {status} has no body: set `body` to None, or choose another status")
+        super().set_status(status, reason)
 
     @property
     def keep_alive(self) -> bool | None:
@@ -87,6 +100,9 @@ class Answer(web.StreamResponse):
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
         """Write the whole answer to `request`. A second call writes nothing, because the writer is closed by then."""
         await request._prepare_hook(self)
+        if self._content is None and self.status not in _NO_BODY and request.method != "HEAD":
+            # Without a Content-Length, the client would wait for more until the connection is closed.
+            raise ValueError("only an answer to HEAD, or with the status 204 or 304, has no body: set `body` to bytes")
         self._alive = request.keep_alive and not self._closing
         await request.writer.write_eof(self.encode(request.version == HttpVersion10, whole=request.method != "HEAD"))
         return request.writer

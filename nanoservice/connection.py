@@ -554,7 +554,7 @@ class Connection(BaseProtocol):
         With `linger`, bytes that still arrive are discarded until the client closes its side, or is overdue. Otherwise the kernel
         would reset the connection, and the client might lose the answer.
         """
-        self._receives()
+        self._idle, self._since = False, self._factory.now()
         self._deaf, self._busy, self._later, self._counted, self._message = True, False, b"", 0, None
         self._bounds.release(self)
         if self.transport is None:

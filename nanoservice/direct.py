@@ -37,6 +37,8 @@ _DIRECT = web.AppKey("direct", Routes)
 
 def add(app: web.Application, method: str, path: str, begin: Begin) -> None:
     """Add a route whose handler has two halves. A body of at most 1 MiB is read and discarded before `begin` is called."""
+    if method == "HEAD":  # The connection would send a body, too, which breaks its framing.
+        raise ValueError("a direct route cannot answer HEAD: use app.router.add_head() and Answer(None, ...)")
 
     async def handler(request: web.Request) -> Answer:
         if method == "POST":

@@ -7,17 +7,30 @@ from http import HTTPStatus
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # Latin-1 without control characters
 
+# The server writes these headers itself. A handler's headers of these names are refused: replacing the server's needs more code.
+_WRITTEN = "connection", "content-length", "date", "transfer-encoding"
+
 
 class Lines(bytes):
     """Header lines that `header_lines` has checked."""
 
 
 def header_lines(headers: Mapping[str, str]) -> Lines:
-    """Return `headers` as header lines. Raises ValueError for an invalid name or value, such as a value with a line break."""
+    """Return `headers` as header lines. Raises ValueError for an invalid name or value, such as a value with a line break.
+
+    Headers that the server writes itself are refused, too.
+    """
     for name, value in headers.items():
+        check_name(name)
         if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
             raise ValueError(f"the header {name!r} has an invalid name or value")
     return Lines("".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1"))
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError if the server writes the header `name` itself, because clients would get this header twice."""
+    if name.lower() in _WRITTEN:
+        raise ValueError(f"the server writes the header {name!r} itself: do not set it; force_close() closes the connection")
 
 
 class ConfigError(Exception):

@@ -1,9 +1,10 @@
 """The health of Redis: whether Redis works for this process, and what its errors mean."""
 
+import contextlib
 import logging
 import re
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge
@@ -67,8 +68,12 @@ _SIGNS: tuple[tuple[str | type[BaseException] | tuple[type[BaseException], ...],
     ((exceptions.ConnectionError, OSError), "it cannot be reached"),
 )
 
+# If no entry matches. A handler's command that gets such an error is at fault itself: a wrong argument, a key of another type.
+_UNEXPECTED = "an unexpected error"
+
 # An error begins with its code. If a command in a script fails, Redis 6.2 puts "ERR Error running script (...)" before its error.
-_CODE = re.compile(r"(?:^|@user_script: ?\d+: -?)([A-Z]+)\b")
+# If EXEC itself is refused, Redis puts "EXECABORT Transaction discarded because of: " before the error.
+_CODE = re.compile(r"(?:^|@user_script: ?\d+: -?|discarded because of: )([A-Z]+)\b")
 
 _POOL_IS_EMPTY = "No connection available."  # the driver's message if all connections of its pool are in use
 
@@ -77,6 +82,8 @@ _logger = logging.getLogger(__name__)
 
 def _text(error: BaseException) -> str:
     """Return the code and the message of `error`, without the arguments of commands, because these may be secret."""
+    if isinstance(error, CauseError) and error.__cause__:
+        error = error.__cause__
     # If a command of a pipeline fails, the driver's message has the command first, and then the server's message as a tuple.
     text = str(error).rpartition(" of pipeline caused error: ")[2].lstrip("('\"").partition(", with args")[0]
     code = error.status_code if isinstance(error, exceptions.RedisError) else None
@@ -100,7 +107,16 @@ def cause(error: BaseException) -> str:
     for sign, words in _SIGNS:
         if sign in text if isinstance(sign, str) else isinstance(error, sign):
             return words
-    return "an unexpected error" + (f": {code}" if code not in ("", "ERR") else "")
+    return _UNEXPECTED + (f": {code}" if code not in ("", "ERR") else "")
+
+
+@contextlib.contextmanager
+def not_of_a_handler() -> Iterator[None]:
+    """Raise CauseError for an error that Redis replies to the chassis, so that `Health.watch` does not blame the handler."""
+    try:
+        yield
+    except exceptions.ResponseError as error:
+        raise CauseError(cause(error)) from error
 
 
 class Health:
@@ -169,7 +185,7 @@ class Health:
         except _HANDLER_ERRORS:
             raise
         except REDIS_ERRORS as error:
-            if _code(error) == "WRONGTYPE":  # The handler has used a command on a key of another type.
+            if isinstance(error, exceptions.ResponseError) and cause(error).startswith(_UNEXPECTED):
                 raise
             if str(error) == _POOL_IS_EMPTY:  # Handlers use all connections. This alone says nothing about Redis.
                 raise UnavailableError("Redis: " + self.reason if self.reason else "no connection to Redis is free") from error

@@ -97,6 +97,7 @@ class BackgroundHandler(logging.Handler):
         return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
 
     def _write(self) -> None:
+        torn = b""  # a line break, if the last line was written only in part
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._lines)
@@ -105,14 +106,22 @@ class BackgroundHandler(logging.Handler):
             if missing:
                 report = {"name": __name__, "levelname": "WARNING", "msg": _DROPPED, "lines": missing}
                 lines.append(self._line(logging.makeLogRecord(report)))
+            lines[0] = torn + lines[0]
+            data = b"".join(lines)
             try:
-                data = b"".join(lines)
                 while data:
                     data = data[os.write(self._descriptor, data) :]
                 self._reported += missing
+                torn = b""
             except OSError:  # The reader is gone, or the disk is full.
+                left, lost = len(data), -bool(missing)  # The report is not a record.
+                while left > 0:
+                    left -= len(lines.pop())
+                    lost += 1
                 with self._changed:
-                    self.dropped += len(lines) - bool(missing)
+                    self.dropped += lost
+                if left or lines:  # If nothing was written, the line before is still torn.
+                    torn = b"\n" if left else b""
             with self._changed:
                 self._waiting -= size
                 self._changed.notify_all()

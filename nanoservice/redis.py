@@ -46,7 +46,7 @@ from redis.credentials import CredentialProvider
 
 from nanoservice.config import Config
 from nanoservice.errors import SecretFileError
-from nanoservice.health import Health
+from nanoservice.health import Health, not_of_a_handler
 from nanoservice.replication import Replication
 from nanoservice.sentinel import Sentinels
 
@@ -90,12 +90,13 @@ class _DiscreetConnection(AbstractConnection):
             await self.disconnect(nowait=True)
         if self.is_connected:
             return
-        await super().connect()  # type: ignore[no-untyped-call] # typed in part
-        # A server that refuses a client, for example because of maxclients, says so before the client has asked anything.
-        if await self.can_read():
+        with not_of_a_handler():
             try:
-                await self.read_response()
-            except exceptions.RedisError:
+                await super().connect()  # type: ignore[no-untyped-call] # typed in part
+                # A server that refuses a client, for example because of maxclients, says so before the client has asked anything.
+                if await self.can_read():
+                    await self.read_response()
+            except BaseException:  # A pool would use a connection whose handshake was cancelled as if it were ready.
                 await self.disconnect(nowait=True)
                 raise
 
@@ -234,7 +235,8 @@ async def _replicate(replication: Replication, connection: AbstractConnection) -
     """Wait until enough replicas have what was written over `connection`. Raises TooFewReplicasError if this takes too long."""
     if wait := replication.wait:
         await connection.send_command(*wait)
-        await replication.confirm(connection)
+        with not_of_a_handler():
+            await replication.confirm(connection)
 
 
 class Store:

@@ -125,8 +125,8 @@ async def _live(service: Service[C], config: C, store: str | None, public: socke
         await asyncio.sleep(config.drain_seconds)
         await running.close()
     except asyncio.CancelledError:
-        requests = await running.cut_off() if running else 0
-        _logger.warning("stopped by a second signal: requests in flight were cut off", extra={"requests": requests})
+        cut_off = await running.cut_off() if running else 0
+        _logger.warning("stopped by a second signal: requests in flight were cut off", extra={"connections": cut_off})
         return 128 + last_signal
     _logger.info("stopped")
     return 0
@@ -191,7 +191,10 @@ class Running:
         while True:
             await asyncio.sleep(1)
             for factory in self._factories:
-                factory.close_overdue()
+                try:
+                    factory.close_overdue()
+                except Exception:  # Without the sweep, slow clients could use all connections.
+                    _logger.exception("overdue connections were not closed")
 
     def drain(self) -> None:
         """Make readiness answer 503, and close each connection after its next answer, but keep serving.
@@ -242,7 +245,7 @@ class Running:
             await asyncio.sleep(0.01)
 
     def _log_cut_off(self) -> None:
-        _logger.warning("requests were cut off: they took too long", extra={"requests": self._connections()})
+        _logger.warning("requests were cut off: they took too long", extra={"connections": self._connections()})
 
     def _connections(self) -> int:
         return sum(len(factory.connections) for factory in self._factories)

@@ -106,7 +106,7 @@ async def test_client_that_disconnects_disturbs_no_other_request_of_its_batch(va
         valkey.thaw()
         numbers = [(await wire.reply()).json["hits"] for number, wire in enumerate(wires) if number % 3]
         assert len(set(numbers)) == 20
-        assert max(numbers) <= totals(valkey)[0] <= 60
+        assert max(numbers) <= totals(valkey)[0] == 60  # the requests of the clients that have disconnected are counted, too
 
 
 async def test_cancelled_waiter_disturbs_no_other_of_its_batch(valkey: Valkey) -> None:

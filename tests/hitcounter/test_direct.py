@@ -9,10 +9,13 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from aiohttp import web
 
 from hitcounter.app import SERVICE
+from nanoservice import direct
 from nanoservice.connection import Connection
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
@@ -229,3 +232,8 @@ async def test_client_that_pipelines_gets_one_answer_in_each_iteration_of_the_ev
         other.writer.write(request("GET", "/livez"))
         assert (await other.reply()).status == 200
         assert piped.reader._buffer.count(b"HTTP/1.1 ") < 400  # type: ignore[attr-defined] # the client has not read
+
+
+def test_direct_route_for_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="add_head"):
+        direct.add(web.Application(), "HEAD", "/", Mock())

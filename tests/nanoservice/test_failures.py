@@ -38,6 +38,32 @@ async def answer_299(request: web.Request) -> web.StreamResponse:
     return Answer(b"", status=299)
 
 
+async def answer_204_with_a_body(request: web.Request) -> web.StreamResponse:
+    return Answer(b"x", status=204)
+
+
+async def answer_that_becomes_304(request: web.Request) -> web.StreamResponse:
+    answer = Answer(b"x")
+    answer.set_status(304)
+    return answer
+
+
+async def answer_without_a_body(request: web.Request) -> web.StreamResponse:
+    return Answer(None)
+
+
+async def answer_with_a_date_set_later(request: web.Request) -> web.StreamResponse:
+    answer = Answer(b"x")
+    answer.headers["Date"] = "Mon, 01 Jan 2024 00:00:00 GMT"
+    return answer
+
+
+async def answer_with_a_length_set_later(request: web.Request) -> web.StreamResponse:
+    answer = Answer(b"x")
+    answer.content_length = 2
+    return answer
+
+
 async def http_exception_499(request: web.Request) -> web.StreamResponse:
     class Closed(web.HTTPClientError):
         status_code = 499
@@ -111,7 +137,8 @@ def setup(app: web.Application, config: config.Config) -> None:
     handlers = (
         nothing, text, status_499, no_error, answer_299, http_exception_499, euro, split_problem, split_answer,
         split_answer_of_aiohttp, split_challenge, timeout, stream, stream_then_problem, stream_then_http_exception, changed,
-        compressed,
+        compressed, answer_204_with_a_body, answer_that_becomes_304, answer_without_a_body,
+        answer_with_a_date_set_later, answer_with_a_length_set_later,
     )  # fmt: skip
     for handler in handlers:
         app.router.add_get(f"/{handler.__name__}", handler)
@@ -130,6 +157,8 @@ SPLIT = "?name=a%0d%0aSet-Cookie:%20x=1"
 @pytest.mark.parametrize(
     "path",
     ["nothing", "text", "status_499", "no_error", "answer_299", "http_exception_499", "euro", "split_problem", "compressed"]
+    + ["answer_204_with_a_body", "answer_that_becomes_304", "answer_without_a_body"]
+    + ["answer_with_a_date_set_later", "answer_with_a_length_set_later"]
     + [f"{name}{SPLIT}" for name in ("split_answer", "split_answer_of_aiohttp", "split_challenge")],
 )
 async def test_answer_that_cannot_be_sent_becomes_a_500_that_is_logged_and_measured(
@@ -247,3 +276,20 @@ def test_each_header_line_is_checked() -> None:
     for lines in (b"X: y", b"X: y\r\nZ: a\r\n", b"X\r\n", b"X: \n\r\n"):
         with pytest.raises(ValueError, match="header_lines"):
             Answer(b"", lines)
+
+
+@pytest.mark.parametrize("status", [100, 101, 103, 204, 299, 304])
+def test_answer_whose_status_allows_no_body_is_refused_when_it_is_made(status: int) -> None:
+    for body in (b"", b"x"):
+        with pytest.raises(ValueError, match=str(status)):
+            Answer(body, status=status)
+
+
+@pytest.mark.parametrize("name", ["Content-Length", "transfer-encoding", "DATE", "Connection"])
+def test_header_that_the_server_writes_itself_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        header_lines({"A": "b", name: "1"})
+    with pytest.raises(ValueError, match=name):
+        Answer(b"x", f"{name}: 1\r\n".encode())
+    with pytest.raises(ValueError, match=name):
+        ProblemError(400, "", {name: "1"})

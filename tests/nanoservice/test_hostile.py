@@ -11,6 +11,7 @@ from aiohttp import web
 
 from nanoservice import config, connection
 from nanoservice.answer import Answer
+from nanoservice.connection import Connection
 from nanoservice.service import Service
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
@@ -146,6 +147,24 @@ async def short(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 @pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 async def test_slow_clients_are_closed_on_either_event_loop(short: Served) -> None:
     await check_times(short.port, 1)
+
+
+async def test_sweep_that_fails_once_is_logged_and_repeated(
+    short: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    end_overdue, errors = Connection.end_overdue, [RuntimeError("a bug")]
+
+    def fail_once(self: Connection, now: float) -> None:
+        if errors:
+            raise errors.pop()
+        end_overdue(self, now)
+
+    monkeypatch.setattr(Connection, "end_overdue", fail_once)
+    async with connected(short.port) as wire:
+        await wire.send(b"GET")
+        await wire.closed()
+    assert caplog.messages == ["overdue connections were not closed"]
+    assert "RuntimeError: a bug" in caplog.text
 
 
 async def test_request_that_waits_for_its_number_is_not_closed(short: Served, valkey: Valkey) -> None:

@@ -1,16 +1,19 @@
 """The log has one JSON object a line, or readable text on a terminal, and never a secret."""
 
 import asyncio
+import errno
 import io
 import json
 import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, TextIO
 
 import aiohttp
@@ -156,6 +159,45 @@ def test_lines_that_nobody_reads_are_dropped_and_counted_and_the_log_says_how_ma
     logging.getLogger("x").info("works again")
     assert json.loads(reader.readline())["message"] == "works again"
     assert logs.dropped() == 100
+
+
+def test_lines_that_were_written_before_the_disk_was_full_are_not_counted_as_dropped(
+    pipe: tuple[IO[bytes], TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = pipe
+    begun, waiting, written = threading.Event(), threading.Event(), list[bytes]()
+
+    def write(descriptor: int, data: bytes) -> int:
+        if len(written) == 0:
+            begun.set()
+            assert waiting.wait(5 * SLACK)
+        elif len(written) == 1:  # two lines and a part of the third one
+            data = data[: data.index(b"\n", data.index(b"\n") + 1) + 10]
+        elif len(written) < 4:
+            written.append(b"")
+            raise OSError(errno.ENOSPC, "no space")
+        written.append(data)
+        return os.write(descriptor, data)
+
+    monkeypatch.setattr(logs, "os", SimpleNamespace(write=write))
+    logs.configure("info", "json", writer)
+    log, (handler,) = logging.getLogger("x"), logging.getLogger().handlers
+    log.info("first")
+    assert begun.wait(5 * SLACK)
+    for number in range(5):
+        log.info("in one write", extra={"number": number})
+    waiting.set()
+    handler.flush()
+    assert logs.dropped() == 3
+    log.info("not written at all")
+    handler.flush()
+    assert logs.dropped() == 4
+    log.info("again")
+    first, zero, one, torn, again, report = (reader.readline() for _ in range(6))
+    assert [json.loads(line).get("number") for line in (first, zero, one)] == [None, 0, 1]
+    assert len(torn) == 10
+    assert json.loads(again)["message"] == "again"
+    assert json.loads(report)["lines"] == 4
 
 
 def test_memory_of_a_log_that_nobody_reads_is_bounded(pipe: tuple[IO[bytes], TextIO]) -> None:

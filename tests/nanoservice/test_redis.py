@@ -21,6 +21,8 @@ from nanoservice.config import Config
 from nanoservice.errors import UnavailableError
 from nanoservice.health import Health, cause
 from nanoservice.redis import Store
+from nanoservice.replication import Replication
+from nanoservice.sentinel import Sentinels
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
@@ -247,14 +249,78 @@ async def test_arguments_of_an_unknown_command_are_not_logged(store: Store, capl
     assert "s3cret" not in logged(caplog)
 
 
-async def test_key_of_another_type_is_the_handlers_error(store: Store, valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+async def test_command_that_redis_refuses_for_its_own_sake_is_the_handlers_error(
+    store: Store, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
     client: Any = store.client
-    valkey.run("RPUSH", "n", "x")
-    for work in (client.incr("n"), client.pipeline().incr("n").execute()):
-        with pytest.raises(exceptions.ResponseError, match="WRONGTYPE"):
-            await work
+    valkey.run("RPUSH", "list", "x")
+    valkey.run("SET", "text", "x")
+    valkey.run("XGROUP", "CREATE", "stream", "group", "$", "MKSTREAM")
+    commands: dict[str, tuple[str, ...]] = {
+        "WRONGTYPE": ("INCR", "list"),
+        "not an integer": ("INCR", "text"),
+        "syntax error": ("SET", "text", "x", "NO"),
+        "wrong number of arguments": ("GET",),
+        "BUSYGROUP": ("XGROUP", "CREATE", "stream", "group", "$"),
+        "no such key": ("EVAL", "return redis.call('RENAME', 'a', 'b')", "0"),
+    }
+    for words, command in commands.items():
+        for pipeline in (None, client.pipeline(), client.pipeline(transaction=False)):
+            with pytest.raises(exceptions.ResponseError, match=words):
+                await (pipeline.execute_command(*command).execute() if pipeline else client.execute_command(*command))
     assert not store.health.reason
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("replies", [b"-ERR no server is free\r\n", b""], ids=["to nothing", "to AUTH"])
+async def test_connection_that_is_refused_for_an_unknown_reason_is_not_the_handlers_error(replies: bytes) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(replies or (await reader.read(65536) and b"-ERR s3cret\r\n"))
+        await reader.read(65536)
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        environ = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(server.sockets[0].getsockname()[1]), "REDIS_PASSWORD": "s3cret"}
+        it: Any = Store(Config.read(environ), CollectorRegistry())
+        try:
+            with pytest.raises(UnavailableError, match=r"Redis: an unexpected error$"):
+                await it.client.incr("n")
+        finally:
+            await it.client.aclose()
+
+
+async def test_connection_whose_handshake_is_cancelled_is_closed(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = asyncio.Event()
+
+    async def find(self: Sentinels) -> tuple[str, int]:
+        return "127.0.0.1", valkey.port
+
+    async def begin(self: Replication, *arguments: Any) -> None:
+        begun.set()
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(Sentinels, "find", find)
+    monkeypatch.setattr(Replication, "begin", begin)
+    it: Any = Store(Config.read({"REDIS_SENTINELS": "127.0.0.1:1"}), CollectorRegistry())
+    try:
+        task = asyncio.create_task(it.client.get("n"))
+        await asyncio.wait_for(begun.wait(), 5 * SLACK)
+        task.cancel()
+        await asyncio.wait([task])
+        await eventually(lambda: len(valkey.run("CLIENT", "LIST").splitlines()) == 1, 5 * SLACK)  # only the one that asks
+    finally:
+        await it.client.aclose()
+
+
+async def test_wait_that_redis_refuses_is_not_the_handlers_error(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    it: Any = Store(Config.read(valkey.environ(REDIS_REPLICAS="1")), CollectorRegistry())
+    valkey.run("REPLICAOF", "127.0.0.1", "1")
+    try:
+        with pytest.raises(UnavailableError, match=r"Redis: an unexpected error$"):
+            await it.client.get("n")
+    finally:
+        await it.client.aclose()
+    assert "WAIT cannot be used with replica instances" in logged(caplog)
 
 
 async def test_handlers_that_use_all_connections_are_not_reported_as_an_outage_of_redis(
@@ -489,6 +555,7 @@ def in_script(reply: str) -> Exception:
         (server("WRONGPASS invalid username-password pair or user is disabled."), "wrong user or password"),
         (server("NOREPLICAS Not enough good replicas to write."), "too few replicas"),
         (in_script("-NOREPLICAS Not enough good replicas to write."), "too few replicas"),
+        (server("EXECABORT Transaction discarded because of: OOM command not allowed when used memory"), "out of memory"),
         (server("MOVED 866 10.1.2.3:6379"), "Redis Cluster"),
         (server("ERR unknown command 'EVALSHA', with args beginning with: '10.1.2.3' 'OOM'"), "it is a Sentinel"),
         (server("ERR max number of clients reached"), "too many clients"),

@@ -208,7 +208,7 @@ def logged(caplog: pytest.LogCaptureFixture, message: str) -> dict[str, Any]:
     return vars(record)
 
 
-async def test_number_of_requests_that_are_cut_off_is_logged(
+async def test_number_of_connections_that_are_cut_off_is_logged(
     valkey: Valkey, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(server, "FINISH_SECONDS", 0.5)
@@ -216,13 +216,13 @@ async def test_number_of_requests_that_are_cut_off_is_logged(
         async with serving(SERVICE, valkey.environ(REDIS_TIMEOUT="60")) as served:
             valkey.freeze()
             for _ in range(3):
-                await (await stack.enter_async_context(connected(served.port))).send(request())
+                await (await stack.enter_async_context(connected(served.port))).send(request(), request())
             await stack.enter_async_context(connected(served.port))  # An idle connection has no request that is cut off.
             await eventually(lambda: pending(served, 3), 5)
-    assert logged(caplog, "requests were cut off: they took too long")["requests"] == 3
+    assert logged(caplog, "requests were cut off: they took too long")["connections"] == 3
 
 
-async def test_second_signal_logs_the_number_of_requests_that_are_cut_off(valkey: Valkey, spawn: Spawn) -> None:
+async def test_second_signal_logs_the_number_of_connections_that_are_cut_off(valkey: Valkey, spawn: Spawn) -> None:
     process = spawn(valkey.environ(REDIS_TIMEOUT="60", DRAIN_SECONDS="60"))
     valkey.freeze()
     async with contextlib.AsyncExitStack() as stack:
@@ -234,7 +234,7 @@ async def test_second_signal_logs_the_number_of_requests_that_are_cut_off(valkey
         await asyncio.to_thread(wait_for, lambda: process.logged("draining"), 5)
         assert await asyncio.to_thread(process.end, signal.SIGINT) == 128 + signal.SIGINT
     [line] = [line for line in process.log if line["message"] == "stopped by a second signal: requests in flight were cut off"]
-    assert line["requests"] == 2
+    assert line["connections"] == 2
 
 
 async def test_clean_up_that_fails_is_reported(valkey: Valkey) -> None:

@@ -145,6 +145,16 @@ async def test_client_that_is_refused_may_finish_its_request_before_it_reads_the
         await eventually(lambda: not served.running._factories[0].connections, 5 * SLACK)
 
 
+async def test_time_to_read_the_last_answer_begins_with_that_answer(served: Served) -> None:
+    (factory, _) = served.running._factories
+    async with connected(served.port) as wire:
+        await wire.send(request("GET", "/", "Connection: close"), b"more")
+        assert (await wire.reply()).status == 200
+        await wire.closed()
+        factory.close_overdue()
+        assert factory.connections
+
+
 async def test_client_that_pipelines_and_reads_slowly_is_not_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "RECEIVE_SECONDS", 1.0)
     number = 2_000

@@ -133,19 +133,11 @@ class Attacker:
         loop = asyncio.get_running_loop()
         for number in itertools.count():
             async with self._opening:
-                sock = socket.socket()
-                sock.setblocking(False)
-                if not self.attack.reads:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                if self.attack.resets:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 try:
                     async with asyncio.timeout(PROBE_SECONDS):
-                        await loop.sock_connect(sock, self._address)
-                        _, client = await loop.create_connection(lambda: _Client(self), sock=sock)
+                        _, client = await loop.create_connection(lambda: _Client(self), *self._address)
                 except (OSError, TimeoutError) as error:
                     self.counts[type(error).__name__] += 1
-                    sock.close()
                     await asyncio.sleep(0.05)
                     continue
                 finally:
@@ -171,8 +163,12 @@ class _Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment] # uvloop's transports do not derive from asyncio's
+        sock = transport.get_extra_info("socket")
         if not self._attack.reads:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             self.transport.pause_reading()
+        if self._attack.resets:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         data = self._attacker.malformed() if self._attack.malformed else self._attack.data
         self._write(data)
         if not self._attack.stays:
@@ -278,7 +274,7 @@ async def attacked(name: str, host: str, port: int, admin_port: int, seconds: fl
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-    assert process.returncode == 0
+    assert process.returncode == 0, f"the attacker ended with {process.returncode}"
     return probes, output.decode().strip()
 
 
