@@ -42,7 +42,7 @@ def copied(folder: Path) -> Path:
 def ran(script: str | Path, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     environ = {**os.environ, "NAMESPACE": "n", "REGISTRY": "r.example", "SERVICE": "", "VALKEY": "", **environ}
     path = ROOT / "scripts" / script
-    command = [str(path), *arguments]
+    command = ["sh", str(path), *arguments]
     return subprocess.run(command, cwd=path.parents[1], env=environ, capture_output=True, text=True, timeout=30)
 
 
@@ -296,7 +296,7 @@ def test_temporary_passwords_are_deleted_when_the_terminal_closes(tmp_path: Path
     temporary.mkdir()
     kubectl = played(tmp_path, "kubectl", 'case $* in *"get secret"*) echo >"$0.waits"; sleep 60 ;; esac')
     environ = {**os.environ, "NAMESPACE": "n", "KUBECTL": kubectl, "TMPDIR": str(temporary)}
-    command = str(ROOT / "scripts" / "secret.sh")
+    command = ["sh", "scripts/secret.sh"]
     # Restore the default action of SIGHUP: if these tests run under nohup, their child processes would ignore SIGHUP.
     heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, preexec_fn=heeded) as popen:

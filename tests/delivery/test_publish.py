@@ -381,5 +381,5 @@ def test_update_gives_an_image_the_digest_that_its_tag_has_now(tmp_path: Path) -
         (tmp_path / "Containerfile").write_text(f"ARG BASE={name}@sha256:{'0' * 64}\n")
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     environ = os.environ | {"ORAS": program()}
-    subprocess.run([ROOT / "scripts" / "update-images.sh"], cwd=tmp_path, env=environ, check=True, timeout=60)
+    subprocess.run(["sh", ROOT / "scripts" / "update-images.sh"], cwd=tmp_path, env=environ, check=True, timeout=60)
     assert (tmp_path / "Containerfile").read_text() == f"ARG BASE={name}@{published().digest}\n"

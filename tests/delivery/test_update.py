@@ -48,7 +48,7 @@ def test_action_gets_the_commit_of_its_newest_version(copy: Path) -> None:
         "GIT_CONFIG_KEY_0": f"url.{copy.parent}/.insteadOf",
         "GIT_CONFIG_VALUE_0": "https://github.com/",
     }
-    subprocess.run([ROOT / "scripts" / "update-actions.sh"], cwd=copy, env=environ, check=True, timeout=60)
+    subprocess.run(["sh", ROOT / "scripts" / "update-actions.sh"], cwd=copy, env=environ, check=True, timeout=60)
     commit = git(copy.parent / "actions" / "some", "rev-parse", "v1.10.0^{commit}")
     assert (copy / ".github" / "workflows" / "a.yml").read_text() == f"uses: actions/some@{commit}  # v1.10.0\n"
     assert [file.name for file in (copy / ".github" / "workflows").iterdir()] == ["a.yml"]
@@ -77,7 +77,7 @@ def test_changes_of_every_kind_of_pin_are_shown(copy: Path) -> None:
 
 
 def changes(copy: Path) -> list[str]:
-    command = [str(ROOT / "scripts" / "update-changes.sh")]
+    command = ["sh", str(ROOT / "scripts" / "update-changes.sh")]
     ended = subprocess.run(command, cwd=copy, env=ENVIRON, check=True, text=True, capture_output=True, timeout=60)
     return ended.stdout.splitlines()
 
@@ -106,7 +106,7 @@ def test_image_gets_the_digest_that_its_tag_has_now(copy: Path) -> None:
     oras.write_text(f'#!/bin/sh\n[ "$*" = "resolve docker.io/some/image-1:1-a" ] && echo sha256:{"1" * 64}\n')
     oras.chmod(0o755)
     environ = os.environ | {"ORAS": str(oras)}
-    subprocess.run([ROOT / "scripts" / "update-images.sh"], cwd=copy, env=environ, check=True, timeout=60)
+    subprocess.run(["sh", ROOT / "scripts" / "update-images.sh"], cwd=copy, env=environ, check=True, timeout=60)
     assert {name: (copy / name).read_text() for name in texts} == {name: text.format(new) for name, text in texts.items()}
 
 
