@@ -6,9 +6,11 @@ VENV ?= .venv
 override VENV := $(patsubst %/,%,$(VENV))
 BIN := $(VENV)/bin
 SERVERS ?=           # packages of tests/servers/requirements.in; with them, `make test-servers` tests only with their servers
-UPGRADE ?=           # with UPGRADE=--upgrade, `make lock` locks the newest versions
-NAME ?=              # the name of the service that `make service` makes or `make remove` removes, such as likes
-FORMAT ?=            # how `make services` prints the services: table (the default), names or json
+# These four are set on the command line alone. Other programs set variables of such names: Windows' WSL sets NAME.
+UPGRADE =            # with UPGRADE=--upgrade, `make lock` locks the newest versions
+NAME =               # the name of the service that `make service` makes or `make remove` removes, such as likes
+FORMAT =             # how `make services` prints the services: table (the default), names or json
+FILE =               # the file of a snapshot of Redis, for `make backup` and `make restore`
 
 ENGINE ?=            # docker (with buildx), podman or buildah; if empty, make uses the first of these that it finds
 SERVICE ?=           # the service to work on, such as hitcounter; if empty, `make run` takes the first, other commands take all
@@ -23,7 +25,6 @@ KUBECTL ?= kubectl
 NAMESPACE ?= hitcounter
 REGISTRY ?=          # the registry that the cluster pulls from, such as registry.example.com/team; minikube and kind need none
 VALKEY ?=            # an image that replaces the manifests' image of Valkey, as name:tag
-FILE ?=              # the file of a snapshot of Redis
 
 REGISTRIES ?=        # where to publish, such as "ghcr.io/me docker.io/me"; the manifests use the first
 DIST ?= dist
@@ -110,7 +111,8 @@ types: $(VENV)/installed ## check types
 	@$(BIN)/mypy
 
 clean: ## remove all files that these commands made, except the counts in .data/ and the images in an engine
-	rm -rf $(VENV) $(VENV).lock .venv-* wheels wheels.new *.oci dist .tools .servers
+	rm -rf $(patsubst %/made-by-make,%,$(wildcard $(VENV)/made-by-make .venv-*/made-by-make))
+	rm -rf wheels wheels.new *.oci dist .tools .servers
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
