@@ -75,7 +75,7 @@ def test_suitable_cluster_passes_the_check_without_output(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"minor": None}, "no cluster answers; start one (minikube start)"),
+        ({"minor": None}, "the cluster's version cannot be read (see above): start a cluster (minikube start)"),
         ({"minor": 29}, "the cluster is Kubernetes 1.29; 1.30 is the oldest"),
         ({"default": ""}, "no default storage class"),
         ({"registry": ""}, "gets the image from a registry; name yours: REGISTRY="),
@@ -90,9 +90,70 @@ def test_unsuitable_cluster_is_refused_in_one_line(tmp_path: Path, options: dict
     assert said.count("\n") == 1
 
 
-def test_kubectl_that_is_missing_is_named() -> None:
-    done = ran("deploy-check.sh", KUBECTL="no-such-kubectl")
+@pytest.mark.parametrize("script", ["deploy-check", "secret", "secret-rotate", "backup", "restore", "undeploy"])
+def test_kubectl_that_is_missing_is_named(script: str) -> None:
+    done = ran(f"{script}.sh", KUBECTL="no-such-kubectl", FILE="Makefile")
     assert (done.returncode, done.stderr.startswith("make: kubectl is needed")) == (1, True)
+
+
+# For each call of kubectl that can fail: the script, the call, what the script says, and whether the script goes on.
+FAILURES = [
+    ("deploy-check", "version", "the cluster's version cannot be read (see above): start a cluster", False),
+    ("deploy-check", "storageclass", "it is not known whether there is a default storage class", True),
+    ("deploy-check", "get services", "it is not known whether another service has a node port", True),
+    ("deploy-check", "get nodes", "it is not known what kind of cluster this is (see above); name the registry", False),
+    ("deploy-check", "current-context", "it is not known what kind of cluster this is (see above); name the registry", False),
+    ("deploy-check", "get namespace", "", False),
+    ("secret", "get namespace", "", True),
+    ("secret-rotate", "get pod redis-0", "", False),
+    ("secret-rotate", "get statefulset", "", False),
+    ("backup", "is-primary", "redis-2: You must be logged in", False),
+]
+
+
+@pytest.mark.parametrize(("script", "call", "advice", "goes_on"), FAILURES, ids=lambda it: it if isinstance(it, str) else "")
+def test_failure_of_kubectl_is_no_answer_of_the_cluster(
+    tmp_path: Path, script: str, call: str, advice: str, goes_on: bool
+) -> None:
+    """Each script shows what kubectl says, and claims nothing of the cluster that kubectl did not say."""
+    fails = f'case "$*" in *"{call}"*) echo "You must be logged in" >&2; exit 1 ;; *"get statefulset"*) echo 3 ;; esac\n'
+    kubectl, engine = played(tmp_path, "kubectl", fails + cluster()), played(tmp_path, "docker", "")
+    registry = "" if advice.endswith("name the registry") else "r.example"
+    ended = ran(f"{script}.sh", KUBECTL=kubectl, ENGINE=engine, REGISTRY=registry, FILE=str(tmp_path / "file"))
+    assert "You must be logged in" in ended.stderr
+    assert advice in ended.stderr
+    assert not re.search("no cluster answers|there is no |has no |is neither", ended.stderr)
+    assert (ended.returncode == 0) == goes_on
+
+
+def test_namespace_that_does_not_exist_is_named_by_make_secret(tmp_path: Path) -> None:
+    kubectl = played(tmp_path, "kubectl", """echo 'Error from server (NotFound): namespaces "n" not found' >&2; exit 1""")
+    ended = ran("secret.sh", KUBECTL=kubectl)
+    assert ended.stderr == "make: there is no namespace n; run: kubectl apply --kustomize=manifests/namespace\n"
+
+
+def test_cluster_without_a_context_is_deployed_to_through_a_registry(tmp_path: Path) -> None:
+    """Inside a cluster, kubectl uses the service account's token, and has no configuration."""
+    fails = 'case "$*" in *current-context*) echo "error: current-context is not set" >&2; exit 1 ;; esac\n'
+    kubectl = played(tmp_path, "kubectl", fails + cluster())
+    engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
+    scripts = copied(tmp_path)
+    for script in ("deploy-check", "deploy"):
+        ended = ran(scripts / f"{script}.sh", KUBECTL=kubectl, ENGINE=engine)
+        assert (ended.returncode, "current-context" in ended.stderr) == (0, False), ended.stderr
+
+
+def test_docker_says_itself_why_it_cannot_be_used(tmp_path: Path) -> None:
+    fails = 'case "$*" in "buildx version") echo github.com/docker/buildx ;; *) echo permission denied >&2; exit 1 ;; esac'
+    played(tmp_path, "docker", fails)
+    kubectl = played(tmp_path, "kubectl", cluster(nodes="node/minikube"))
+    for name in ("sh", "sed", "tr", "grep", "awk", "sort", "cut", "cat", "head"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    for advice in ("an image needs an engine", "minikube takes images from Docker, not from podman"):
+        ended = ran("deploy-check.sh", KUBECTL=kubectl, ENGINE="", REGISTRY="", PATH=str(tmp_path))
+        assert "permission denied" in ended.stderr
+        assert advice in ended.stderr
+        played(tmp_path, "podman", "")
 
 
 def test_engine_whose_images_minikube_cannot_load_is_refused(tmp_path: Path) -> None:
