@@ -143,6 +143,23 @@ def test_cluster_without_a_context_is_deployed_to_through_a_registry(tmp_path: P
         assert (ended.returncode, "current-context" in ended.stderr) == (0, False), ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("addresses", "printed"),
+    [
+        ("echo 172.18.0.2 fc00:f853::2", "http://172.18.0.2:30080/"),
+        ("echo fc00:f853::2 172.18.0.2", "http://[fc00:f853::2]:30080/"),
+        ("exit 1", "kubectl --namespace=n port-forward service/hitcounter 8080:80"),
+        (":", "kubectl --namespace=n port-forward service/hitcounter 8080:80"),
+    ],
+    ids=["dual stack", "IPv6", "forbidden", "no address"],
+)
+def test_deploy_prints_one_url_or_how_to_get_one(tmp_path: Path, addresses: str, printed: str) -> None:
+    kubectl = played(tmp_path, "kubectl", f"case $* in *addresses*) {addresses} ;; esac")
+    engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
+    ended = ran(copied(tmp_path) / "deploy.sh", KUBECTL=kubectl, ENGINE=engine)
+    assert (ended.returncode, ended.stdout) == (0, f"{printed}\n"), ended.stderr
+
+
 def test_docker_says_itself_why_it_cannot_be_used(tmp_path: Path) -> None:
     fails = 'case "$*" in "buildx version") echo github.com/docker/buildx ;; *) echo permission denied >&2; exit 1 ;; esac'
     played(tmp_path, "docker", fails)
