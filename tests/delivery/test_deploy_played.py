@@ -144,6 +144,25 @@ def test_cluster_without_a_context_is_deployed_to_through_a_registry(tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ("n hitcounter 30080\nother headless \nother web 80 30081\n", ""),
+        (
+            "other web 30443 30080\n",
+            "hitcounter needs the node port 30080, which belongs to the service web in the namespace other",
+        ),
+        ("n web 30080\n", "hitcounter needs the node port 30080, which belongs to the service web in the namespace n"),
+    ],
+    ids=["free", "another namespace", "another service"],
+)
+def test_node_port_of_another_service_is_named_before_anything_is_built(tmp_path: Path, others: str, said: str) -> None:
+    kubectl = played(tmp_path, "kubectl", f'case "$*" in *"get services"*) printf "{others}"; exit ;; esac\n{cluster()}')
+    ended = ran("deploy-check.sh", KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""), SERVICE="hitcounter")
+    assert (ended.returncode, said in ended.stderr) == (1 if said else 0, True), ended.stderr
+    assert ended.stderr.count("\n") == bool(said)
+
+
+@pytest.mark.parametrize(
     ("addresses", "printed"),
     [
         ("echo 172.18.0.2 fc00:f853::2", "http://172.18.0.2:30080/"),
