@@ -96,6 +96,11 @@ def test_kubectl_that_is_missing_is_named(script: str) -> None:
     assert (done.returncode, done.stderr.startswith("make: kubectl is needed")) == (1, True)
 
 
+def test_options_in_the_user_s_kuberc_are_not_taken(tmp_path: Path) -> None:
+    kubectl = played(tmp_path, "kubectl", f'[ "$KUBECTL_KUBERC" = false ] || exit 1\n{cluster()}')
+    assert ran("deploy-check.sh", KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", "")).returncode == 0
+
+
 # For each call of kubectl that can fail: the script, the call, what the script says, and whether the script goes on.
 FAILURES = [
     ("deploy-check", "version", "the cluster's version cannot be read (see above): start a cluster", False),
