@@ -233,7 +233,7 @@ def remove(name: str) -> None:
         finish(root)
 
     print("\n".join(transact(change)))
-    command = ["git", "grep", "--untracked", "-lw", name]
+    command = ["git", "grep", "--no-color", "--no-recurse-submodules", "--untracked", "-lw", name]
     named = subprocess.run(command, check=False, text=True, capture_output=True).stdout.split()
     print(
         f"\n{name} is removed. If a cluster still runs it: kubectl delete"

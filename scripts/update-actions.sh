@@ -9,7 +9,7 @@
 [ $# = 0 ] || usage
 . "${0%/*}/lib/replace.sh"
 
-git grep -hoE 'uses: [^ .]+@[0-9a-f]{40}  # v[0-9.]+' .github/workflows | sort -u | while read -r _ action _ version; do
+find_pins -hoE 'uses: [^ .]+@[0-9a-f]{40}  # v[0-9.]+' .github/workflows | sort -u | while read -r _ action _ version; do
   name=${action%@*}
   # git prints two lines for an annotated tag: the first has the tag's own hash, the second (NAME^{}) has the commit. So awk keeps
   # the later line of each version.

@@ -162,7 +162,7 @@ def test_cluster_without_a_context_is_deployed_to_through_a_registry(tmp_path: P
 )
 def test_node_port_of_another_service_is_named_before_anything_is_built(tmp_path: Path, others: str, said: str) -> None:
     kubectl = played(tmp_path, "kubectl", f'case "$*" in *"get services"*) printf "{others}"; exit ;; esac\n{cluster()}')
-    ended = ran("deploy-check.sh", KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""), SERVICE="hitcounter")
+    ended = ran(copied(tmp_path) / "deploy-check.sh", KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""))
     assert (ended.returncode, said in ended.stderr) == (1 if said else 0, True), ended.stderr
     assert ended.stderr.count("\n") == bool(said)
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.support import ROOT
+from tests.support.git import ENVIRON, unusual
 from tests.support.pages import Step, steps
 from tests.support.services import names
 
@@ -130,9 +131,8 @@ def repository(clone: Path) -> Iterator[Path]:
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", f"safe.directory={folder}", "-c", "core.hooksPath=/dev/null"]
-    environ = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     return subprocess.run(
-        ["git", "-C", str(folder), *identity, *arguments], env=environ, check=True, text=True, capture_output=True
+        ["git", "-C", str(folder), *identity, *arguments], env=ENVIRON, check=True, text=True, capture_output=True
     ).stdout
 
 
@@ -275,6 +275,13 @@ def test_each_line_that_is_missing_is_named_and_added_again(repository: Path) ->
     assert "make service NAME=... adds what is missing" in found.stderr
     assert service(repository, "add", NEW, KUBECTL="true").returncode == 0
     assert tree(repository) == complete
+
+
+def test_files_that_still_name_a_removed_service_are_listed(repository: Path) -> None:
+    (repository / "note.txt").write_text(f"{NEW} is a service")
+    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0
+    said = service(repository, "remove", NEW, KUBECTL="true", **unusual()).stdout
+    assert "note.txt" in said.partition(f"\nThese files still name {NEW}: ")[2].split()
 
 
 def test_numbers_of_the_other_services_stay_when_one_is_removed(repository: Path) -> None:

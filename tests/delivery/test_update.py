@@ -1,7 +1,6 @@
 """`make update` takes newer versions from the named sources only and shows each change; Renovate finds each pinned image."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
+from tests.support.git import ENVIRON, unusual
 
 RENOVATE = json.loads((ROOT / ".github" / "renovate.json").read_text())
 
@@ -33,21 +33,13 @@ def copy(tmp_path: Path) -> Path:
     return copy
 
 
-# With these variables, git ignores the configuration of the developer who runs the tests.
-ENVIRON = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-
-
 def git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
     return subprocess.run(command, env=ENVIRON, check=True, text=True, capture_output=True).stdout.strip()
 
 
 def test_action_gets_the_commit_of_its_newest_version(copy: Path) -> None:
-    environ = os.environ | {
-        "GIT_CONFIG_COUNT": "1",
-        "GIT_CONFIG_KEY_0": f"url.{copy.parent}/.insteadOf",
-        "GIT_CONFIG_VALUE_0": "https://github.com/",
-    }
+    environ = unusual(**{f"url.{copy.parent}/.insteadOf": "https://github.com/"})
     subprocess.run(["sh", ROOT / "scripts" / "update-actions.sh"], cwd=copy, env=environ, check=True, timeout=60)
     commit = git(copy.parent / "actions" / "some", "rev-parse", "v1.10.0^{commit}")
     assert (copy / ".github" / "workflows" / "a.yml").read_text() == f"uses: actions/some@{commit}  # v1.10.0\n"
@@ -70,7 +62,6 @@ def test_changes_of_every_kind_of_pin_are_shown(copy: Path) -> None:
 
     write(1)
     git(copy, "add", ".")
-    git(copy, "config", "diff.external", "true")  # some users set an external diff viewer in this way
     assert changes(copy) == ["nothing is newer"]
     write(2)
     assert changes(copy) == ["+++ b/pins", *(f"-{pin.format(1)}" for pin in pins), *(f"+{pin.format(2)}" for pin in pins)]
@@ -78,7 +69,7 @@ def test_changes_of_every_kind_of_pin_are_shown(copy: Path) -> None:
 
 def changes(copy: Path) -> list[str]:
     command = ["sh", str(ROOT / "scripts" / "update-changes.sh")]
-    ended = subprocess.run(command, cwd=copy, env=ENVIRON, check=True, text=True, capture_output=True, timeout=60)
+    ended = subprocess.run(command, cwd=copy, env=unusual(), check=True, text=True, capture_output=True, timeout=60)
     return ended.stdout.splitlines()
 
 
@@ -105,7 +96,7 @@ def test_image_gets_the_digest_that_its_tag_has_now(copy: Path) -> None:
     oras = copy.parent / "oras"  # this fake oras knows only one image
     oras.write_text(f'#!/bin/sh\n[ "$*" = "resolve docker.io/some/image-1:1-a" ] && echo sha256:{"1" * 64}\n')
     oras.chmod(0o755)
-    environ = os.environ | {"ORAS": str(oras)}
+    environ = unusual() | {"ORAS": str(oras)}
     subprocess.run(["sh", ROOT / "scripts" / "update-images.sh"], cwd=copy, env=environ, check=True, timeout=60)
     assert {name: (copy / name).read_text() for name in texts} == {name: text.format(new) for name, text in texts.items()}
 
