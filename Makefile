@@ -135,7 +135,7 @@ update: $(VENV)/installed ## take newer versions (of packages, only those publis
 # hitcounter: begin
 # --- Harder tests of hitcounter ---
 
-.PHONY: test-clock test-proxies attack chaos
+.PHONY: test-clock test-proxies test-busybox attack chaos
 
 PROXIES ?=           # the folder of the machine's own nginx and haproxy, such as /usr/sbin, for `make test-proxies`
 RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
@@ -149,12 +149,18 @@ DEBIAN := .tools/debian
 $(DEBIAN)/proxies/done: scripts/debian.sh
 	@sh scripts/debian.sh $@ nginx-light haproxy
 
+$(DEBIAN)/busybox/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ busybox dash original-awk
+
 test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
 	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
 
 # Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
 test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test the service behind nginx and HAProxy
 	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
+
+test-busybox: $(VENV)/installed $(DEBIAN)/busybox/done ## run the tests of the scripts without GNU's tools, as on macOS
+	@sh scripts/test-busybox.sh $(DEBIAN)/busybox/bin
 
 attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
 	@$(PYTEST_SLOW) -m attack $(if $(ATTACKS),-k '$(ATTACKS)') tests

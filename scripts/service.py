@@ -51,6 +51,7 @@ BELONGINGS = [
     "bench",
     "docs/how-a-request-is-counted.md",
     "scripts/debian.sh",
+    "scripts/test-busybox.sh",
     # These tests need the counts of hitcounter, and most need a container engine or a cluster.
     "tests/delivery/test_compose.py",
     "tests/delivery/test_image_attacked.py",

@@ -288,7 +288,7 @@ class Cluster:
     # secret's name, and a file in this folder for each key.
     _KUBECTL = """case $* in
       *"get secret"*)
-        key=$(expr "$*" : '.*index \\. "\\([a-z]*\\)"')
+        key=$(expr "x$*" : '.*index \\. "\\([a-z]*\\)"')
         [ ! -e "$0.has/$5.$key" ] || cat "$0.has/$5.$key"
         ;;
       *"create secret generic"*)
