@@ -4,6 +4,9 @@
 PYTHON ?=            # the Python to use, 3.11 or newer; if empty, make uses the newest that it finds
 VENV ?= .venv
 override VENV := $(patsubst %/,%,$(VENV))
+ifneq ($(word 2,$(VENV)),)
+$(error VENV=$(VENV): make cannot make a folder whose path has a space)
+endif
 BIN := $(VENV)/bin
 SERVERS ?=           # packages of tests/servers/requirements.in; with them, `make test-servers` tests only with their servers
 # These four are set on the command line alone. Other programs set variables of such names: Windows' WSL sets NAME.
@@ -157,7 +160,7 @@ test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clo
 
 # Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
 test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test the service behind nginx and HAProxy
-	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
+	@PROXIES="$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin))" $(PYTEST_SLOW) -m proxies tests
 
 test-busybox: $(VENV)/installed $(DEBIAN)/busybox/done ## run the tests of the scripts without GNU's tools, as on macOS
 	@sh scripts/test-busybox.sh $(DEBIAN)/busybox/bin
@@ -180,9 +183,9 @@ $(DEBIAN)/bench/done: scripts/debian.sh
 	@sh scripts/debian.sh $@ python3.13-venv wrk nginx-light libnginx-mod-http-lua webdis
 
 $(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt $(if $(PYTHON),,$(DEBIAN)/bench/done)
-	@PYTHON=$(or $(PYTHON),$(abspath $(DEBIAN)/bench/bin/python3.13)) sh scripts/install.sh $@
+	@PYTHON="$(or $(PYTHON),$(abspath $(DEBIAN)/bench/bin/python3.13))" sh scripts/install.sh $@
 
-RUN_BENCH = DEBIAN_ROOT=$(if $(PYTHON),,$(abspath $(DEBIAN)/bench)) BEFORE=$(BEFORE) $(BENCH)/bin/python -m bench.run
+RUN_BENCH = DEBIAN_ROOT="$(if $(PYTHON),,$(abspath $(DEBIAN)/bench))" BEFORE="$(BEFORE)" $(BENCH)/bin/python -m bench.run
 
 bench: $(BENCH)/peers ## compare the service with its peers in 15 minutes; write bench/results.md and bench/results.svg
 	@$(RUN_BENCH)
@@ -219,7 +222,7 @@ builder: ## create and select the builder that releases use, a BuildKit of a fix
 	@docker buildx create --name hitcounter --use --bootstrap \
 	    --driver docker-container --driver-opt image=$(BUILDKIT),network=host
 
-HAS_WHEELS = [ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
+HAS_WHEELS = [ -d "$(WHEELS)" ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
 PYTEST_SLOW = $(BIN)/python -m pytest -o faulthandler_timeout=900 -rfEP
 
 test-image: $(VENV)/installed ## run the tests of the image, on the first engine that is found
@@ -270,7 +273,7 @@ manifests: ## write manifests/rendered/ again: one plain file for each variant
 
 TOOLS ?= .tools
 tools: ## with Docker, write the Skaffold that devcontainer/Containerfile pins to .tools/ (or to TOOLS=)
-	@docker buildx build --quiet --file=devcontainer/Containerfile --target=skaffold --output=$(TOOLS) devcontainer
+	@docker buildx build --quiet --file=devcontainer/Containerfile --target=skaffold --output="$(TOOLS)" devcontainer
 
 render-check: $(VENV)/installed ## compare the output of `skaffold render` with manifests/rendered/
 	@PATH="$(abspath $(TOOLS)):$$PATH" $(BIN)/python -m pytest -m skaffold tests/delivery/test_skaffold.py

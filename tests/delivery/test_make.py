@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -326,6 +327,28 @@ def test_lock_on_another_python_is_refused(copy: Path, tmp_path: Path) -> None:
     python.chmod(0o755)
     ended = make("lock", cwd=copy)
     assert "locks are made on Python 3.11" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "variable", "word"),
+    [
+        ("tools", "TOOLS=/a b", "--output=/a b"),
+        ("test-image", "WHEELS=/a b/", "/a b"),
+        # hitcounter: begin
+        ("bench", "PYTHON=/a b/python3", "PYTHON=/a b/python3"),
+        ("bench", "BEFORE=/a b", "BEFORE=/a b"),
+        ("test-proxies", "PROXIES=/a b", "PROXIES=/a b"),
+        # hitcounter: end
+    ],
+)
+def test_path_with_a_space_stays_one_word(target: str, variable: str, word: str) -> None:
+    commands = make("--dry-run", target, variable).stdout
+    assert word in shlex.split(commands.replace("\n", " ; "), comments=False)
+
+
+def test_environment_in_a_path_with_a_space_is_refused() -> None:
+    """In a checkout whose own path has a space, the default works, because this path is relative."""
+    assert "VENV=/a b: make cannot make a folder whose path has a space" in make("run", VENV="/a b").stderr
 
 
 def test_server_that_is_not_in_the_lock_is_refused(copy: Path) -> None:
