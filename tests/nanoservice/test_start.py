@@ -91,6 +91,27 @@ def test_help_shows_every_setting_and_other_arguments_are_refused() -> None:
     assert "takes no arguments" in refused.stdout
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_service_runs_without_its_standard_streams(closed: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {"REDIS_HOST": "h", "BIND_HOST": "127.0.0.1", "BIND_PORT": str(port), "ADMIN_PORT": "0"}
+    command = ["sh", "-c", f'exec "$0" "$@" {closed}', *COMMAND]
+
+    def alive() -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/livez", timeout=10) as answer:
+            return bool(answer.status == 200)
+        return False
+
+    with subprocess.Popen(command, env=environment(settings), cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: process.poll() is not None or alive(), 10 * SLACK)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10 * SLACK) == 0
+        finally:
+            process.kill()
+
+
 def hits(process: Process) -> int:
     """Count a hit, and return its number."""
     with urllib.request.urlopen(process.url, timeout=10) as answer:

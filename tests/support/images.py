@@ -95,7 +95,7 @@ def loaded(name: str, context: Path = ROOT, *, options: str = "", **environ: str
 
 def _script(name: str, context: Path, **environ: str) -> str:
     environ = {**os.environ, "SERVICE": os.environ.get("SERVICE") or names()[0], **environ}
-    command = ["sh", ROOT / "scripts" / f"{name}.sh"]
+    command = ["sh", str(ROOT / "scripts" / f"{name}.sh")]
     ended = subprocess.run(command, cwd=context, env=environ, text=True, capture_output=True, timeout=600)
     if ended.returncode:
         raise BuildError(ended.stdout + ended.stderr)
