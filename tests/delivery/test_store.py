@@ -266,6 +266,13 @@ def test_second_valkey_on_the_same_data_waits_until_the_first_has_exited(stopped
     assert stopped.ask("all", "GET", "a") == "1"
 
 
+@pytest.mark.parametrize("arguments", [[], ["no-such"]], ids=["no command", "unknown command"])
+def test_unknown_command_is_answered_with_the_usage(arguments: list[str]) -> None:
+    ended = subprocess.run(["sh", SOURCES / "redis.sh", *arguments], text=True, capture_output=True)
+    assert (ended.returncode, ended.stdout) == (64, "")
+    assert "Usage: sh /etc/redis/redis.sh COMMAND" in ended.stderr
+
+
 def test_operator_loads_users_and_can_do_nothing_else(stopped: Shipped) -> None:
     stopped.start()
     users = stopped.root / "run/valkey/users.acl"
