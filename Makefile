@@ -100,6 +100,7 @@ lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.compose-spec compose.yaml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.renovate .github/renovate.json
 	@$(BIN)/zizmor --quiet --no-progress --offline --pedantic --strict-collection .github
+	@sh scripts/lint-openapi.sh
 	@if [ "$$CI" ] || command -v go >/dev/null; then \
 	    actionlint=$$(go -C scripts/tools/actionlint tool -n actionlint) \
 	    && "$$actionlint" -shellcheck=$(BIN)/shellcheck -pyflakes=; \

@@ -4,7 +4,7 @@
 # The script reads ORAS.
 # A registry does not record when an image was published, so this script cannot wait a week, as update-packages.sh does. Check
 # what is new before you commit.
-# The script does not update the development container, or its CLI in .ci/devcontainer/package.json.
+# The script does not update the development container, its CLI in .ci/devcontainer/package.json, or redocly.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"

@@ -360,9 +360,9 @@ def test_path_with_a_space_stays_one_word(target: str, variable: str, word: str)
     assert word in shlex.split(commands.replace("\n", " ; "), comments=False)
 
 
-def test_environment_in_a_path_with_a_space_is_refused() -> None:
+def test_environment_in_a_path_with_a_space_is_refused(copy: Path) -> None:
     """In a checkout whose own path has a space, the default works, because this path is relative."""
-    assert "VENV=/a b: make cannot make a folder whose path has a space" in make("run", VENV="/a b").stderr
+    assert "VENV=/a b: make cannot make a folder whose path has a space" in make("run", cwd=copy, VENV="/a b").stderr
 
 
 def test_server_that_is_not_in_the_lock_is_refused(copy: Path) -> None:
