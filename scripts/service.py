@@ -497,8 +497,11 @@ def transact(change: Callable[[Path], None]) -> list[str]:
     try:
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        raise RefusalError("this command needs git, and a clone of the repository") from None
+    except FileNotFoundError:
+        raise RefusalError("this command needs git") from None
+    except subprocess.CalledProcessError as error:
+        said = f"git cannot list the files of this folder, which has to be a clone\n{error.stderr}"
+        raise RefusalError(said.rstrip()) from None
     with tempfile.TemporaryDirectory(prefix="service-") as folder:
         root = Path(folder)
         for name in filter(None, listed):

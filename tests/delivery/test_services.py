@@ -247,6 +247,12 @@ def test_failure_half_way_leaves_the_tree_as_it_was(repository: Path, tmp_path: 
     assert tree(repository) == before
 
 
+def test_git_says_itself_why_it_cannot_list_the_files(repository: Path) -> None:
+    said = service(repository, "add", NEW, KUBECTL="true", GIT_DIR="gone").stderr
+    assert "git cannot list the files of this folder" in said
+    assert "fatal: not a git repository: 'gone'" in said
+
+
 def test_only_service_and_unknown_service_are_not_removed(repository: Path) -> None:
     before = tree(repository)
     assert "this is the only service" in service(repository, "remove", FIRST).stderr
