@@ -9,12 +9,16 @@ kube() { # ARGUMENT...: run kubectl on the cluster
   "$KUBECTL" ${SKAFFOLD_KUBE_CONTEXT:+--context="$SKAFFOLD_KUBE_CONTEXT"} "$@"
 }
 
-k() { # ARGUMENT...: run kubectl in the namespace, with a time limit of 30 s for each request
-  kube --namespace="$NAMESPACE" --request-timeout=30s "$@"
-}
-
 context() { # print the cluster's name in the configuration of kubectl
   if [ "${SKAFFOLD_KUBE_CONTEXT:-}" ]; then echo "$SKAFFOLD_KUBE_CONTEXT"; else "$KUBECTL" config current-context; fi
+}
+
+# In a pod, kubectl without a configuration uses the pod's service account, unless it gets a time limit.
+limit=30s
+if [ "${KUBERNETES_SERVICE_HOST:-}" ] && ! context >/dev/null 2>&1; then limit=; fi
+
+k() { # ARGUMENT...: run kubectl in the namespace, with a time limit for each request
+  kube --namespace="$NAMESPACE" ${limit:+--request-timeout=$limit} "$@"
 }
 
 check_version() { # fail unless a cluster answers and is new enough

@@ -138,13 +138,16 @@ def test_namespace_that_does_not_exist_is_named_by_make_secret(tmp_path: Path) -
 
 
 def test_cluster_without_a_context_is_deployed_to_through_a_registry(tmp_path: Path) -> None:
-    """Inside a cluster, kubectl uses the service account's token, and has no configuration."""
-    fails = 'case "$*" in *current-context*) echo "error: current-context is not set" >&2; exit 1 ;; esac\n'
+    """In a pod, kubectl has no configuration, and uses the pod's service account. With a time limit, it does not."""
+    fails = """case "$*" in
+      *current-context*) echo "error: current-context is not set" >&2; exit 1 ;;
+      *request-timeout*) echo "The connection to the server localhost:8080 was refused" >&2; exit 1 ;;
+    esac\n"""
     kubectl = played(tmp_path, "kubectl", fails + cluster())
     engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
     scripts = copied(tmp_path)
     for script in ("deploy-check", "deploy"):
-        ended = ran(scripts / f"{script}.sh", KUBECTL=kubectl, ENGINE=engine)
+        ended = ran(scripts / f"{script}.sh", KUBECTL=kubectl, ENGINE=engine, KUBERNETES_SERVICE_HOST="10.96.0.1")
         assert (ended.returncode, "current-context" in ended.stderr) == (0, False), ended.stderr
 
 
