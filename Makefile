@@ -115,8 +115,8 @@ types: $(VENV)/installed ## check types
 	@$(BIN)/mypy
 
 clean: ## remove all files that these commands made, except the counts in .data/ and the images in an engine
-	rm -rf $(patsubst %/made-by-make,%,$(wildcard $(VENV)/made-by-make .venv-*/made-by-make))
-	rm -rf wheels wheels.new *.oci dist .tools .servers
+	rm -rf $(patsubst %/made-by-make,%,$(sort $(wildcard $(VENV)/made-by-make .venv-*/made-by-make))) \
+	    wheels wheels.new *.oci dist .tools .servers
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -419,7 +419,7 @@ def test_clean_removes_the_environments_that_make_made(copy: Path) -> None:
     for name, mark in ((".venv", "made-by-make"), (".venv-3.13", "made-by-make"), (".venv-mine", "letter"), ("wheels", "a.whl")):
         (copy / name).mkdir()
         (copy / name / mark).touch()
-    assert "rm -rf .venv .venv-3.13" in make("clean", cwd=copy).stdout
+    assert "rm -rf .venv-3.13 .venv \\\n" in make("clean", cwd=copy).stdout
     assert [path.name for path in copy.iterdir() if path.name.startswith((".venv", "wheels"))] == [".venv-mine"]
 
 
