@@ -203,8 +203,8 @@ class Locked:
 
     def packages(self) -> set[str]:
         """Return the installed packages, except pip and the other packages that each new environment contains."""
-        listed = subprocess.check_output([self.copy / ".venv" / "bin" / "python", "-m", "pip", "freeze"], text=True)
-        return set(listed.split())
+        command = [str(self.copy / ".venv" / "bin" / "python"), "-m", "pip", "freeze"]
+        return set(subprocess.check_output(command, env={"PATH": os.environ["PATH"]}, text=True).split())
 
 
 @pytest.fixture

@@ -286,7 +286,7 @@ def test_each_line_that_is_missing_is_named_and_added_again(repository: Path) ->
 def test_files_that_still_name_a_removed_service_are_listed(repository: Path) -> None:
     (repository / "note.txt").write_text(f"{NEW} is a service")
     assert service(repository, "add", NEW, KUBECTL="true").returncode == 0
-    said = service(repository, "remove", NEW, KUBECTL="true", **unusual()).stdout
+    said = service(repository, "remove", NEW, **{**unusual(), "KUBECTL": "true"}).stdout
     assert "note.txt" in said.partition(f"\nThese files still name {NEW}: ")[2].split()
 
 

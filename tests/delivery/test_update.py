@@ -48,7 +48,7 @@ def test_action_gets_the_commit_of_its_newest_version(copy: Path) -> None:
 
 def test_versions_that_cannot_be_read_are_not_said_to_be_missing(copy: Path) -> None:
     environ = unusual(**{f"url.{copy.parent}/gone/.insteadOf": "https://github.com/"})
-    command = ["sh", ROOT / "scripts" / "update-actions.sh"]
+    command = ["sh", str(ROOT / "scripts" / "update-actions.sh")]
     ended = subprocess.run(command, cwd=copy, env=environ, text=True, capture_output=True, timeout=60)
     assert ended.returncode != 0
     assert "no version of actions/some can be read (see above)" in ended.stderr
