@@ -4,12 +4,17 @@
 PYTHON ?=            # the Python to use, 3.11 or newer; if empty, make uses the newest that it finds
 VENV ?= .venv
 override VENV := $(patsubst %/,%,$(VENV))
+ifneq ($(word 2,$(VENV)),)
+$(error VENV=$(VENV): make cannot make a folder whose path has a space)
+endif
 BIN := $(VENV)/bin
 SERVERS ?=           # packages of tests/servers/requirements.in; with them, `make test-servers` tests only with their servers
-UPGRADE ?=           # with UPGRADE=--upgrade, `make lock` locks the newest versions
-NAME ?=              # the name of the service that `make service` makes or `make remove` removes, such as likes
-FORCE ?=             # with FORCE=1, `make remove` also deletes files of the service that are not committed
-FORMAT ?=            # how `make services` prints the services: table (the default), names or json
+# These five are set on the command line alone. Other programs set variables of such names: Windows' WSL sets NAME.
+UPGRADE =            # with UPGRADE=--upgrade, `make lock` locks the newest versions
+NAME =               # the name of the service that `make service` makes or `make remove` removes, such as likes
+FORCE =              # with FORCE=1, `make remove` also deletes files of the service that are not committed
+FORMAT =             # how `make services` prints the services: table (the default), names or json
+FILE =               # the file of a snapshot of Redis, for `make backup` and `make restore`
 
 ENGINE ?=            # docker (with buildx), podman or buildah; if empty, make uses the first of these that it finds
 SERVICE ?=           # the service to work on, such as hitcounter; if empty, `make run` takes the first, other commands take all
@@ -24,7 +29,6 @@ KUBECTL ?= kubectl
 NAMESPACE ?= hitcounter
 REGISTRY ?=          # the registry that the cluster pulls from, such as registry.example.com/team; minikube and kind need none
 VALKEY ?=            # an image that replaces the manifests' image of Valkey, as name:tag
-FILE ?=              # the file of a snapshot of Redis
 
 REGISTRIES ?=        # where to publish, such as "ghcr.io/me docker.io/me"; the manifests use the first
 DIST ?= dist
@@ -101,6 +105,7 @@ lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.compose-spec compose.yaml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.renovate .github/renovate.json
 	@$(BIN)/zizmor --quiet --no-progress --offline --pedantic --strict-collection .github
+	@sh scripts/lint-openapi.sh
 	@if [ "$$CI" ] || command -v go >/dev/null; then \
 	    actionlint=$$(go -C scripts/tools/actionlint tool -n actionlint) \
 	    && "$$actionlint" -shellcheck=$(BIN)/shellcheck -pyflakes=; \
@@ -115,7 +120,8 @@ types: $(VENV)/installed ## check types
 	@$(BIN)/mypy
 
 clean: ## remove all files that these commands made, except the counts in .data/ and the images in an engine
-	rm -rf $(VENV) $(VENV).lock .venv-* wheels wheels.new *.oci dist .tools .servers
+	rm -rf $(patsubst %/made-by-make,%,$(sort $(wildcard $(VENV)/made-by-make .venv-*/made-by-make))) \
+	    wheels wheels.new *.oci dist .tools .servers
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -138,7 +144,7 @@ update: $(VENV)/installed ## take newer versions (of packages, only those publis
 # hitcounter: begin
 # --- Harder tests of hitcounter ---
 
-.PHONY: test-clock test-proxies attack chaos
+.PHONY: test-clock test-proxies test-busybox attack chaos
 
 PROXIES ?=           # the folder of the machine's own nginx and haproxy, such as /usr/sbin, for `make test-proxies`
 RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
@@ -152,12 +158,18 @@ DEBIAN := .tools/debian
 $(DEBIAN)/proxies/done: scripts/debian.sh
 	@sh scripts/debian.sh $@ nginx-light haproxy
 
+$(DEBIAN)/busybox/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ busybox dash original-awk
+
 test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
 	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
 
 # Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
 test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test the service behind nginx and HAProxy
-	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
+	@PROXIES="$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin))" $(PYTEST_SLOW) -m proxies tests
+
+test-busybox: $(VENV)/installed $(DEBIAN)/busybox/done ## run the tests of the scripts without GNU's tools, as on macOS
+	@sh scripts/test-busybox.sh $(DEBIAN)/busybox/bin
 
 attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
 	@$(PYTEST_SLOW) -m attack $(if $(ATTACKS),-k '$(ATTACKS)') tests
@@ -177,9 +189,9 @@ $(DEBIAN)/bench/done: scripts/debian.sh
 	@sh scripts/debian.sh $@ python3.13-venv wrk nginx-light libnginx-mod-http-lua webdis
 
 $(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt $(if $(PYTHON),,$(DEBIAN)/bench/done)
-	@PYTHON=$(or $(PYTHON),$(abspath $(DEBIAN)/bench/bin/python3.13)) sh scripts/install.sh $@
+	@PYTHON="$(or $(PYTHON),$(abspath $(DEBIAN)/bench/bin/python3.13))" sh scripts/install.sh $@
 
-RUN_BENCH = DEBIAN_ROOT=$(if $(PYTHON),,$(abspath $(DEBIAN)/bench)) BEFORE=$(BEFORE) $(BENCH)/bin/python -m bench.run
+RUN_BENCH = DEBIAN_ROOT="$(if $(PYTHON),,$(abspath $(DEBIAN)/bench))" BEFORE="$(BEFORE)" $(BENCH)/bin/python -m bench.run
 
 bench: $(BENCH)/peers ## compare the service with its peers in 15 minutes; write bench/results.md and bench/results.svg
 	@$(RUN_BENCH)
@@ -216,7 +228,7 @@ builder: ## create and select the builder that releases use, a BuildKit of a fix
 	@docker buildx create --name hitcounter --use --bootstrap \
 	    --driver docker-container --driver-opt image=$(BUILDKIT),network=host
 
-HAS_WHEELS = [ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
+HAS_WHEELS = [ -d "$(WHEELS)" ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
 PYTEST_SLOW = $(BIN)/python -m pytest -o faulthandler_timeout=900 -rfEP
 
 test-image: $(VENV)/installed ## run the tests of the image, on the first engine that is found
@@ -267,7 +279,7 @@ manifests: ## write manifests/rendered/ again: one plain file for each variant
 
 TOOLS ?= .tools
 tools: ## with Docker, write the Skaffold that devcontainer/Containerfile pins to .tools/ (or to TOOLS=)
-	@docker buildx build --quiet --file=devcontainer/Containerfile --target=skaffold --output=$(TOOLS) devcontainer
+	@docker buildx build --quiet --file=devcontainer/Containerfile --target=skaffold --output="$(TOOLS)" devcontainer
 
 render-check: $(VENV)/installed ## compare the output of `skaffold render` with manifests/rendered/
 	@PATH="$(abspath $(TOOLS)):$$PATH" $(BIN)/python -m pytest -m skaffold tests/delivery/test_skaffold.py

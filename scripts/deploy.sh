@@ -11,8 +11,8 @@
 
 wait_for() { # KIND/NAME: wait until the pods of KIND/NAME are ready, for at most 180 s
   k rollout status "$1" --timeout=180s >&2 || {
-    k get pods >&2
-    k get events --field-selector=type=Warning --sort-by=.lastTimestamp >&2
+    k get pods >&2 || true
+    k get events --field-selector=type=Warning --sort-by=.lastTimestamp >&2 || true
     fail "$1 does not get ready (see above)"
   }
 }
@@ -53,9 +53,13 @@ k apply --server-side --force-conflicts --kustomize="$work" \
   ${others:+--selector="app.kubernetes.io/name notin ($others)"} >&2
 wait_for statefulset/redis
 for name in $chosen; do wait_for "deployment/$name"; done
-address=$(k get nodes --output=jsonpath='{.items[0].status.addresses[?(@.type=="InternalIP")].address}')
+# A node may have two addresses, of IPv4 and IPv6. A user who may not read the nodes gets a command instead of a URL.
+addresses=$(k get nodes --output=jsonpath='{.items[0].status.addresses[?(@.type=="InternalIP")].address}') || addresses=
+address=${addresses%% *}
+case "$address" in *:*) address="[$address]" ;; esac
 for name in $chosen; do
   number=$(number "$name")
   url=http://$address:$((30080 + number))/
+  [ "$address" ] || url="kubectl --namespace=$NAMESPACE port-forward service/$name $((8080 + number)):80"
   if [ "$name" = "$chosen" ]; then echo "$url"; else echo "$url $name"; fi
 done

@@ -4,6 +4,7 @@
 # The script reads VENV, the environment that has pip-compile, and UPGRADE. With UPGRADE=--upgrade, the locks get the newest
 # versions.
 . "${0%/*}/lib/base.sh"
+. "${0%/*}/lib/pip.sh"
 [ $# = 0 ] || usage
 
 # pip-compile chooses packages for the Python that runs pip-compile. Newer Pythons can install everything that 3.11 needs; a lock

@@ -46,6 +46,7 @@ BELONGINGS = [
     "bench",
     "docs/how-a-request-is-counted.md",
     "scripts/debian.sh",
+    "scripts/test-busybox.sh",
     # These tests need the counts of hitcounter, and most need a container engine or a cluster.
     "tests/delivery/test_compose.py",
     "tests/delivery/test_image_attacked.py",
@@ -248,7 +249,7 @@ def remove(name: str) -> None:
         finish(root)
 
     print("\n".join(transact(change)))
-    command = ["git", "grep", "--untracked", "-lw", name]
+    command = ["git", "grep", "--no-color", "--no-recurse-submodules", "--untracked", "-lw", name]
     named = subprocess.run(command, check=False, text=True, capture_output=True).stdout.split()
     print(
         f"\n{name} is removed. If a cluster still runs it: kubectl delete"
@@ -577,8 +578,11 @@ def transact(change: Callable[[Path], None]) -> list[str]:
     try:
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        raise RefusalError("this command needs git, and a clone of the repository") from None
+    except FileNotFoundError:
+        raise RefusalError("this command needs git") from None
+    except subprocess.CalledProcessError as error:
+        said = f"git cannot list the files of this folder, which has to be a clone\n{error.stderr}"
+        raise RefusalError(said.rstrip()) from None
     with tempfile.TemporaryDirectory(prefix="service-") as folder:
         root = Path(folder)
         for name in filter(None, listed):
