@@ -85,20 +85,23 @@ test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2,
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
+# The lock has no shellcheck for Linux on aarch64; there `make lint` needs a shellcheck on PATH (Debian: apt install shellcheck).
+SHELLCHECK = $(or $(wildcard $(BIN)/shellcheck),shellcheck)
+
 # shellcheck needs the option --shell, because redis.sh, .ci/steps and the files in scripts/lib/ do not name their shell.
 lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/shellcheck --shell=sh --external-sources --source-path=SCRIPTDIR \
+	@$(SHELLCHECK) --shell=sh --external-sources --source-path=SCRIPTDIR \
 	    scripts/*.sh scripts/lib/*.sh manifests/*/*.sh compose/*.sh
-	@$(BIN)/shellcheck --shell=bash .ci/run .ci/steps .ci/buildah .ci/devcontainer/check
+	@$(SHELLCHECK) --shell=bash .ci/run .ci/steps .ci/buildah .ci/devcontainer/check
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.compose-spec compose.yaml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.renovate .github/renovate.json
 	@$(BIN)/zizmor --quiet --no-progress --offline --pedantic --strict-collection .github
 	@if [ "$$CI" ] || command -v go >/dev/null; then \
 	    actionlint=$$(go -C scripts/tools/actionlint tool -n actionlint) \
-	    && "$$actionlint" -shellcheck=$(BIN)/shellcheck -pyflakes=; \
+	    && "$$actionlint" -shellcheck=$(SHELLCHECK) -pyflakes=; \
 	else \
 	    echo "make: without Go, workflows are not checked by actionlint"; \
 	fi
@@ -121,8 +124,9 @@ clean: ## remove all files that these commands made, except the counts in .data/
 lock: $(VENV)/installed ## write each requirements*.txt from its requirements*.in; UPGRADE=--upgrade takes the newest versions
 	@sh scripts/lock.sh
 
-lock-check: $(VENV)/installed ## fail if a requirements*.txt does not follow from its requirements*.in
+lock-check: $(VENV)/installed ## fail if a lock does not follow from its requirements*.in, or lacks wheels for a platform
 	@sh scripts/lock-check.sh
+	@sh scripts/lock-platforms.sh
 
 update: $(VENV)/installed ## take newer versions (of packages, only those published a week ago or earlier) and show what changed
 	@sh scripts/update-packages.sh
