@@ -239,7 +239,7 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 
 # --- Kubernetes ---
 
-.PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check
+.PHONY: deploy undeploy secret secret-rotate backup restore manifests manifests-check tools render-check
 
 deploy: ## build and deploy all services, or SERVICE, on the current cluster; print the URLs
 	@sh scripts/deploy-check.sh
@@ -263,6 +263,9 @@ restore: ## restart Redis with the snapshot FILE; Redis's volume keeps the old d
 
 manifests: ## write manifests/rendered/ again: one plain file for each variant
 	@sh scripts/manifests.sh manifests/rendered
+
+manifests-check: ## compare manifests/rendered/ with the output of an old and of a new Kustomize, which Go builds
+	@sh scripts/manifests-check.sh
 
 TOOLS ?= .tools
 tools: ## with Docker, write the Skaffold that devcontainer/Containerfile pins to .tools/ (or to TOOLS=)
