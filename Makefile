@@ -119,7 +119,7 @@ clean: ## remove all files that these commands made, except the counts in .data/
 
 # --- Dependencies ---
 
-.PHONY: lock lock-check update
+.PHONY: lock lock-check update renovate-check
 
 lock: $(VENV)/installed ## write each requirements*.txt from its requirements*.in; UPGRADE=--upgrade takes the newest versions
 	@sh scripts/lock.sh
@@ -133,6 +133,9 @@ update: $(VENV)/installed ## take newer versions (of packages, only those publis
 	@sh scripts/update-images.sh
 	@sh scripts/update-actions.sh
 	@sh scripts/update-changes.sh
+
+renovate-check: ## fail if a rule of .github/renovate.json matches nothing; print what is done with each dependency
+	@sh scripts/renovate-check.sh
 
 # hitcounter: begin
 # --- Harder tests of hitcounter ---
