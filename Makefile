@@ -94,13 +94,16 @@ test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2,
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
+# The lock has no shellcheck for Linux on aarch64; there `make lint` needs a shellcheck on PATH (Debian: apt install shellcheck).
+SHELLCHECK = $(or $(wildcard $(BIN)/shellcheck),shellcheck)
+
 # shellcheck needs the option --shell, because redis.sh, .ci/steps and the files in scripts/lib/ do not name their shell.
 lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/shellcheck --shell=sh --external-sources --source-path=SCRIPTDIR \
+	@$(SHELLCHECK) --shell=sh --external-sources --source-path=SCRIPTDIR \
 	    scripts/*.sh scripts/lib/*.sh manifests/*/*.sh compose/*.sh
-	@$(BIN)/shellcheck --shell=bash .ci/run .ci/steps .ci/buildah .ci/devcontainer/check
+	@$(SHELLCHECK) --shell=bash .ci/run .ci/steps .ci/buildah .ci/devcontainer/check
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.compose-spec compose.yaml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.renovate .github/renovate.json
@@ -108,7 +111,7 @@ lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
 	@sh scripts/lint-openapi.sh
 	@if [ "$$CI" ] || command -v go >/dev/null; then \
 	    actionlint=$$(go -C scripts/tools/actionlint tool -n actionlint) \
-	    && "$$actionlint" -shellcheck=$(BIN)/shellcheck -pyflakes=; \
+	    && "$$actionlint" -shellcheck=$(SHELLCHECK) -pyflakes=; \
 	else \
 	    echo "make: without Go, workflows are not checked by actionlint"; \
 	fi
@@ -127,19 +130,23 @@ clean: ## remove all files that these commands made, except the counts in .data/
 
 # --- Dependencies ---
 
-.PHONY: lock lock-check update
+.PHONY: lock lock-check update renovate-check
 
 lock: $(VENV)/installed ## write each requirements*.txt from its requirements*.in; UPGRADE=--upgrade takes the newest versions
 	@sh scripts/lock.sh
 
-lock-check: $(VENV)/installed ## fail if a requirements*.txt does not follow from its requirements*.in
+lock-check: $(VENV)/installed ## fail if a lock does not follow from its requirements*.in, or lacks wheels for a platform
 	@sh scripts/lock-check.sh
+	@sh scripts/lock-platforms.sh
 
 update: $(VENV)/installed ## take newer versions (of packages, only those published a week ago or earlier) and show what changed
 	@sh scripts/update-packages.sh
 	@sh scripts/update-images.sh
 	@sh scripts/update-actions.sh
 	@sh scripts/update-changes.sh
+
+renovate-check: ## fail if a rule of .github/renovate.json matches nothing; print what is done with each dependency
+	@sh scripts/renovate-check.sh
 
 # hitcounter: begin
 # --- Harder tests of hitcounter ---
@@ -252,7 +259,7 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 
 # --- Kubernetes ---
 
-.PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check
+.PHONY: deploy undeploy secret secret-rotate backup restore manifests manifests-check tools render-check
 
 deploy: ## build and deploy all services, or SERVICE, on the current cluster; print the URLs
 	@sh scripts/deploy-check.sh
@@ -276,6 +283,9 @@ restore: ## restart Redis with the snapshot FILE; Redis's volume keeps the old d
 
 manifests: ## write manifests/rendered/ again: one plain file for each variant
 	@sh scripts/manifests.sh manifests/rendered
+
+manifests-check: ## compare manifests/rendered/ with the output of an old and of a new Kustomize, which Go builds
+	@sh scripts/manifests-check.sh
 
 TOOLS ?= .tools
 tools: ## with Docker, write the Skaffold that devcontainer/Containerfile pins to .tools/ (or to TOOLS=)

@@ -19,8 +19,8 @@ wait_for() { # KIND/NAME: wait until the pods of KIND/NAME are ready, for at mos
 
 chosen=$(chosen)
 others=$(services | grep -vxF "$chosen" | paste -s -d , -) || true
-# Write a kustomization that deploys manifests/minikube with these images and in this namespace, and changes nothing else. Its
-# folder is in manifests/, because Kustomize accepts bases only by relative path.
+# Write a kustomization that deploys manifests/minikube with these images, in this namespace, and with the components that the
+# cluster needs. It changes nothing else. Its folder is in manifests/, because Kustomize accepts bases only by relative path.
 work=$(mktemp -d manifests/.deploy.XXXXXX)
 remove_work_at_exit
 cat >"$work/kustomization.yaml" <<END
@@ -38,6 +38,13 @@ done
 if [ "$VALKEY" ]; then
   echo "  - {name: docker.io/valkey/valkey, newName: \"${VALKEY%:*}\", newTag: \"${VALKEY##*:}\"}" >>"$work/kustomization.yaml"
 fi
+echo "components:" >>"$work/kustomization.yaml"
+for component in $(needed_components); do
+  echo "make: this cluster needs the component $component, which this command adds; add it to manifests/production, too" >&2
+  # Skaffold deploys manifests/minikube without this script, so the component may be there already.
+  grep -q "^[^#]*/components/$component" manifests/minikube/kustomization.yaml \
+  || echo "  - ../components/$component" >>"$work/kustomization.yaml"
+done
 # Make the namespace first, because secret.sh writes into the namespace. The manifests below add the namespace's Pod Security
 # labels and its network policy.
 namespace_exists || k create --filename=- >&2 <<END

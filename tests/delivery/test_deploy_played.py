@@ -266,6 +266,48 @@ def test_deploy_of_one_service_applies_nothing_of_another(tmp_path: Path) -> Non
     assert images == ["hitcounter", "likes"]
 
 
+# For each component, what the look-ups of `make deploy` answer on a cluster that needs it.
+NEEDS = {
+    "openshift": {"api-versions": "route.openshift.io/v1\nsecurity.openshift.io/v1"},
+    "dns-gke": {" version": "Client Version: v1.32.4-dispatcher\nServer Version: v1.33.4-gke.1245000"},
+    "dns-gardener": {"endpointslices": "9153 8053 8053"},
+    "dns-kubespray": {"daemonsets": 'calico-node true \nnodelocaldns true ["-localip","169.254.25.10"]'},
+    "dns-cilium": {"daemonsets": 'cilium true \nnode-local-dns  ["-localip","169.254.20.10,10.96.0.10"]'},
+    # The manifests allow the DNS of such a cluster without a component.
+    "": {
+        "api-versions": "apps/v1\nv1",
+        " version": "Client Version: v1.32.4-gke.1\nServer Version: v1.33.4+k3s1",
+        "endpointslices": "53 53 9153",
+        "daemonsets": 'node-local-dns true ["-localip","169.254.20.10,10.96.0.10"]',
+    },
+}
+
+
+@pytest.mark.parametrize("already", [False, True], ids=["", "in the variant"])
+@pytest.mark.parametrize("component", NEEDS)
+def test_deploy_adds_the_component_that_the_cluster_needs_and_names_it(tmp_path: Path, component: str, already: bool) -> None:
+    answers = "".join(f"*'{words}'*) echo '{answer}' ;; " for words, answer in NEEDS[component].items())
+    keeps = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
+    # A user who may not look into `kube-system` can deploy too, so all other look-ups there fail.
+    kubectl = played(tmp_path, "kubectl", f"{keeps}; case $* in {answers} *kube-system* | *version*) echo no >&2; exit 1 ;; esac")
+    engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
+    scripts = copied(tmp_path)
+    with (tmp_path / "manifests" / "minikube" / "kustomization.yaml").open("a") as file:
+        file.write(f"components:\n{' ' if already else '#'}  - ../components/{component}\n")
+    ended = ran(scripts / "deploy.sh", KUBECTL=kubectl, ENGINE=engine)
+    assert ended.returncode == 0, ended.stderr
+    assert re.findall(r"^make: this cluster needs the component (\S+),", ended.stderr, re.MULTILINE) == [component] * bool(
+        component
+    )
+    written = yaml.safe_load((tmp_path / "kubectl.yaml").read_text())["components"]
+    assert written == (None if already or not component else [f"../components/{component}"])
+
+
+def test_deploy_knows_a_sign_of_every_component_that_depends_on_the_cluster() -> None:
+    components = {path.name for path in (ROOT / "manifests" / "components").iterdir()}
+    assert NEEDS.keys() - {""} == {name for name in components if not name.startswith("redis")}
+
+
 def test_dry_run_of_deploy_calls_nothing(tmp_path: Path) -> None:
     kubectl, engine = played(tmp_path, "kubectl", ""), played(tmp_path, "docker", "")
     command = ["make", "--dry-run", "deploy", f"KUBECTL={kubectl}", f"ENGINE={engine}", "REGISTRY=r.example"]
