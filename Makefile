@@ -94,11 +94,14 @@ test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2,
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
-# The lock has no shellcheck for Linux on aarch64; there `make lint` needs a shellcheck on PATH (Debian: apt install shellcheck).
+# The lock has no shellcheck for Linux on aarch64; there `make lint` needs a shellcheck on PATH.
 SHELLCHECK = $(or $(wildcard $(BIN)/shellcheck),shellcheck)
+HAS_SHELLCHECK = command -v $(SHELLCHECK) >/dev/null \
+|| { echo "make: shellcheck is needed, and the lock has none for this platform; on Debian: apt install shellcheck" >&2; exit 1; }
 
 # shellcheck needs the option --shell, because redis.sh, .ci/steps and the files in scripts/lib/ do not name their shell.
 lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
+	@$(HAS_SHELLCHECK)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/yamllint --strict .
 	@$(SHELLCHECK) --shell=sh --external-sources --source-path=SCRIPTDIR \

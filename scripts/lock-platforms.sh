@@ -3,6 +3,7 @@
 # Usage: lock-platforms.sh
 # The script reads VENV, whose Python must be the lowest that is supported. It needs a package index, and installs nothing.
 . "${0%/*}/lib/base.sh"
+. "${0%/*}/lib/pip.sh"
 [ $# = 0 ] || usage
 
 work=$(mktemp -d)
@@ -18,7 +19,7 @@ check() { # MACHINE TAG...: fail if a package has no wheel with one of the TAGs 
     shift
   done
   # pip compares the wheels with its options, but the lock's conditions with the machine that Python reports.
-  "$VENV/bin/python" -c '
+  "$VENV/bin/python" -I -c '
 import platform, runpy, sys
 machine = sys.argv.pop(1)
 platform.machine = lambda: machine

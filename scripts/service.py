@@ -216,7 +216,8 @@ def remove(name: str) -> None:
     # Only the example has more files than those that `add` makes.
     example = f"# {name}: begin\n" in Path(__file__).read_text()
     places = [*(place.format(name) for place in FOLDERS.values()), *(globals()["BELONGINGS"] if example else [])]
-    status = subprocess.run(["git", "status", "--porcelain", "--", *places], check=False, text=True, capture_output=True).stdout
+    command = ["git", "status", "--porcelain", "--untracked-files=normal", "--", *places]
+    status = subprocess.run(command, check=False, text=True, capture_output=True).stdout
     if status and os.environ.get("FORCE") != "1":
         raise RefusalError(f"NAME={name}: commit these files first, or delete them for ever with FORCE=1:\n{status.rstrip()}")
 

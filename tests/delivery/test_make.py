@@ -244,6 +244,29 @@ def test_settings_of_pip_send_no_package_elsewhere(locked: Locked, tmp_path: Pat
     assert not Path(elsewhere).exists()
 
 
+@pytest.mark.parametrize(
+    ("platforms", "condition", "lacks"),
+    [
+        ("manylinux_2_17_x86_64 macosx_11_0_arm64", "", "aarch64"),
+        ("manylinux_2_17_x86_64 manylinux_2_28_aarch64", "", "arm64"),
+        ("manylinux_2_17_x86_64 manylinux_2_28_aarch64 macosx_11_0_arm64", "", ""),
+        ("manylinux_2_17_x86_64 macosx_11_0_arm64", ' ; platform_machine != "aarch64"', ""),
+    ],
+    ids=["not for aarch64", "not for macOS", "for all", "left out on aarch64"],
+)
+def test_package_without_a_wheel_for_a_platform_is_found(locked: Locked, platforms: str, condition: str, lacks: str) -> None:
+    (wheel,) = locked.index.glob("tiny-*.whl")
+    for platform in platforms.split():
+        shutil.copy2(wheel, wheel.with_name(f"tiny-1.0-py3-none-{platform}.whl"))
+    wheel.unlink()
+    locked.lock({"requirements.txt": f"tiny==1.0{condition} \\\n    --hash=sha256:0\n", "requirements-dev.txt": ""})
+    environ = {**os.environ, "VENV": ".venv", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(locked.index)}
+    command = ["sh", "scripts/lock-platforms.sh"]
+    ended = subprocess.run(command, cwd=locked.copy, env=environ, text=True, capture_output=True, timeout=120)
+    assert re.findall(r"^make: a package has no wheel for (\S+)", ended.stderr, re.MULTILINE) == lacks.split(), ended.stderr
+    assert ended.returncode == bool(lacks)
+
+
 def test_packages_outside_the_environment_are_neither_used_nor_removed(locked: Locked, tmp_path: Path) -> None:
     for name in ("tiny", "other"):
         tiny(tmp_path, name=name)

@@ -6,7 +6,7 @@ import os
 ENVIRON = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
 
 _UNUSUAL = {"color.ui": "always", "color.grep": "always", "color.diff": "always", "diff.external": "true"} | {
-    "grep.lineNumber": "true", "grep.column": "true", "submodule.recurse": "true"
+    "grep.lineNumber": "true", "grep.column": "true", "submodule.recurse": "true", "status.showUntrackedFiles": "no"
 }  # fmt: skip
 
 
