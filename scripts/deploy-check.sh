@@ -23,7 +23,8 @@ if ! used=$(k get services --all-namespaces --output=jsonpath="$ports"); then
   echo "make: so it is not known whether another service has a node port that this deployment needs" >&2
 else
   for name in $chosen; do
-    port=$((30080 + $(number "$name")))
+    number=$(number "$name")
+    port=$((30080 + number))
     user=$(echo "$used" | awk -v own="$NAMESPACE $name" -v port="$port" '
       ($1 " " $2) != own { for (i = 3; i <= NF; i++) if ($i == port) print "service " $2 " in the namespace " $1 }')
     [ -z "$user" ] || fail "$name needs the node port $port, which belongs to the $user: delete that one," \
