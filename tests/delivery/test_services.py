@@ -335,7 +335,7 @@ def test_each_line_that_is_missing_is_named_and_added_again(trio: Path) -> None:
 def test_files_that_still_name_a_removed_service_are_listed(repository: Path) -> None:
     (repository / "note.txt").write_text(f"{NEW} is a service")
     assert service(repository, "add", NEW, KUBECTL="true").returncode == 0
-    said = service(repository, "remove", NEW, **unusual(), KUBECTL="true", FORCE="1").stdout
+    said = service(repository, "remove", NEW, **unusual() | {"KUBECTL": "true", "FORCE": "1"}).stdout
     assert "note.txt" in said.partition(f"\nThese files still name {NEW}: ")[2].split()
 
 
@@ -365,7 +365,7 @@ def test_numbers_of_the_other_services_stay_when_one_is_removed(trio: Path) -> N
     (trio / NEW / "new.py").touch()
     (trio / "tests" / NEW / "test_app.py").write_text("")
     before = tree(trio)
-    refused = service(trio, "remove", NEW, **unusual(), KUBECTL="true")
+    refused = service(trio, "remove", NEW, **unusual() | {"KUBECTL": "true"})
     assert refused.returncode == 1
     assert refused.stderr.endswith(f"FORCE=1:\n M tests/{NEW}/test_app.py\n?? {NEW}/new.py\n")
     assert tree(trio) == before
