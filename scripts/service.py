@@ -45,7 +45,6 @@ PORTS = {"nodePort, value: {}": 30080, "localPort: {}": 8080, ":-{}}": 8080}
 BELONGINGS = [
     "bench",
     "docs/how-a-request-is-counted.md",
-    "scripts/debian.sh",
     # These tests need the counts of hitcounter, and most need a container engine or a cluster.
     "tests/delivery/test_compose.py",
     "tests/delivery/test_image_attacked.py",
