@@ -111,8 +111,6 @@ test-python-next: $(DEBIAN)/python-next/done ## run all tests, or those in TESTS
 test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2, Redis 8 and Valkey 8 (or SERVERS=)
 	@sh scripts/test-servers.sh
 
-# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
-DEBIAN := .tools/debian
 $(DEBIAN)/busybox/done: scripts/debian.sh
 	@sh scripts/debian.sh $@ trixie busybox dash original-awk
 
