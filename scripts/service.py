@@ -14,6 +14,7 @@ The script needs git, which knows the files of the repository, ruff beside the r
 """
 
 import fcntl
+import json
 import keyword
 import os
 import re
@@ -44,16 +45,19 @@ PORTS = {"nodePort, value: {}": 30080, "localPort: {}": 8080, ":-{}}": 8080}
 # The folders and files that belong to the service, besides its own folders.
 BELONGINGS = [
     "bench",
+    "docs/dashboard.svg",
     "docs/how-a-request-is-counted.md",
-    "scripts/debian.sh",
+    "monitoring/picture.py",
     # These tests need the counts of hitcounter, and most need a container engine or a cluster.
     "tests/delivery/test_compose.py",
     "tests/delivery/test_image_attacked.py",
     "tests/delivery/test_image_runs.py",
     "tests/e2e",
+    "tests/monitoring/test_alerts.py",
     # Only those tests and hitcounter's own use these modules.
     "tests/support/cluster.py",
     "tests/support/command_lines.py",
+    "tests/support/failing_task.py",
     "tests/support/exhaustion.py",
     "tests/support/load.py",
     "tests/support/proxies.py",
@@ -215,7 +219,8 @@ def remove(name: str) -> None:
     # Only the example has more files than those that `add` makes.
     example = f"# {name}: begin\n" in Path(__file__).read_text()
     places = [*(place.format(name) for place in FOLDERS.values()), *(globals()["BELONGINGS"] if example else [])]
-    status = subprocess.run(["git", "status", "--porcelain", "--", *places], check=False, text=True, capture_output=True).stdout
+    command = ["git", "status", "--porcelain", "--untracked-files=normal", "--", *places]
+    status = subprocess.run(command, check=False, text=True, capture_output=True).stdout
     if status and os.environ.get("FORCE") != "1":
         raise RefusalError(f"NAME={name}: commit these files first, or delete them for ever with FORCE=1:\n{status.rstrip()}")
 
@@ -248,7 +253,7 @@ def remove(name: str) -> None:
         finish(root)
 
     print("\n".join(transact(change)))
-    command = ["git", "grep", "--untracked", "-lw", name]
+    command = ["git", "grep", "--no-color", "--no-recurse-submodules", "--untracked", "-lw", name]
     named = subprocess.run(command, check=False, text=True, capture_output=True).stdout.split()
     print(
         f"\n{name} is removed. If a cluster still runs it: kubectl delete"
@@ -305,6 +310,13 @@ def forget(root: Path, name: str, other: str, before: dict[str, bytes]) -> None:
 
     `before` has the content of each file before files were deleted.
     """
+    # hitcounter: begin
+    dashboard = root / "manifests" / "components" / "monitoring" / "dashboard.json"
+    board = json.loads(dashboard.read_text())
+    headings = [index for index, panel in enumerate(board["panels"]) if panel["type"] == "row"]
+    del board["panels"][headings[-1] :]  # JSON has no comments that could mark the service's own row, which is the last one
+    dashboard.write_text(json.dumps(board, sort_keys=True, indent=1) + "\n")
+    # hitcounter: end
     deleted = before.keys() - files(root).keys()
     kept = {Path(file).name for file in files(root)}
     # If the other service has such a file too, lines that name the deleted file name the other's file afterwards.
@@ -577,8 +589,11 @@ def transact(change: Callable[[Path], None]) -> list[str]:
     try:
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        raise RefusalError("this command needs git, and a clone of the repository") from None
+    except FileNotFoundError:
+        raise RefusalError("this command needs git") from None
+    except subprocess.CalledProcessError as error:
+        said = f"git cannot list the files of this folder, which has to be a clone\n{error.stderr}"
+        raise RefusalError(said.rstrip()) from None
     with tempfile.TemporaryDirectory(prefix="service-") as folder:
         root = Path(folder)
         for name in filter(None, listed):

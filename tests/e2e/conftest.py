@@ -1,4 +1,4 @@
-"""These fixtures give tests the deployment of `make deploy` on the cluster, a second namespace, and a second service."""
+"""These fixtures give tests the deployment of `make deploy` on the cluster, other namespaces, and a second service."""
 
 import shutil
 import sys
@@ -41,3 +41,19 @@ def two_services(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("git", "init", "--quiet", str(copy))
     run(sys.executable, str(copy / "scripts" / "service.py"), "add", "likes")
     return copy
+
+
+@pytest.fixture
+def monitoring() -> Iterator[Namespace]:
+    """Yield the namespace `monitoring`. If the cluster does not have it, create it, and delete it after the test."""
+    one = Namespace("monitoring")
+    there = "monitoring" in one.kubectl("get", "namespaces", "--output=name")
+    if not there:
+        one.create()
+    try:
+        yield one
+    finally:
+        if there:
+            one.kubectl("delete", "pod", "client", "prometheus", "--ignore-not-found")
+        else:
+            one.delete()

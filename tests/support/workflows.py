@@ -18,9 +18,7 @@ CI, RELEASE = (yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").r
 NOT_HERE = {
     "make builder": "BuildKit's image cannot be pulled; the engine's own builder makes the same image with another digest",
     "make tools": "the target fetches Skaffold from a site that cannot be reached; Go builds Skaffold instead",
-    # hitcounter: begin
     "sudo apt-get install": "the command installs a package that Debian has and the runner's Ubuntu lacks",
-    # hitcounter: end
     "skaffold": "no test runs Skaffold on a cluster; `make render-check` runs Skaffold without one",
     "curl": "the command asks minikube, which does not run here; this machine asks the node's port of another cluster",
     "kubectl wait": "the command waits for objects that Skaffold deletes",
