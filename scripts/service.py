@@ -56,6 +56,7 @@ BELONGINGS = [
     "tests/support/command_lines.py",
     "tests/support/exhaustion.py",
     "tests/support/load.py",
+    "tests/support/nodes.py",
     "tests/support/proxies.py",
     "tests/support/topologies.py",
     "tests/support/traffic.py",
