@@ -356,13 +356,13 @@ e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in 
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(WITH_TOOLS) $(PYTEST_SLOW) -m cluster tests/e2e
 
-NODES ?=             # a command that loses a node of the cluster: see tests/e2e/test_replicated.py
+NODES ?=             # a command that loses a node of the cluster: see tests/support/nodes.py
 export NODES
-e2e-nodes: $(VENV)/installed ## run the tests of a replicated Redis and of a lost node, on a cluster of three nodes (NODES=)
+e2e-nodes: $(VENV)/installed ## test drains, the autoscaler and lost nodes, on three nodes with metrics (NODES=)
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m "nodes and not slow" tests/e2e
 
-e2e-nodes-slow: $(VENV)/installed ## run the other tests of a replicated Redis on the same cluster, in about six minutes (NODES=)
+e2e-nodes-slow: $(VENV)/installed ## run the other tests on the same cluster, in about 14 minutes (NODES=)
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m "nodes and slow" tests/e2e
 # hitcounter: end
