@@ -1,4 +1,5 @@
-// Check that each name in a rule of .github/renovate.json matches a dependency, and print what the rules decide about each.
+// Check that each name of a package or file in a rule of .github/renovate.json matches a dependency. Print what the rules decide
+// about each dependency.
 // Usage: node check.mjs RENOVATE LOG
 // RENOVATE is the folder of Renovate's package. LOG is the JSON log of `renovate --dry-run=extract`, with all dependencies.
 import { readFileSync } from "node:fs";
@@ -31,12 +32,14 @@ for (const dependency of dependencies) {
 console.log([...decided.keys()].sort().join("\n"));
 
 for (const rule of own.packageRules) {
-  for (const name of rule.matchPackageNames) {
-    const packageRules = [{ ...rule, matchPackageNames: [name], enabled: true, marked: true }];
-    const results = await Promise.all(dependencies.map((dependency) => applyPackageRules({ ...dependency, packageRules })));
-    if (!results.some(({ marked }) => marked)) {
-      console.error(`make: a rule of .github/renovate.json is for ${name}, but no dependency has this name`);
-      process.exitCode = 1;
+  for (const list of ["matchPackageNames", "matchFileNames"]) {
+    for (const name of rule[list] ?? []) {
+      const packageRules = [{ ...rule, [list]: [name], enabled: true, marked: true }];
+      const results = await Promise.all(dependencies.map((dependency) => applyPackageRules({ ...dependency, packageRules })));
+      if (!results.some(({ marked }) => marked)) {
+        console.error(`make: a rule of .github/renovate.json is for ${name}, but no dependency has this name or is in such a file`);
+        process.exitCode = 1;
+      }
     }
   }
 }
