@@ -162,7 +162,7 @@ def test_passwords_are_made_in_the_cluster_that_skaffold_names(running: Project)
     ended = running.act(f"SKAFFOLD_KUBE_CONTEXT={here} {make}")
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr  # the secrets already exist
     ended = running.act(f"SKAFFOLD_KUBE_CONTEXT=another {make}")
-    assert (ended.returncode, "no namespace" in ended.stderr) == (2, True), ended.stderr
+    assert (ended.returncode, 'context "another" does not exist' in ended.stderr) == (2, True), ended.stderr
 
 
 def test_skaffold_delete_leaves_nothing(running: Project) -> None:
