@@ -411,7 +411,7 @@ _REFUSALS = (
     "must support resize|previous terminated container .* not found|no last revision to roll back to|taint .* not found"
     r'|"(data-)?redis-[12]" not found|pods "\$pod" not found'
     '|secrets "redis-tls" not found|namespaces "openshift-dns" not found'
-    '|services "redis-0" not found|poddisruptionbudgets.policy "redis" not found|unknown command: (hand-over|is-primary)'
+    '|services "redis-0" not found|poddisruptionbudgets.policy "redis" not found|redis.sh (hand-over|is-primary): 64'
 )
 
 
