@@ -37,7 +37,7 @@ for (const rule of own.packageRules) {
       const packageRules = [{ ...rule, [list]: [name], enabled: true, marked: true }];
       const results = await Promise.all(dependencies.map((dependency) => applyPackageRules({ ...dependency, packageRules })));
       if (!results.some(({ marked }) => marked)) {
-        console.error(`make: a rule of .github/renovate.json is for ${name}, but no dependency has this name or is in such a file`);
+        console.error(`make: a rule of .github/renovate.json is for ${name}, but no dependency has this name or file`);
         process.exitCode = 1;
       }
     }
