@@ -362,7 +362,7 @@ e2e-nodes: $(VENV)/installed ## test drains, the autoscaler and lost nodes, on t
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m "nodes and not slow" tests/e2e
 
-e2e-nodes-slow: $(VENV)/installed ## run the other tests on the same cluster, in about 14 minutes (NODES=)
+e2e-nodes-slow: $(VENV)/installed ## run the other tests on the same cluster, in about 10 minutes (NODES=)
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m "nodes and slow" tests/e2e
 # hitcounter: end
