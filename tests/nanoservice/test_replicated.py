@@ -184,7 +184,7 @@ async def test_connection_that_opens_late_does_not_lead_back_to_the_old_primary(
     await eventually(lambda: asyncio.to_thread(lambda: store.primary() not in (None, old)), 20 * SLACK)
     new = it.connection()
     await new.connect()
-    old.network.cut = frozenset({Peer.REPLICA, Peer.SENTINEL})  # The old primary answers, and nobody has told it of the failover.
+    old.network.cut = frozenset({Peer.REPLICA, Peer.SENTINEL})  # The old primary answers, and does not know of the failover.
     assert old.role() == "master"
     with pytest.raises(UnavailableError, match="another server has become the primary"):
         await it.health.watch(late)
