@@ -29,13 +29,14 @@ FILE ?=              # the file of a snapshot of Redis
 REGISTRIES ?=        # where to publish, such as "ghcr.io/me docker.io/me"; the manifests use the first
 DIST ?= dist
 ORAS ?=              # the path of an oras to use; if empty, Go builds oras
+HELM ?=              # the path of a helm to use; if empty, Go builds helm
 TAG ?=               # the tag of the release, such as v0.1.0
 DIGESTS ?=           # the expected digest of each image, as `make release-digest` prints them: {"hitcounter":"sha256:..."}
 SUMS ?=              # the expected digest of SHA256SUMS, the file with the checksums of a release's files
 
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE SERVERS
+export REGISTRIES DIST ORAS HELM TAG DIGESTS SUMS UPGRADE SERVERS
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -240,7 +241,7 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 
 # --- Kubernetes ---
 
-.PHONY: deploy undeploy secret secret-rotate backup restore manifests tools render-check
+.PHONY: deploy undeploy secret secret-rotate backup restore manifests chart test-chart tools render-check
 
 deploy: ## build and deploy all services, or SERVICE, on the current cluster; print the URLs
 	@sh scripts/deploy-check.sh
@@ -264,6 +265,12 @@ restore: ## restart Redis with the snapshot FILE; Redis's volume keeps the old d
 
 manifests: ## write manifests/rendered/ again: one plain file for each variant
 	@sh scripts/manifests.sh manifests/rendered
+
+chart: $(VENV)/installed ## write those parts of chart/ again that follow from other files
+	@$(BIN)/python scripts/chart.py chart
+
+test-chart: $(VENV)/installed ## run the tests of the chart, with Helm
+	@$(BIN)/python -m pytest -n 2 -m chart tests/delivery
 
 TOOLS ?= .tools
 tools: ## with Docker, write the Skaffold that devcontainer/Containerfile pins to .tools/ (or to TOOLS=)
@@ -306,7 +313,7 @@ release-compare: ## fail unless each image in SERVICE.oci/ has its digest in DIG
 sbom: $(VENV)/can-run ## write dist/SERVICE.spdx.json, the list of contents of SERVICE.oci/; each run writes the same bytes
 	@sh scripts/each.sh sbom.sh
 
-release-files: sbom ## write the release's files to dist/release/: manifests with digests, lists of contents, checksums
+release-files: sbom ## write the release's files to dist/release/: manifests, chart, lists of contents, checksums
 	@sh scripts/release-files.sh
 
 release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
@@ -315,8 +322,10 @@ release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 release-files-compare: ## fail if the digest of dist/release/SHA256SUMS is not SUMS, or if a file has another checksum
 	@sh scripts/release-files-compare.sh
 
-publish: ## publish each image of SERVICE.oci/ and its list of contents in REGISTRIES, and read both back
+publish: ## publish each image of SERVICE.oci/, its list of contents, and the chart in REGISTRIES; read all back
 	@sh scripts/each.sh publish.sh
+	@sh scripts/chart-publish.sh
 
-sign: ## sign each image of SERVICE.oci/ in REGISTRIES with cosign, as yourself or as the workflow
+sign: ## sign each image of SERVICE.oci/ in REGISTRIES and the chart with cosign, as yourself or as the workflow
 	@sh scripts/each.sh sign.sh
+	@sh scripts/chart-sign.sh

@@ -17,7 +17,9 @@ for name in $(chosen); do
   release="$release $name=$(echo "$repositories" | head -n 1)@$digest"
 done
 rm -rf "$folder" # otherwise SHA256SUMS would list files of an earlier run, and the release would have them
-RELEASE=$release sh "${0%/*}/manifests.sh" "$folder"
+export RELEASE="$release"
+sh "${0%/*}/manifests.sh" "$folder"
+sh "${0%/*}/chart-package.sh"
 for name in $(chosen); do cp "$DIST/$name.spdx.json" "$folder"; done
 changes >"$DIST/changes.md"
 (cd "$folder" && sha256sum -- * >../SHA256SUMS && mv ../SHA256SUMS .) || exit

@@ -13,6 +13,10 @@ repositories() { # SERVICE: print the repositories of the service's image, one o
   for registry in $(echo "$REGISTRIES" | tr '[:upper:]' '[:lower:]'); do echo "${registry%/}/$1"; done
 }
 
+chart() { # print the path of the release's chart
+  echo "$folder/$(sed -n 's/^name: //p' chart/Chart.yaml)-$version.tgz"
+}
+
 checksum() { # print the digest of SHA256SUMS, which has the checksums of all files of the release
   [ -f "$folder/SHA256SUMS" ] || fail "there are no files of a release in $folder/; run: make release-files"
   sha256sum "$folder/SHA256SUMS" | cut -d ' ' -f 1
