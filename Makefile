@@ -322,10 +322,10 @@ release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 release-files-compare: ## fail if the digest of dist/release/SHA256SUMS is not SUMS, or if a file has another checksum
 	@sh scripts/release-files-compare.sh
 
-publish: ## publish each image of SERVICE.oci/, its list of contents, and the chart in REGISTRIES; read all back
+publish: ## publish the images of SERVICE.oci/ with their contents, and the chart, in REGISTRIES; read all back
 	@sh scripts/each.sh publish.sh
 	@sh scripts/chart-publish.sh
 
-sign: ## sign each image of SERVICE.oci/ in REGISTRIES and the chart with cosign, as yourself or as the workflow
+sign: ## sign the images of SERVICE.oci/ in REGISTRIES, and the chart, with cosign: as yourself or as the workflow
 	@sh scripts/each.sh sign.sh
 	@sh scripts/chart-sign.sh

@@ -115,7 +115,10 @@ def values(chart: Path) -> Iterator[tuple[str, str, str]]:
             comment.append(words[1])
         elif entry := re.match(r"( *)(\w+):(?: +(.+))?$", text):
             depth = len(entry[1])
-            path = [*((above, name) for above, name in path if above < depth), (depth, "NAME" if example and depth == 2 else entry[2])]
+            path = [
+                *((above, name) for above, name in path if above < depth),
+                (depth, "NAME" if example and depth == 2 else entry[2]),
+            ]
             if comment:
                 default = entry[3] or ""
                 yield ".".join(name for _, name in path), "" if example else default, " ".join(comment).rstrip(".")

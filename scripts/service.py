@@ -69,7 +69,9 @@ PREFIXES = re.compile(
     "aws|ci|conda|dbus|debian|docker|git|github|gitlab|gnome|google|gpg|gtk|helm|java|kube|kubernetes|lc|ld|less|ls|make|node|"
     "npm|nvm|otel|pip|podman|pyenv|python|qt|runner|session|shell|skaffold|ssh|ssl|sudo|systemd|term|virtual|vscode|xdg"
 )
-UNTOUCHED = re.compile(r"CHANGELOG\.md|LICENSE|manifests/rendered/.*|chart/manifests/.*|requirements.*\.txt|.*\.(svg|sum|lock)|.*-lock\.json")
+UNTOUCHED = re.compile(
+    r"CHANGELOG\.md|LICENSE|manifests/rendered/.*|chart/manifests/.*|requirements.*\.txt|.*\.(svg|sum|lock)|.*-lock\.json"
+)
 # Behind one of these texts, the word is the project's name. Elsewhere, the same word is the name of a service.
 BEFORE_PROJECT = [
     r"\bnamespace(?:=\"?|: ?\"?|/| )",

@@ -4,6 +4,7 @@ ORAS=${ORAS:-$(go -C "${0%/*}/tools/oras" tool -n oras)} \
 || fail "oras is needed: install Go, which builds it, or name one: ORAS=..."
 
 resolve() { # REPOSITORY: print the digest of this version there; print nothing if the repository does not have it
+  # shellcheck disable=SC2154 # the script sets `work`, and lib/release.sh sets `version`
   "$ORAS" resolve "$1:$version" 2>"$work/log" || {
     # If the registry fails in any other way, stop: it may have the version already, and a version is never overwritten.
     grep -qF "$1:$version: not found" "$work/log" || {

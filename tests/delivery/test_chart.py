@@ -217,7 +217,9 @@ def test_values_that_choose_a_variant_can_be_combined(store: str, monitoring: bo
     if exposed:
         arguments += ["--set=expose=nodePort,autoscaling=false"]
         minikube = objects((RENDERED / "minikube.yaml").read_text())
-        expected |= {name: it for name, it in minikube.items() if name not in production or it["kind"] == "Service" and name in expected}
+        expected |= {
+            name: it for name, it in minikube.items() if name not in production or (it["kind"] == "Service" and name in expected)
+        }
         expected = {name: it for name, it in expected.items() if it["kind"] not in ("Ingress", "HorizontalPodAutoscaler")}
     expected.pop(f"Namespace/{project()}")
     assert template(*arguments) == expected

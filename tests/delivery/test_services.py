@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from tests.support import ROOT
-from tests.support.pages import Step, steps
 from tests.support.helm import helm
+from tests.support.pages import Step, steps
 from tests.support.services import names
 
 
