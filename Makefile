@@ -34,9 +34,13 @@ TAG ?=               # the tag of the release, such as v0.1.0
 DIGESTS ?=           # the expected digest of each image, as `make release-digest` prints them: {"hitcounter":"sha256:..."}
 SUMS ?=              # the expected digest of SHA256SUMS, the file with the checksums of a release's files
 
+PROMETHEUS ?=        # the folder of the machine's own prometheus and promtool, for `make test-monitoring`
+CRDS ?=              # the folder or URL of the Prometheus operator's definitions, for `make e2e`; default: those on GitHub
+DEBIAN_MIRROR ?= http://deb.debian.org/debian
+
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REGISTRIES DIST ORAS HELM TAG DIGESTS SUMS UPGRADE SERVERS
+export REGISTRIES DIST ORAS HELM TAG DIGESTS SUMS UPGRADE SERVERS DEBIAN_MIRROR
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -89,7 +93,7 @@ test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2,
 	@sh scripts/test-servers.sh
 
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
-	@$(BIN)/coverage run -m pytest -n 2 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
+	@$(BIN)/coverage run -m pytest -n 4 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 # shellcheck needs the option --shell, because redis.sh, .ci/steps and the files in scripts/lib/ do not name their shell.
 lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
@@ -136,7 +140,34 @@ update: $(VENV)/installed ## take newer versions (of packages, only those publis
 	@sh scripts/update-actions.sh
 	@sh scripts/update-changes.sh
 
+# --- Monitoring ---
+
+.PHONY: dashboard test-monitoring
+
+# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
+DEBIAN := .tools/debian
+$(DEBIAN)/monitoring/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ prometheus prometheus-alertmanager
+
+.venv-monitoring/dashboard: monitoring/requirements.txt
+	@sh scripts/install.sh $@
+
+dashboard: .venv-monitoring/dashboard ## write the dashboard's JSON file from monitoring/dashboard.py
+	@.venv-monitoring/bin/python monitoring/dashboard.py manifests/components/monitoring/dashboard.json
+
+# Without PROMETHEUS, the tests use Prometheus of Debian 13, which is unpacked below .tools/.
+NEEDS_PROMETHEUS = $(VENV)/installed $(if $(PROMETHEUS),,$(DEBIAN)/monitoring/done) .venv-monitoring/dashboard
+WITH_PROMETHEUS = PROMETHEUS=$(or $(PROMETHEUS),$(abspath $(DEBIAN)/monitoring/bin)) \
+    MONITORING_PYTHON=$(abspath .venv-monitoring/bin/python)
+test-monitoring: $(NEEDS_PROMETHEUS) ## let a real Prometheus scrape services, and test rules and dashboard with it
+	@$(WITH_PROMETHEUS) $(PYTEST_SLOW) -m monitoring tests
+
 # hitcounter: begin
+.PHONY: dashboard-picture
+
+dashboard-picture: $(NEEDS_PROMETHEUS) ## run hitcounter with faults for a minute, and draw its dashboard: docs/dashboard.svg
+	@$(WITH_PROMETHEUS) PICTURE=docs/dashboard.svg $(PYTEST_SLOW) -m monitoring tests/monitoring/test_dashboard.py
+
 # --- Harder tests of hitcounter ---
 
 .PHONY: test-clock test-proxies attack chaos
@@ -145,11 +176,8 @@ PROXIES ?=           # the folder of the machine's own nginx and haproxy, such a
 RESTARTS ?= 20       # how many instances `make test-proxies` restarts behind each proxy
 ATTACK_SECONDS ?= 10
 ATTACKS ?=           # the attacks of `make attack`, as an expression for pytest's option -k; default: all
-DEBIAN_MIRROR ?= http://deb.debian.org/debian
-export RESTARTS ATTACK_SECONDS DEBIAN_MIRROR
+export RESTARTS ATTACK_SECONDS
 
-# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
-DEBIAN := .tools/debian
 $(DEBIAN)/proxies/done: scripts/debian.sh
 	@sh scripts/debian.sh $@ nginx-light haproxy
 

@@ -44,6 +44,7 @@ _SIZE_BUCKETS = 1, 2, 5, 10, 20, 50, 100, 200, 500, _MAX_BATCH
 _TIME_BUCKETS = 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1  # seconds
 _JOIN_SECONDS = 0.1  # A batch that waits for a lane accepts requests for this time; all have the batch's deadline.
 _LINGER_SECONDS = 0.001  # While some lanes are busy, a new batch grows for this time before an idle lane takes it.
+_VERDICTS = b"counted", b"late", b"unknown", b"failed"  # the first word of the script's reply
 # The back-off before each retry of a batch. The last value repeats. Each wait is a random 50 to 100 % of its value.
 _BACKOFF_SECONDS = 0.05, 0.1, 0.2, 0.4
 
@@ -84,10 +85,18 @@ class Counter:
         self._rewinds = 0
         self._size = Histogram("counter_batch_size", "Requests counted by one call", buckets=_SIZE_BUCKETS, registry=registry)
         round_trip = Histogram("counter_round_trip_seconds", "Time to a batch's reply", buckets=_TIME_BUCKETS, registry=registry)
+        replies = Total("counter_replies", "Replies of the script", ["verdict"], registry=registry)
+        verdicts = {verdict: replies.labels(verdict.decode()) for verdict in _VERDICTS}
         lost = Total("counter_lost_batches", "Batches given up because they may have been counted", registry=registry)
-        self._lanes = [Lane(name, store, round_trip, lost, redis_timeout=redis_timeout, keep=keep) for _ in range(lanes)]
+        self._lanes = [
+            Lane(name, store, round_trip, verdicts, lost, redis_timeout=redis_timeout, keep=keep) for _ in range(lanes)
+        ]
         self._rewinds_total = Total("counter_rewinds", "Times that Redis had less than was answered", registry=registry)
+        self._replayed = Total("counter_keys_replayed", "Posts that got an earlier answer of their key", registry=registry)
+        self._shed = Total("counter_shed", "Requests refused because too many waited", registry=registry)
+        self._timeouts = Total("counter_timeouts", "Requests that were not counted in time", registry=registry)
         Gauge("counter_pending", "Requests that wait for their number", registry=registry).set_function(lambda: self._pending)
+        Gauge("counter_max_pending", "Requests that may wait for their number", registry=registry).set(max_pending)
 
     async def start(self) -> None:
         """Begin to count requests."""
@@ -126,6 +135,7 @@ class Counter:
     def _join(self) -> Batch:
         """Return the batch for the next request."""
         if self._pending >= self._max_pending:
+            self._shed.inc()
             raise UnavailableError("too many requests wait already")
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -151,6 +161,7 @@ class Counter:
 
     def _expire(self, batch: Batch) -> None:
         """Answer 503 to the requests of `batch`, and say why Redis has not counted them in time."""
+        self._timeouts.inc(sum(1 for _ in batch.waiting()))
         self._give_up(batch, "Redis: " + (self._health.reason or "it does not answer in time"))
 
     def _give_up(self, batch: Batch, reason: str) -> None:
@@ -193,6 +204,8 @@ class Counter:
         _, _, hits, posts, all_posts, *answers = reply
         before, after = batch.settle(hits, posts, answers), Counts(hits, all_posts)
         self._size.observe(len(batch.hits) + len(batch.posts) + len(batch.keyed))
+        if batch.keyed:
+            self._replayed.inc(len(batch.keyed) - (all_posts - posts))
         if rewinds != self._rewinds:
             return  # Another batch has reported the rewind already.
         if before.hits < floor.hits or before.posts < floor.posts or _overlap((before, after), meanwhile):
@@ -278,12 +291,16 @@ class Batch:
 class Lane:
     """Sends batches to the script, one at a time, over a connection of its own."""
 
-    def __init__(self, name: str, store: Store, round_trip: Histogram, lost: Total, *, redis_timeout: float, keep: int) -> None:
+    def __init__(
+        self, name: str, store: Store, round_trip: Histogram, verdicts: dict[bytes, Total], lost: Total, *,
+        redis_timeout: float, keep: int,
+    ) -> None:  # fmt: skip
         self._name = name
         self._health = store.health
         self._connection = store.connection()
         self._replication = store.replication
         self._round_trip = round_trip
+        self._verdicts = verdicts
         self._lost = lost
         self._redis_timeout = redis_timeout
         self._keep = keep
@@ -324,6 +341,7 @@ class Lane:
                     return None
                 continue
             self._round_trip.observe(loop.time() - began)
+            self._verdicts[reply[0]].inc()
             verdict = self._writer.replied(reply)
             if verdict is Verdict.COUNTED:
                 self._health.worked("work")  # Only this reply shows that Redis can write: the script has written a count.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from redis import exceptions
 
 from nanoservice.errors import UnavailableError
@@ -137,7 +137,7 @@ def _is_of_handler(error: BaseException) -> bool:
 
 
 class Health:
-    """Records whether Redis works for this process. Logs each cause once per outage, and sets the metric `redis_up`.
+    """Records whether Redis works for this process. Logs each cause once per outage, and sets the metrics.
 
     Two activities report to this class, because one can fail without the other. "probe" checks that Redis answers; during an
     outage each check opens a new connection. "work" is what the service asks of Redis, such as writing. Successful work ends any
@@ -146,6 +146,9 @@ class Health:
 
     def __init__(self, registry: CollectorRegistry, server: str) -> None:
         self._up = Gauge("redis_up", "Whether Redis answers and does what the service asks of it", registry=registry)
+        self._failures = Counter("redis_failures", "Attempts to use Redis that failed", ["cause"], registry=registry)
+        for words in (*_CODES.values(), *(words for _, words in _SIGNS)):
+            self._count(words, 0)
         self.server = server  # the server's address, for the log
         self.successes = 0  # how often "work" has succeeded
         self.failures = 0  # how often any activity has failed
@@ -163,6 +166,7 @@ class Health:
         """
         words, now = cause(error), time.monotonic()
         self.failures += 1
+        self._count(words, 1)
         if seen is not None and seen != self.successes:
             return words
         if not self.reason:
@@ -177,6 +181,10 @@ class Health:
             details = {"redis": self.server, "error": _text(error) or type(error).__name__}
             _logger.error("Redis fails: %s", words, extra=details)
         return words
+
+    def _count(self, words: str, failures: int) -> None:
+        # A code that a server has invented may follow the colon. The label ends before it, so that no server creates new series.
+        self._failures.labels(words.partition(":")[0]).inc(failures)
 
     def worked(self, activity: str) -> None:
         """Record that `activity` succeeded."""

@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import Protocol
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -25,6 +25,9 @@ from nanoservice.answer import Answer
 from nanoservice.trace import Trace
 
 REGISTRY = web.AppKey("registry", CollectorRegistry)
+
+# Nothing reads these series, and each one costs memory in Prometheus.
+disable_created_metrics()  # type: ignore[no-untyped-call] # untyped
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _Key = tuple[str, str, int]  # method, route template, status
@@ -38,7 +41,8 @@ def new_registry(name: str, version: str) -> CollectorRegistry:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     registry.register(_LogCollector())
-    Gauge("build_info", "Name and version; always 1", ["service", "version"], registry=registry).labels(name, version).set(1)
+    # A scrape sets the label `service` of each metric, so `build_info` must not have one.
+    Gauge("build_info", "Name and version; always 1", ["name", "version"], registry=registry).labels(name, version).set(1)
     return registry
 
 

@@ -23,6 +23,7 @@ reports each one that an upgrade removes.
   needs new connections and a new pool.
 - `AbstractConnection.is_connected`, `AbstractConnection.can_read`, `AbstractConnection._writer`: they show whether an idle
   connection can still be used. Without them the first request after an idle connection has died is answered with 503.
+  `_writer` also has the server's certificate. Without it nothing measures when the certificate expires.
 - `Connection._connect`, `Connection._connection_arguments`: they open a TCP connection. Without them a host whose first address
   leads nowhere cannot be reached. An option of the driver for "Happy Eyeballs" (RFC 8305) will replace them.
 - `SSLConnection._connect`, `SSLConnection._connection_arguments`, `SSLConnection.ssl_context`: they open a TLS connection, and
@@ -31,13 +32,14 @@ reports each one that an upgrade removes.
 """
 
 import asyncio
+import math
 import socket
 import ssl
 from typing import Any, cast
 
 from aiohappyeyeballs import start_connection
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.client import Pipeline
@@ -140,11 +142,18 @@ class _TcpConnection(Connection):
 
 
 class _TlsConnection(_TcpConnection, SSLConnection):
-    """A TLS connection that reads the certificates each time it is opened, because they may have been rotated."""
+    """A TLS connection that reads the certificates each time it is opened, because they may have been rotated.
+
+    It sets `expiry` to the time at which the server's certificate expires.
+    """
+
+    expiry: Gauge
 
     async def _connect(self) -> None:
         self.ssl_context.context = None
         await super()._connect()
+        certificate = self._writer.get_extra_info("peercert")  # type: ignore[union-attr] # connected
+        self.expiry.set(ssl.cert_time_to_seconds(certificate["notAfter"]))
 
     def _connection_arguments(self) -> dict[str, Any]:
         # A final dot in a host name is meant for the resolver. The name in a certificate has no final dot.
@@ -179,7 +188,7 @@ class _PrimaryConnection(_DiscreetConnection, Connection):
         await self.send_command("ROLE")
         role = await self.read_response()
         self.sentinels.confirm(self._address, role)
-        await self.replication.begin(self._address, role)
+        await self.replication.begin(self._address, role, self.sentinels.replicas)
         self.health.server = "{}:{}".format(*self._address)
 
 
@@ -272,7 +281,12 @@ class Store:
         addresses = config.redis_sentinels or ([(config.redis_host, config.redis_port)] if config.redis_host else [])
         self.health = Health(registry, ",".join(f"{host}:{port}" for host, port in addresses) or "embedded")
         kind, self._options = _options(config, socket)
-        self._kind: type[AbstractConnection] = type("Connection", (_DiscreetConnection, kind), {})
+        shared: dict[str, Any] = {}
+        if config.redis_tls:
+            text = "When the certificate of Redis expires, as the newest connection has seen"
+            shared["expiry"] = Gauge("redis_certificate_expiry_timestamp_seconds", text, registry=registry)
+            shared["expiry"].set(math.nan)  # No connection has seen a certificate yet.
+        self._kind: type[AbstractConnection] = type("Connection", (_DiscreetConnection, kind), shared)
         other = self._kind
 
         def to(host: str, port: int) -> AbstractConnection:
@@ -283,7 +297,7 @@ class Store:
         self.replication = Replication(config.redis_replicas, timeout, registry, to if with_sentinels else None)
         if with_sentinels:
             sentinels = Sentinels(config.redis_sentinels, to, timeout / 2, registry)
-            shared = {"sentinels": sentinels, "replication": self.replication, "health": self.health}
+            shared = {**shared, "sentinels": sentinels, "replication": self.replication, "health": self.health}
             self._kind = type("Connection", (_PrimaryConnection, kind), shared)
         # If all connections are in use, a handler waits for a free one. It waits no longer than for an answer of Redis.
         pool = BlockingConnectionPool(

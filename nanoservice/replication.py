@@ -50,6 +50,8 @@ class Replication:
         self._next_survey = 0.0
         if replicas:
             self._have = Gauge("redis_replicas", "Replicas that had the last write in time", registry=registry)
+            self._expected = Gauge("redis_replicas_expected", "Replicas that Redis should have", registry=registry)
+            self._expected.set(replicas)
 
     @property
     def wait(self) -> tuple[Any, ...] | None:
@@ -79,13 +81,16 @@ class Replication:
             await connection.send_command("ROLE")
             self._survey(await connection.read_response())
 
-    async def begin(self, primary: Address, role: list[Any]) -> None:
+    async def begin(self, primary: Address, role: list[Any], expected: int) -> None:
         """Record the replicas of `primary`, to which a connection was opened. `role` is the primary's reply to ROLE.
+
+        `expected` is the number of replicas that the Sentinels know, also of those that are down.
 
         Raises NoPrimaryError if another server is a primary now.
         """
         if not self._replicas:
             return
+        self._expected.set(max(self._replicas, expected))
         attached = _attached(role)
         if primary != self._primary:
             self._primary, self._known, self._offset = primary, set(), 0

@@ -45,6 +45,8 @@ class Sentinels:
         self._search: asyncio.Task[Address | str] | None = None
         self._failovers = Counter("redis_failovers", "Times that another server became the primary", registry=registry)
         self.primary: Address | None = None
+        self.replicas = 0  # the number of replicas that the Sentinels know, also of those that are down
+        self._named: Address | None = None  # by the last search
         self._successor: tuple[float, Address, Address] | None = None  # when it was learnt, the former primary, its successor
 
     async def find(self) -> Address:
@@ -60,19 +62,25 @@ class Sentinels:
         if self._successor:
             learnt, former, successor = self._successor
             if found == former and time.monotonic() < learnt + _FOLLOW_SECONDS:
-                return successor
+                found = successor
+        self._named = found
         return found
 
     def confirm(self, address: Address, role: list[Any]) -> None:
         """Record the role that the server at `address` reports, which is its reply to ROLE.
 
-        Raises NoPrimaryError unless it is a primary. In a planned failover the former primary knows its successor a second before
-        the Sentinels do. So for a second, `find` returns the successor instead of the former primary.
+        Raises NoPrimaryError unless it is a primary, and the one that the Sentinels named last. A connection to a former primary
+        may need until after the failover to open, and a server that was cut off does not know that it is replaced.
+
+        In a planned failover the former primary knows its successor a second before the Sentinels do. So for a second, `find`
+        returns the successor instead of the former primary.
         """
         if role[0] != b"master":
             if role[0] == b"slave":
                 self._successor = time.monotonic(), address, (role[1].decode(), int(role[2]))
             raise NoPrimaryError("the server that the Sentinels name is not a primary")
+        if address != self._named:
+            raise NoPrimaryError("another server has become the primary")
         if self.primary not in (None, address):
             self._failovers.inc()
             _logger.warning("Redis has failed over to another primary", extra={"redis": "{}:{}".format(*address)})
@@ -85,7 +93,7 @@ class Sentinels:
         for a moment; the newest configuration, which is the one with the highest epoch, is right.
         """
         asked = [asyncio.create_task(self._ask(*address)) for address in self._addresses]
-        named: list[tuple[int, Address]] = []
+        named: list[tuple[int, int, Address]] = []
         problems = []
         try:
             for answered in asyncio.as_completed(asked):
@@ -101,10 +109,17 @@ class Sentinels:
             for task in asked:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
-        return max(named)[1] if named else max(problems, key=problems.count)
+        if not named:
+            return max(problems, key=problems.count)
+        _, self.replicas, primary = max(named)
+        return primary
 
-    async def _ask(self, host: str, port: int) -> tuple[int, Address] | str:
-        """Ask one Sentinel. Return its configuration epoch and the primary's address, or in a few words why it has none."""
+    async def _ask(self, host: str, port: int) -> tuple[int, int, Address] | str:
+        """Ask one Sentinel.
+
+        Return its configuration epoch, the number of replicas that it knows, and the primary's address; or return in a few words
+        why it has no primary.
+        """
         connection = self._connection(host, port)
         try:
             async with asyncio.timeout(self._seconds):
@@ -121,5 +136,5 @@ class Sentinels:
             return "no Sentinel can be asked: " + ("it is a server of another kind" if is_server else cause(error))
         finally:
             await connection.disconnect(nowait=True)
-        epoch = dict(zip(state[::2], state[1::2], strict=True))[b"config-epoch"]
-        return int(epoch), (address[0].decode(), int(address[1]))
+        fields = dict(zip(state[::2], state[1::2], strict=True))
+        return int(fields[b"config-epoch"]), int(fields[b"num-slaves"]), (address[0].decode(), int(address[1]))

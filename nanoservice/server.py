@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry, Histogram
 
 from nanoservice import logs
 from nanoservice.bounds import ADMIN_CONNECTIONS, KERNEL_BYTES, BoundMetrics, Bounds
@@ -38,6 +39,7 @@ _STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 # accept() calls per wake-up of asyncio's loop. `Bounds.admit` counts only afterwards, so this must stay below
 # `_SPARE_DESCRIPTORS`.
 _ACCEPTS_PER_WAKEUP = 16
+_LAG_BUCKETS = 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5  # seconds
 _DATA_FOLDER = Path(".data")  # The embedded Valkey of each service keeps its data in a folder of its own here.
 
 _logger = logging.getLogger(__name__)
@@ -141,7 +143,9 @@ class Running:
         self._app_runners: list[web.AppRunner] = []
         self._connection_runners: list[web.ServerRunner] = []
         self._sites: list[tuple[web.SockSite, socket.socket, ConnectionFactory]] = []
-        self._sweeper = asyncio.create_task(self._sweep())
+        lag = "How late the event loop ran a timer, measured once a second"
+        lags = Histogram("event_loop_lag_seconds", lag, buckets=_LAG_BUCKETS, registry=app[REGISTRY])
+        self._sweeper = asyncio.create_task(self._sweep(lags))
 
     @classmethod
     async def start(
@@ -160,7 +164,9 @@ class Running:
             _logger.warning("the limit on open files allows fewer connections than MAX_CONNECTIONS", extra={"connections": limit})
         try:
             await running._serve(running.app, public, recorder, Bounds(metrics, "public", min(limit, config.max_connections)))
-            await running._serve(admin_app(registry), admin, recorder, Bounds(metrics, "admin", ADMIN_CONNECTIONS))
+            # No registry has this recorder, because scrapes are not traffic.
+            unread = RequestRecorder(CollectorRegistry(), _logger)
+            await running._serve(admin_app(registry), admin, unread, Bounds(metrics, "admin", ADMIN_CONNECTIONS))
         except BaseException:
             _logger.error("the start was not completed", extra={"resources": [*running.app[BUSY_RESOURCES]]})
             await running.close()
@@ -187,9 +193,12 @@ class Running:
         sock.listen(BACKLOG)
         self._sites.append((site, sock, self._factories[-1]))
 
-    async def _sweep(self) -> None:
+    async def _sweep(self, lags: Histogram) -> None:
+        now = asyncio.get_running_loop().time
         while True:
+            due = now() + 1
             await asyncio.sleep(1)
+            lags.observe(now() - due)
             for factory in self._factories:
                 try:
                     factory.close_overdue()

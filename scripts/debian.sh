@@ -41,6 +41,10 @@ ln -sfn usr/lib "$folder/lib"
 for file in "$folder"/usr/lib/python3*/_sysconfigdata_*.py; do
   [ ! -e "$file" ] || sed -i "s:'/usr/share/python-wheels:'$folder/usr/share/python-wheels:" "$file"
 done
+# Alertmanager reads its templates at the absolute path that this program has. A path of the same length that is relative can
+# replace it: then Alertmanager finds the templates if FOLDER is its working directory.
+file=$folder/usr/bin/prometheus-alertmanager
+[ ! -e "$file" ] || sed -i 's:/usr/share/prometheus/alertmanager:usr/share//prometheus/alertmanager:g' "$file"
 mkdir "$folder/bin.new"
 loader=$(find "$folder/usr/lib" -type f -name 'ld-linux*.so.*')
 for program in "$folder"/usr/bin/* "$folder"/usr/sbin/*; do

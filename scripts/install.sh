@@ -1,9 +1,10 @@
 #!/bin/sh
 # Install packages at their locked versions into the virtual environment FOLDER.
-# Usage: install.sh FOLDER/can-run | FOLDER/installed | FOLDER/peers
+# Usage: install.sh FOLDER/can-run | FOLDER/installed | FOLDER/peers | FOLDER/dashboard
 #   can-run    installs the service's packages, and Valkey
 #   installed  installs the service's and the development packages, and removes packages that are in no lock
 #   peers      installs the packages of `can-run`, and the packages of the benchmark's peers
+#   dashboard  installs the packages that write and draw the dashboard
 # The script reads PYTHON. If FOLDER is missing, the script makes the environment with PYTHON, or with the newest Python that it
 # finds.
 # At the end the script touches the file that its argument names, because make compares the time of this file with the times of
@@ -42,7 +43,7 @@ remove_unlocked() { # uninstall each package that is no longer in a lock
 [ $# = 1 ] || usage
 stamp=$1 folder=${1%/*}
 case "$stamp" in
-  */can-run | */installed | */peers) ;;
+  */can-run | */installed | */peers | */dashboard) ;;
   *) usage ;;
 esac
 
@@ -66,5 +67,6 @@ case "$stamp" in
     remove_unlocked
     ;;
   */peers) locked 'valkey(lite)?' | pip_install -r requirements.txt -r /dev/stdin -r bench/requirements.txt || exit ;;
+  */dashboard) pip_install -r monitoring/requirements.txt ;;
 esac
 touch "$stamp"

@@ -10,11 +10,11 @@ VENV=$(cd "$VENV" && pwd)
 export VENV
 work=$(mktemp -d)
 remove_work_at_exit
-mkdir -p "$work/bench" "$work/tests/servers"
-for file in requirements*.* bench/requirements.* tests/servers/requirements.*; do
+mkdir -p "$work/bench" "$work/monitoring" "$work/tests/servers"
+for file in requirements*.* bench/requirements.* monitoring/requirements.* tests/servers/requirements.*; do
   [ ! -e "$file" ] || cp "$file" "$work/$file"
 done
 (cd "$work" && sh "$scripts/lock.sh") || exit
-for file in requirements*.txt bench/requirements.txt tests/servers/requirements.txt; do
+for file in requirements*.txt bench/requirements.txt monitoring/requirements.txt tests/servers/requirements.txt; do
   [ ! -e "$file" ] || cmp -s "$file" "$work/$file" || fail "$file is stale; run: make lock"
 done

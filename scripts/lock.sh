@@ -11,7 +11,7 @@
 "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 || fail "locks are made on Python 3.11; run: make PYTHON=python3.11 VENV=.venv-3.11 ..."
 
-for name in requirements requirements-dev bench/requirements tests/servers/requirements; do
+for name in requirements requirements-dev bench/requirements monitoring/requirements tests/servers/requirements; do
   [ -e "$name.in" ] || continue
   # Renovate reads this command in a lock's first lines, and runs it. So this command may only have options that Renovate knows.
   command="pip-compile --allow-unsafe --generate-hashes --no-emit-index-url --output-file=${name##*/}.txt"

@@ -31,6 +31,7 @@ PRODUCTION = [variant for variant in RENDERED if variant.startswith("production"
 ON_A_LAPTOP = [variant for variant in RENDERED if variant not in PRODUCTION]
 WITH_REDIS = [variant for variant in RENDERED if not variant.endswith("redis-outside")]
 REPLICATED = [variant for variant in RENDERED if "redis-replicated" in variant]
+MONITORED = "production-monitoring"
 SINGLE = [variant for variant in WITH_REDIS if variant not in REPLICATED]
 SERVERS = ["redis-0", "redis-1", "redis-2"]  # the pods of the replicated Redis
 CA = trustme.CA()
@@ -173,7 +174,8 @@ def test_variant_has_only_the_objects_that_these_tests_check(variant: str) -> No
     service = ["ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service"]
     namespace = ["Namespace", "NetworkPolicy"]
     smoke_test = ["NetworkPolicy"] if variant in ON_A_LAPTOP else []
-    kinds = store + scaled + service * len(SERVICES) + namespace + smoke_test
+    monitoring = ["ConfigMap", "PodMonitor", "PrometheusRule"] if variant == MONITORED else []
+    kinds = store + scaled + service * len(SERVICES) + namespace + smoke_test + monitoring
     assert sorted(it["kind"] for it in RENDERED[variant]) == sorted(kinds)
     assert {it.name for it in workloads(variant)} == SERVICES.keys() | ({"redis"} if store else set())
 
@@ -207,7 +209,8 @@ read_schema = cache(utils.schema_contents)
 def test_schema_of_each_kubernetes_accepts_every_object(version: str) -> None:
     checked: list[Object] = []
     for it in (it for variant in RENDERED for it in RENDERED[variant]):
-        if it not in checked:  # most objects are the same in all variants
+        custom = it["apiVersion"].startswith("monitoring.coreos.com/")  # tests/e2e/test_monitoring.py checks these
+        if not custom and it not in checked:  # most objects are the same in all variants
             # If validate() has no schema for `version`, it uses an older schema. validate() returns the version of the
             # schema that it used, so this comparison finds a missing schema.
             assert kubernetes_validate.validate(it, version, strict=True) == version
@@ -561,12 +564,15 @@ def test_network_policies_allow_what_is_needed_and_nothing_else(variant: str) ->
                 any_dns,
             ],
         }
-    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    prometheus = {
+        "namespaceSelector": {"matchExpressions": [_is("kubernetes.io/metadata.name", "monitoring")]},
+        "podSelector": {"matchExpressions": [_is(LABEL + "name", "prometheus")]},
+    }
     assert policies == {
         name: {
             "podSelector": {"matchLabels": {LABEL + "name": name}},
             "policyTypes": both,
-            "ingress": [{"ports": [{"port": "http"}]}, {"from": [monitoring], "ports": [{"port": "admin"}]}],
+            "ingress": [{"ports": [{"port": "http"}]}, {"from": [prometheus], "ports": [{"port": "admin"}]}],
             "egress": [
                 {"to": [to_redis], "ports": redis_ports},
                 any_dns,
@@ -574,6 +580,27 @@ def test_network_policies_allow_what_is_needed_and_nothing_else(variant: str) ->
         }
         for name in SERVICES
     }
+
+
+def test_every_service_is_scraped_with_the_labels_that_the_rules_need() -> None:
+    (monitor,) = of_kind(MONITORED, "PodMonitor")
+    selector, (endpoint,) = monitor["spec"]["selector"]["matchLabels"], monitor["spec"]["podMetricsEndpoints"]
+    scraped = [it for it in workloads(MONITORED) if selector.items() <= it.labels.items()]
+    assert {it.name: it.ports[endpoint["port"]] for it in scraped} == dict.fromkeys(SERVICES, config.Config.admin_port)
+    of_the_pod = "__meta_kubernetes_pod_label_" + re.sub(r"\W", "_", LABEL + "name")
+    assert endpoint["relabelings"] == [
+        {"targetLabel": "job", "replacement": "nanoservice"},
+        {"targetLabel": "service", "sourceLabels": [of_the_pod]},
+    ]
+
+
+def test_operator_and_grafana_get_the_rules_and_the_dashboard_of_the_sources() -> None:
+    folder = MANIFESTS / "components" / "monitoring"
+    (rule,) = of_kind(MONITORED, "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load((folder / "rules.yaml").read_text())["spec"]
+    dashboard = named(MONITORED, "ConfigMap", "nanoservice-dashboard")
+    assert dashboard["data"] == {"dashboard.json": (folder / "dashboard.json").read_text()}
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
 def _is(label: str, *values: str) -> Object:

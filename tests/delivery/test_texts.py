@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nanoservice.testing.served import Served
 from tests.support import ROOT
@@ -26,7 +27,9 @@ def test_files_exist(text: Path) -> None:
     content = text.read_text()
     # A path in backquotes starts at the repository's root. A link starts at the folder of the text that contains the link. A text
     # may name a test file without its folder.
-    named = re.findall(rf"`((?:\.ci|bench|docs|{'|'.join(names())}|image|manifests|nanoservice|tests)/[\w./-]+)`", content)
+    named = re.findall(
+        rf"`((?:\.ci|bench|docs|{'|'.join(names())}|image|manifests|monitoring|nanoservice|tests)/[\w./-]+)`", content
+    )
     linked = re.findall(r"\]\((?!https?://)([\w./-]+)\)", content)
     # In the texts, `likes` is an example of a new service.
     missing = [name for name in named if not (ROOT / name).exists() and "/likes/" not in name]
@@ -108,10 +111,24 @@ def test_messages_of_the_runbook_are_those_of_the_code() -> None:
             assert part.strip() in code, message
 
 
+def test_every_alert_leads_to_a_heading_of_the_runbook_and_is_on_the_page_about_monitoring() -> None:
+    groups = yaml.safe_load((ROOT / "manifests" / "components" / "monitoring" / "rules.yaml").read_text())["spec"]["groups"]
+    alerts = {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
+    links = {}
+    for name, rule in alerts.items():
+        links[name] = re.sub(r"^https://github\.com/[\w-]+/[\w-]+/blob/main/docs/", "", rule["annotations"]["runbook_url"])
+        file, _, anchor = links[name].partition("#")
+        assert anchor in anchors(ROOT / "docs" / file), name
+    table = re.findall(r"^\| \[`(\w+)`\]\((.+?)\) \| (\w+) \|", (ROOT / "docs" / "monitoring.md").read_text(), re.MULTILINE)
+    assert table == [(name, links[name], rule["labels"]["severity"]) for name, rule in alerts.items()]
+
+
 async def test_metrics_of_the_runbook_are_measured(served: Served) -> None:
     content = (ROOT / "docs" / "operations.md").read_text()
     named = re.findall(r"^\| `([a-z]+_[a-z_]+)` \|", content, re.MULTILINE)
     named += re.findall(r"\b((?:http|counter|process|redis)_[a-z_]+)[{[]", content)  # in a query, { or [ follows the metric
+    page_about_monitoring = (ROOT / "docs" / "monitoring.md").read_text()
+    named += re.findall(r"`((?:http|counter|process|redis|event_loop)_[a-z_]+)`", page_about_monitoring)
     async with served.client.get("/") as answer:
         assert answer.status == 200
     async with served.client.get(f"http://127.0.0.1:{served.admin_port}/metrics") as answer:

@@ -1,4 +1,4 @@
-"""These fixtures give tests the deployment of `make deploy` on the cluster, and a second namespace."""
+"""These fixtures give tests the deployment of `make deploy` on the cluster, and other namespaces."""
 
 from collections.abc import Iterator
 
@@ -24,3 +24,19 @@ def other() -> Iterator[Namespace]:
     """Create a second, empty namespace for the test, and yield it."""
     with namespace("other") as one:
         yield one
+
+
+@pytest.fixture
+def monitoring() -> Iterator[Namespace]:
+    """Yield the namespace `monitoring`. If the cluster does not have it, create it, and delete it after the test."""
+    one = Namespace("monitoring")
+    there = "monitoring" in one.kubectl("get", "namespaces", "--output=name")
+    if not there:
+        one.create()
+    try:
+        yield one
+    finally:
+        if there:
+            one.kubectl("delete", "pod", "client", "prometheus", "--ignore-not-found")
+        else:
+            one.delete()

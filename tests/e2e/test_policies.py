@@ -4,12 +4,11 @@ Each denial has a control: the same attempt succeeds where it is allowed.
 """
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
 from nanoservice.testing.waiting import wait_for
-from tests.support.cluster import Deployed, Namespace, namespace
+from tests.support.cluster import Deployed, Namespace, namespace, start
 
 pytestmark = pytest.mark.cluster
 
@@ -33,49 +32,7 @@ def reach(namespace: Namespace, pod: str, *targets: str) -> dict[str, bool]:
     return answer
 
 
-def start(namespace: Namespace, image: str, name: str = "client", labels: dict[str, str] | None = None) -> str:
-    """Start a pod that serves HTTP on port 8000, and return its address. Tests also run Python in this pod to try connections."""
-    pod = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "labels": labels or {}},
-        "spec": {
-            "automountServiceAccountToken": False,
-            "enableServiceLinks": False,
-            "terminationGracePeriodSeconds": 0,
-            "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
-            "containers": [
-                {
-                    "name": "client",
-                    "image": image,
-                    "command": ["/usr/bin/python3.13", "-m", "http.server", "8000", "--directory", "/tmp"],
-                    "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-                }
-            ],
-        },
-    }
-    namespace.apply(json.dumps(pod))
-    namespace.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=60s")
-    return str(namespace.get("pod", name)["status"]["podIP"])
-
-
-@pytest.fixture
-def monitoring() -> Iterator[Namespace]:
-    """Yield the namespace `monitoring`. If the cluster does not have it, create it, and delete it after the test."""
-    one = Namespace("monitoring")
-    there = "monitoring" in one.kubectl("get", "namespaces", "--output=name")
-    if not there:
-        one.create()
-    try:
-        yield one
-    finally:
-        if there:
-            one.kubectl("delete", "pod", "client", "--ignore-not-found")
-        else:
-            one.delete()
-
-
-def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
+def test_only_the_service_reaches_redis_and_only_prometheus_the_admin_port(
     cluster: Deployed, other: Namespace, monitoring: Namespace
 ) -> None:
     ours = cluster.namespace
@@ -83,6 +40,7 @@ def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
     address = pod["status"]["podIP"]
     start(other, cluster.image)
     start(monitoring, cluster.image)
+    start(monitoring, cluster.image, "prometheus", {"app.kubernetes.io/name": "prometheus"})
     start(ours, cluster.image, "stranger")
 
     wait_for(lambda: reach(ours, ours.ready()[0], redis) == {redis: True}, 15)
@@ -96,9 +54,11 @@ def test_only_the_service_reaches_redis_and_only_monitoring_the_admin_port(
     ours.kubectl("delete", "pod", "stranger")
 
     def monitored() -> bool:  # the policies admit a new pod a moment after the pod has its address
-        return reach(monitoring, "client", f"{address}:9090", redis) == {f"{address}:9090": True, redis: False}
+        return reach(monitoring, "prometheus", f"{address}:9090", redis) == {f"{address}:9090": True, redis: False}
 
     wait_for(monitored, 15)
+    public, admin = f"{address}:8080", f"{address}:9090"
+    assert reach(monitoring, "client", public, admin) == {public: True, admin: False}
 
 
 def test_service_reaches_redis_and_dns_and_nothing_else(cluster: Deployed, other: Namespace) -> None:
@@ -137,7 +97,8 @@ def test_each_user_of_redis_may_run_only_the_commands_that_it_needs(cluster: Dep
     # The error must be NOPERM, not "unknown command". NOPERM shows that Redis would run the command for a user with more rights.
     for command in DENIED:
         assert ask(*command).startswith("NOPERM"), command
-    assert ask("GET", "{hitcounter}:hits").isdigit()
+    ours.counts()
+    assert int(ask("GET", "{hitcounter}:hits")) > 0
     assert ask("PING") == "PONG"
     assert ask("PING", user="probe") == "PONG"
     assert ask("GET", "{hitcounter}:hits", user="probe").startswith("NOPERM")

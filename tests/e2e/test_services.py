@@ -13,16 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from nanoservice.testing.waiting import wait_for
 from tests.support import ROOT
-from tests.support.cluster import Deployed, Namespace, deployed, run
+from tests.support.cluster import Deployed, Namespace, deployed, run, start
 from tests.support.pages import steps
 from tests.support.traffic import step, traffic
 
 pytestmark = pytest.mark.cluster
 
 LIKES = "app.kubernetes.io/name=likes"
+
+# This script prints the page of metrics whose URL is the argument, or an empty line if the page cannot be read.
+_SCRAPE = """
+import sys, urllib.request
+try:
+    print(urllib.request.urlopen(sys.argv[1], timeout=2).read().decode())
+except OSError:
+    print()
+"""
 
 
 @dataclass
@@ -95,6 +105,23 @@ def test_user_of_one_service_cannot_read_the_keys_of_the_other(cluster: Deployed
     assert int(ask("GET", "{likes}:count", user="likes")) > 0
     for user, key in (("likes", "{hitcounter}:hits"), ("hitcounter", "{likes}:count")):
         assert "NOPERM" in ask("GET", key, user=user)
+
+
+def test_second_service_is_monitored_without_a_line_of_its_own(cluster: Deployed, both: Both, monitoring: Namespace) -> None:
+    pod_monitor = yaml.safe_load((both.copy / "manifests" / "components" / "monitoring" / "pod-monitor.yaml").read_text())["spec"]
+    selector = ",".join(f"{name}={value}" for name, value in pod_monitor["selector"]["matchLabels"].items())
+    pods = {pod["metadata"]["labels"]["app.kubernetes.io/name"]: pod for pod in both.namespace.pods(selector)}
+    assert set(pods) == {"hitcounter", "likes"}
+
+    (container,) = pods["likes"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    admin = f"http://{pods['likes']['status']['podIP']}:{ports[pod_monitor['podMetricsEndpoints'][0]['port']]}/metrics"
+    start(monitoring, cluster.image, "prometheus", {"app.kubernetes.io/name": "prometheus"})
+
+    def scraped() -> bool:  # the policies admit a new pod a moment after the pod has its address
+        return 'build_info{name="likes"' in monitoring.python("prometheus", _SCRAPE, admin)
+
+    wait_for(scraped, 15)
 
 
 async def test_deploying_rolling_scaling_and_rotating_one_service_fails_no_request_of_the_other(

@@ -38,8 +38,8 @@ class Counting:
         self.counter = Counter("hitcounter", store, self.registry, **options)
         self.hit, self.post = self.counter.hit, self.counter.post
 
-    def metric(self, name: str) -> float:
-        value = self.registry.get_sample_value(name)
+    def metric(self, name: str, **labels: str) -> float:
+        value = self.registry.get_sample_value(name, labels)
         assert value is not None
         return value
 
@@ -203,6 +203,8 @@ async def test_request_beyond_max_pending_is_refused_at_once_and_memory_stays_fl
                 assert number or time.monotonic() - refused < 0.05 * SLACK
                 results = await outcomes(waiting)
                 assert number or time.monotonic() - began < (timeout + 1) * SLACK
+                assert it.metric("counter_shed_total") == 2 * (number + 1)
+                assert it.metric("counter_timeouts_total") == most * (number + 1)
                 assert {type(result) for result in results} == {UnavailableError}
                 assert it.metric("counter_pending") == 0
                 del waiting, results
@@ -309,6 +311,7 @@ async def test_key_counts_once_in_one_batch(valkey: Valkey) -> None:
         results = await outcomes([it.post("a"), it.post(), it.post("b"), it.post("a"), it.hit(), it.post("a")])
         assert results == [Counts(1, 2), Counts(1, 1), Counts(1, 3), Counts(1, 2), Counts(1, 0), Counts(1, 2)]
         assert totals(valkey) == [1, 3]
+        assert it.metric("counter_keys_replayed_total") == 2
 
 
 async def test_key_counts_once_over_batches_and_over_two_counters(valkey: Valkey) -> None:
@@ -321,6 +324,7 @@ async def test_key_counts_once_over_batches_and_over_two_counters(valkey: Valkey
         assert same[::2] == same[1::2]
         assert len(set(map(str, same))) == 100
         assert totals(valkey) == [1, 102]
+        assert one.metric("counter_keys_replayed_total") + other.metric("counter_keys_replayed_total") == 2 + 100
 
 
 async def test_key_that_got_no_answer_counts_once_when_it_is_sent_again(valkey: Valkey) -> None:
@@ -579,6 +583,7 @@ async def test_batch_in_doubt_when_its_writer_is_forgotten_gets_503_and_counts_o
             await within(it.hit())
         assert sent == 2
         assert it.metric("counter_lost_batches_total") == 1
+        assert it.metric("counter_replies_total", verdict="unknown") == 1
         assert "Redis does not know whether it counted a batch, so the batch was given up" in caplog.messages
         assert totals(valkey) == [1 + reached, 0]
         assert await within(it.hit()) == Counts(2 + reached, 0)

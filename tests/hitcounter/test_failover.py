@@ -33,7 +33,8 @@ async def test_failover_loses_no_answered_number_and_gives_none_twice(store: Rep
     await chaos.run([fault])
     chaos.check()
     assert chaos.gaps[fault][0] < MEDIAN_SECONDS * SLACK
-    assert chaos.failovers == [1, 1]
+    # While the Sentinels disagree, a service may follow one of them back to the old primary, and then leave it again.
+    assert all(seen % 2 == 1 for seen in chaos.failovers)
     assert chaos.rewinds == [0, 0]
 
 

@@ -1,11 +1,12 @@
 """Test connections to Redis: users, passwords, password files, TLS, and the log and the answers when a connection fails."""
 
 import asyncio
+import math
 import re
-import ssl
 import sys
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from nanoservice.testing.waiting import SLACK, eventually
 from tests.nanoservice.sample import SERVICE
 from tests.support.names import black_hole, resolve
 from tests.support.process import metric
+from tests.support.tls import TlsFront
 
 
 @pytest.fixture
@@ -292,14 +294,14 @@ async def test_connection_that_is_refused_for_an_unknown_reason_is_not_the_handl
 async def test_connection_whose_handshake_is_cancelled_is_closed(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = asyncio.Event()
 
-    async def find(self: Sentinels) -> tuple[str, int]:
+    async def ask_all(self: Sentinels) -> tuple[str, int]:
         return "127.0.0.1", valkey.port
 
     async def begin(self: Replication, *arguments: Any) -> None:
         begun.set()
         await asyncio.sleep(3600)
 
-    monkeypatch.setattr(Sentinels, "find", find)
+    monkeypatch.setattr(Sentinels, "_ask_all", ask_all)
     monkeypatch.setattr(Replication, "begin", begin)
     it: Any = Store(Config.read({"REDIS_SENTINELS": "127.0.0.1:1"}), CollectorRegistry())
     try:
@@ -437,6 +439,21 @@ async def test_handlers_that_find_no_free_connection_while_redis_hangs_name_the_
     await store.client.aclose()
 
 
+def test_failures_are_counted_by_cause_and_no_server_can_invent_one() -> None:
+    registry = CollectorRegistry()
+    health = Health(registry, "redis:6379")
+
+    def failures(words: str) -> float | None:
+        return registry.get_sample_value("redis_failures_total", {"cause": words})
+
+    assert failures("it is out of memory (OOM)") == 0  # so the first failure is an increase
+    health.failed("work", exceptions.ResponseError("OOM command not allowed when used memory > 'maxmemory'."))
+    assert failures("it is out of memory (OOM)") == 1
+    for number in range(100):
+        health.failed("work", exceptions.ResponseError(f"INVENTED{chr(65 + number % 26)} a server's own words {number}"))
+    assert failures("an unexpected error") == 100
+
+
 def test_same_cause_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = 1000.0
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
@@ -462,52 +479,6 @@ def test_same_cause_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, cap
     assert [record.getMessage() for record in caplog.records][-2:] == ["Redis fails: it cannot be reached", "Redis works again"]
 
 
-class TlsFront:
-    """A TLS server that decrypts the client's bytes and passes these bytes on to a Valkey without TLS."""
-
-    def __init__(self, valkey: Valkey, folder: Path) -> None:
-        self.valkey = valkey
-        self.ca_file, self.cert_file, self.key_file = folder / "ca.pem", folder / "client.pem", folder / "client.key"
-        self.rotate()
-        self.port = self.clients = 0
-
-    def rotate(self) -> None:
-        """Create a new certificate authority, and write its certificate and a client's certificate and key into the files."""
-        self.authority = trustme.CA()
-        self.authority.cert_pem.write_to_path(str(self.ca_file))
-        client = self.authority.issue_cert("client@example.org")
-        client.cert_chain_pems[0].write_to_path(str(self.cert_file))
-        client.private_key_pem.write_to_path(str(self.key_file))
-
-    async def start(self, name: str = "127.0.0.1") -> None:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        self.authority.issue_cert(name).configure_cert(context)
-        self.authority.configure_trust(context)
-        context.verify_mode = ssl.CERT_REQUIRED
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=context)
-        self.port = self.server.sockets[0].getsockname()[1]
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.clients += 1
-        upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self.valkey.port)
-        await asyncio.gather(_pass_on(reader, upstream_writer), _pass_on(upstream_reader, writer))
-
-    def environ(self, **more: str) -> dict[str, str]:
-        files = {"REDIS_CA_FILE": str(self.ca_file), "REDIS_CERT_FILE": str(self.cert_file), "REDIS_KEY_FILE": str(self.key_file)}
-        tls = {"REDIS_PORT": str(self.port), "REDIS_TLS": "true", **files, **more}
-        return {name: value for name, value in self.valkey.environ(**tls).items() if value}
-
-
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    except (OSError, ssl.SSLError):
-        pass
-    writer.close()
-
-
 @pytest.fixture
 async def tls(valkey: Valkey, tmp_path: Path) -> AsyncIterator[TlsFront]:
     """Yield a TLS server that requires a client certificate and passes the bytes on to Valkey. The test starts the server."""
@@ -525,16 +496,20 @@ async def test_tls_with_a_client_certificate(tls: TlsFront) -> None:
 
 
 async def test_rotated_tls_certificates_need_no_restart(tls: TlsFront) -> None:
-    await tls.start()
+    soon = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
+    await tls.start(expires=soon)
     async with serving(SERVICE, tls.environ()) as served:
+        assert math.isnan(await metric(served, "redis_certificate_expiry_timestamp_seconds"))
         assert await status(served) == 200
+        assert await metric(served, "redis_certificate_expiry_timestamp_seconds") == soon.timestamp()
         tls.server.close()
         tls.rotate()
-        await tls.start()
+        await tls.start(expires=soon + timedelta(days=90))
         tls.valkey.run("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         await eventually(lambda: _is(served, 200), 2 * SLACK)
         async with served.client.get("/readyz") as answer:
             assert answer.status == 200
+        assert await metric(served, "redis_certificate_expiry_timestamp_seconds") == (soon + timedelta(days=90)).timestamp()
 
 
 async def test_final_dot_of_a_host_is_used_to_resolve_it_and_not_to_check_its_certificate(

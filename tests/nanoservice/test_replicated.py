@@ -51,7 +51,7 @@ async def test_failover_is_followed_logged_once_and_measured(store: Replicated, 
     async with serving(SERVICE, store.environ(REDIS_REPLICAS="1")) as served:
         assert (await get(served, "/readyz"))[0] == 200
         assert await works(served)
-        assert await metric(served, "redis_replicas") == 2
+        assert await metric(served, "redis_replicas") == await metric(served, "redis_replicas_expected") == 2
         old = store.primary()
         assert old
         old.kill()
@@ -59,6 +59,7 @@ async def test_failover_is_followed_logged_once_and_measured(store: Replicated, 
         await eventually(lambda: works(served), 10 * SLACK)
         await eventually(lambda: _ready(served), 2 * SLACK)
         assert await metric(served, "redis_failovers_total") == 1
+        assert (await metric(served, "redis_replicas"), await metric(served, "redis_replicas_expected")) == (1, 2)
         assert len([line for line in caplog.messages if line == "Redis has failed over to another primary"]) == 1
         assert [record for record in caplog.records if vars(record).get("redis", "").startswith("127.")]
 
@@ -100,7 +101,7 @@ async def test_too_few_replicas_are_named_by_the_answer_and_by_readyz(
     valkey: Valkey, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "replica").mkdir()
-    replica = Valkey(tmp_path / "replica", "--replicaof", f"127.0.0.1 {valkey.port}", "--repl-diskless-sync-delay", "0")
+    replica = Valkey(tmp_path / "replica", "--replicaof", "127.0.0.1", str(valkey.port), "--repl-diskless-sync-delay", "0")
     async with serving(SERVICE, valkey.environ(REDIS_REPLICAS="1")) as served:
         cause = "Redis: too few replicas have what it wrote"
         for path in ("/", "/readyz"):
@@ -167,6 +168,26 @@ async def test_connection_to_a_demoted_primary_is_not_used_again(store: Replicat
         assert (status, "it is a read-only replica (READONLY)" in body) == (503, True)
         status, body = await get(served)
         assert (status, "the server that the Sentinels name is not a primary" in body) == (503, True)
+
+
+async def test_connection_that_opens_late_does_not_lead_back_to_the_old_primary(store: Replicated) -> None:
+    registry = CollectorRegistry()
+    it = Store(Config.read(store.environ(REDIS_TIMEOUT="30")), registry)
+    assert await it.client.set("n", 1)
+    old = store.primary()
+    assert old
+    old.network.cut = frozenset(Peer)
+    late = asyncio.create_task(it.connection().connect())
+    await eventually(lambda: asyncio.to_thread(lambda: store.primary() not in (None, old)), 20 * SLACK)
+    new = it.connection()
+    await new.connect()
+    old.network.cut = frozenset({Peer.REPLICA, Peer.SENTINEL})  # The old primary answers, and nobody has told it of the failover.
+    assert old.role() == "master"
+    with pytest.raises(UnavailableError, match="another server has become the primary"):
+        await it.health.watch(late)
+    assert registry.get_sample_value("redis_failovers_total") == 1
+    await new.disconnect()
+    await it.client.aclose()
 
 
 async def test_search_ends_when_its_callers_are_gone(store: Replicated, silent: int) -> None:

@@ -128,7 +128,7 @@ async def test_requests_are_measured_by_route_template(greeter: Served) -> None:
     async with greeter.client.get(f"http://127.0.0.1:{greeter.admin_port}/metrics") as answer:
         page = await answer.text()
     assert 'http_request_duration_seconds_count{method="GET",route="/greet/{name}",status="200"} 2.0' in page
-    assert 'build_info{service="greeter",version="1.0"} 1.0' in page
+    assert 'build_info{name="greeter",version="1.0"} 1.0' in page
 
 
 async def test_second_service_drains(greeter: Served) -> None:

@@ -1,7 +1,7 @@
 """Deploy the service on a cluster with `make deploy`, and run commands there.
 
 `make e2e` uses the cluster of kubectl's current context. The tests create namespaces of their own, and delete these namespaces.
-One pod of the tests is in the namespace `monitoring`. If the cluster lacks this namespace, the tests create and delete it.
+Two pods of the tests are in the namespace `monitoring`. If the cluster lacks this namespace, the tests create and delete it.
 """
 
 import atexit
@@ -132,6 +132,32 @@ def deployed() -> Deployed:
     ]
     warnings = namespace.get("events", "--field-selector=type=Warning")
     return Deployed(namespace, url, image, valkey, [(event["reason"], event["message"]) for event in warnings])
+
+
+def start(namespace: Namespace, image: str, name: str = "client", labels: dict[str, str] | None = None) -> str:
+    """Start a pod that serves HTTP on port 8000, and return its address. Tests also run Python in this pod to try connections."""
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": labels or {}},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "terminationGracePeriodSeconds": 0,
+            "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [
+                {
+                    "name": "client",
+                    "image": image,
+                    "command": ["/usr/bin/python3.13", "-m", "http.server", "8000", "--directory", "/tmp"],
+                    "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+                }
+            ],
+        },
+    }
+    namespace.apply(json.dumps(pod))
+    namespace.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=60s")
+    return str(namespace.get("pod", name)["status"]["podIP"])
 
 
 @contextmanager

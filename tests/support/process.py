@@ -109,14 +109,19 @@ def spawning(module: str) -> Iterator[Spawn]:
         process.wait_until_it_listens()
         return process
 
-    yield spawn
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.end(seconds=20)
-        process.popen.kill()
-        process.popen.wait()
-        assert process.popen.stdout
-        process.popen.stdout.close()
+    try:
+        yield spawn
+    finally:
+        for process in processes:
+            if process.popen.poll() is None:
+                process.popen.terminate()
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.end(0, seconds=20)
+            process.popen.kill()
+            process.popen.wait()
+            assert process.popen.stdout
+            process.popen.stdout.close()
 
 
 def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -146,10 +151,11 @@ def resident(process: Process) -> int:
 
 
 async def metric(service: Served | Process, name: str) -> float:
-    """Return the sum of all samples of the metric `name`, from the admin port."""
+    """Return the sum of all samples of the metric `name`, from the admin port. `name` may have labels: `a{b="c"}`."""
     async with aiohttp.request("GET", f"http://127.0.0.1:{service.admin_port}/metrics") as answer:
         lines = (await answer.text()).splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+    samples = [line.rsplit(" ", 1) for line in lines]
+    return sum(float(value) for sample, value in samples if name in (sample, sample.partition("{")[0]))
 
 
 async def check_requests_in_flight(process: Process, valkey: Valkey, pending: str) -> None:

@@ -8,20 +8,26 @@ from collections.abc import AsyncIterator
 
 
 class Relay:
-    """Passes bytes between its clients and the port `upstream` of loopback."""
+    """Passes bytes between its clients and the port `upstream` of loopback. Each of them takes `delay` seconds."""
 
     def __init__(self, upstream: int) -> None:
         self._upstream = upstream
+        self.delay = 0.0
         self._writers: list[asyncio.StreamWriter] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._upstream)
         self._writers += [writer, upstream_writer]
-        await asyncio.gather(self._pass_on(reader, upstream_writer), self._pass_on(upstream_reader, writer))
+        try:
+            await asyncio.gather(self._pass_on(reader, upstream_writer), self._pass_on(upstream_reader, writer))
+        except asyncio.CancelledError:  # the test ends before the connection does
+            for each in (writer, upstream_writer):
+                each.transport.abort()
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, RuntimeError):  # The connection was reset.
             while data := await reader.read(65536):
+                await asyncio.sleep(self.delay)
                 writer.write(data)
             writer.close()
 

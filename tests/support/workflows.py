@@ -19,9 +19,7 @@ NOT_HERE = {
     "make builder": "BuildKit's image cannot be pulled; the engine's own builder makes the same image with another digest",
     "make tools": "the target fetches Skaffold from a site that cannot be reached",
     "make render-check": "the target needs Skaffold",
-    # hitcounter: begin
     "sudo apt-get install": "the command installs a package that Debian has and the runner's Ubuntu lacks",
-    # hitcounter: end
     "skaffold": "Skaffold is on a site that cannot be reached; `skaffold.yaml` is checked against its schema",
     "curl": "the command asks minikube, which does not run here; this machine asks the node's port of another cluster",
     "kubectl wait": "the command waits for objects that Skaffold deletes",
