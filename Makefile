@@ -354,6 +354,6 @@ publish: ## publish the images of SERVICE.oci/ with their contents, and the char
 	@sh scripts/each.sh publish.sh
 	@sh scripts/chart-publish.sh
 
-sign: ## sign the images of SERVICE.oci/ in REGISTRIES, and the chart, with cosign: as yourself or as the workflow
+sign: ## sign the images of SERVICE.oci/ and the chart in REGISTRIES with cosign, as you or the workflow
 	@sh scripts/each.sh sign.sh
 	@sh scripts/chart-sign.sh
