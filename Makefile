@@ -4,12 +4,17 @@
 PYTHON ?=            # the Python to use, 3.11 or newer; if empty, make uses the newest that it finds
 VENV ?= .venv
 override VENV := $(patsubst %/,%,$(VENV))
+ifneq ($(word 2,$(VENV)),)
+$(error VENV=$(VENV): make cannot make a folder whose path has a space)
+endif
 BIN := $(VENV)/bin
 SERVERS ?=           # packages of tests/servers/requirements.in; with them, `make test-servers` tests only with their servers
-UPGRADE ?=           # with UPGRADE=--upgrade, `make lock` locks the newest versions
-NAME ?=              # the name of the service that `make service` makes or `make remove` removes, such as likes
-FORCE ?=             # with FORCE=1, `make remove` also deletes files of the service that are not committed
-FORMAT ?=            # how `make services` prints the services: table (the default), names or json
+# These five are set on the command line alone. Other programs set variables of such names: Windows' WSL sets NAME.
+UPGRADE =            # with UPGRADE=--upgrade, `make lock` locks the newest versions
+NAME =               # the name of the service that `make service` makes or `make remove` removes, such as likes
+FORCE =              # with FORCE=1, `make remove` also deletes files of the service that are not committed
+FORMAT =             # how `make services` prints the services: table (the default), names or json
+FILE =               # the file of a snapshot of Redis, for `make backup` and `make restore`
 
 ENGINE ?=            # docker (with buildx), podman or buildah; if empty, make uses the first of these that it finds
 SERVICE ?=           # the service to work on, such as hitcounter; if empty, `make run` takes the first, other commands take all
@@ -24,7 +29,6 @@ KUBECTL ?= kubectl
 NAMESPACE ?= hitcounter
 REGISTRY ?=          # the registry that the cluster pulls from, such as registry.example.com/team; minikube and kind need none
 VALKEY ?=            # an image that replaces the manifests' image of Valkey, as name:tag
-FILE ?=              # the file of a snapshot of Redis
 
 REGISTRIES ?=        # where to publish, such as "ghcr.io/me docker.io/me"; the manifests use the first
 DIST ?= dist
@@ -48,7 +52,7 @@ export REGISTRIES DIST ORAS HELM TAG DIGESTS SUMS UPGRADE SERVERS DEBIAN_MIRROR
 # --- Every day ---
 
 .PHONY: help run services service remove rename-project
-.PHONY: test test-services test-newest test-servers coverage lint format types clean
+.PHONY: test test-services test-newest test-servers test-busybox coverage lint format types clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -92,23 +96,38 @@ test-newest: ## run the contract tests with the newest aiohttp and redis-py; the
 test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2, Redis 8 and Valkey 8 (or SERVERS=)
 	@sh scripts/test-servers.sh
 
+# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
+DEBIAN := .tools/debian
+$(DEBIAN)/busybox/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ busybox dash original-awk
+
+test-busybox: $(VENV)/installed $(DEBIAN)/busybox/done ## run the tests of the scripts without GNU's tools, as on macOS
+	@sh scripts/test-busybox.sh $(DEBIAN)/busybox/bin
+
 coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
 	@$(BIN)/coverage run -m pytest -n 4 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
+# The lock has no shellcheck for Linux on aarch64; there `make lint` needs a shellcheck on PATH.
+SHELLCHECK = $(or $(wildcard $(BIN)/shellcheck),shellcheck)
+HAS_SHELLCHECK = command -v $(SHELLCHECK) >/dev/null \
+|| { echo "make: shellcheck is needed, and the lock has none for this platform; on Debian: apt install shellcheck" >&2; exit 1; }
+
 # shellcheck needs the option --shell, because redis.sh, .ci/steps and the files in scripts/lib/ do not name their shell.
 lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
+	@$(HAS_SHELLCHECK)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/shellcheck --shell=sh --external-sources --source-path=SCRIPTDIR \
+	@$(SHELLCHECK) --shell=sh --external-sources --source-path=SCRIPTDIR \
 	    scripts/*.sh scripts/lib/*.sh manifests/*/*.sh compose/*.sh
-	@$(BIN)/shellcheck --shell=bash .ci/run .ci/steps .ci/buildah .ci/devcontainer/check
+	@$(SHELLCHECK) --shell=bash .ci/run .ci/steps .ci/buildah .ci/devcontainer/check
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.compose-spec compose.yaml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.renovate .github/renovate.json
 	@$(BIN)/zizmor --quiet --no-progress --offline --pedantic --strict-collection .github
+	@sh scripts/lint-openapi.sh
 	@if [ "$$CI" ] || command -v go >/dev/null; then \
 	    actionlint=$$(go -C scripts/tools/actionlint tool -n actionlint) \
-	    && "$$actionlint" -shellcheck=$(BIN)/shellcheck -pyflakes=; \
+	    && "$$actionlint" -shellcheck=$(SHELLCHECK) -pyflakes=; \
 	else \
 	    echo "make: without Go, workflows are not checked by actionlint"; \
 	fi
@@ -120,19 +139,21 @@ types: $(VENV)/installed ## check types
 	@$(BIN)/mypy
 
 clean: ## remove all files that these commands made, except the counts in .data/ and the images in an engine
-	rm -rf $(VENV) $(VENV).lock .venv-* wheels wheels.new *.oci dist .tools .servers
+	rm -rf $(patsubst %/made-by-make,%,$(sort $(wildcard $(VENV)/made-by-make .venv-*/made-by-make))) \
+	    wheels wheels.new *.oci dist .tools .servers
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- Dependencies ---
 
-.PHONY: lock lock-check update
+.PHONY: lock lock-check update renovate-check
 
 lock: $(VENV)/installed ## write each requirements*.txt from its requirements*.in; UPGRADE=--upgrade takes the newest versions
 	@sh scripts/lock.sh
 
-lock-check: $(VENV)/installed ## fail if a requirements*.txt does not follow from its requirements*.in
+lock-check: $(VENV)/installed ## fail if a lock does not follow from its requirements*.in, or lacks wheels for a platform
 	@sh scripts/lock-check.sh
+	@sh scripts/lock-platforms.sh
 
 update: $(VENV)/installed ## take newer versions (of packages, only those published a week ago or earlier) and show what changed
 	@sh scripts/update-packages.sh
@@ -140,12 +161,13 @@ update: $(VENV)/installed ## take newer versions (of packages, only those publis
 	@sh scripts/update-actions.sh
 	@sh scripts/update-changes.sh
 
+renovate-check: ## fail if a rule of .github/renovate.json matches nothing; print what is done with each dependency
+	@sh scripts/renovate-check.sh
+
 # --- Monitoring ---
 
 .PHONY: dashboard test-monitoring
 
-# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
-DEBIAN := .tools/debian
 $(DEBIAN)/monitoring/done: scripts/debian.sh
 	@sh scripts/debian.sh $@ prometheus prometheus-alertmanager
 
@@ -157,8 +179,8 @@ dashboard: .venv-monitoring/dashboard ## write the dashboard's JSON file from mo
 
 # Without PROMETHEUS, the tests use Prometheus of Debian 13, which is unpacked below .tools/.
 NEEDS_PROMETHEUS = $(VENV)/installed $(if $(PROMETHEUS),,$(DEBIAN)/monitoring/done) .venv-monitoring/dashboard
-WITH_PROMETHEUS = PROMETHEUS=$(or $(PROMETHEUS),$(abspath $(DEBIAN)/monitoring/bin)) \
-    MONITORING_PYTHON=$(abspath .venv-monitoring/bin/python)
+WITH_PROMETHEUS = PROMETHEUS="$(or $(PROMETHEUS),$(abspath $(DEBIAN)/monitoring/bin))" \
+    MONITORING_PYTHON="$(abspath .venv-monitoring/bin/python)"
 test-monitoring: $(NEEDS_PROMETHEUS) ## let a real Prometheus scrape services, and test rules and dashboard with it
 	@$(WITH_PROMETHEUS) $(PYTEST_SLOW) -m monitoring tests
 
@@ -186,7 +208,7 @@ test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clo
 
 # Without PROXIES, the tests use nginx and HAProxy of Debian 13, which are unpacked below .tools/.
 test-proxies: $(VENV)/installed $(if $(PROXIES),,$(DEBIAN)/proxies/done) ## test the service behind nginx and HAProxy
-	@PROXIES=$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin)) $(PYTEST_SLOW) -m proxies tests
+	@PROXIES="$(or $(PROXIES),$(abspath $(DEBIAN)/proxies/bin))" $(PYTEST_SLOW) -m proxies tests
 
 attack: $(VENV)/installed ## attack the service in many ways, each for ATTACK_SECONDS; print latencies and memory
 	@$(PYTEST_SLOW) -m attack $(if $(ATTACKS),-k '$(ATTACKS)') tests
@@ -206,9 +228,9 @@ $(DEBIAN)/bench/done: scripts/debian.sh
 	@sh scripts/debian.sh $@ python3.13-venv wrk nginx-light libnginx-mod-http-lua webdis
 
 $(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt $(if $(PYTHON),,$(DEBIAN)/bench/done)
-	@PYTHON=$(or $(PYTHON),$(abspath $(DEBIAN)/bench/bin/python3.13)) sh scripts/install.sh $@
+	@PYTHON="$(or $(PYTHON),$(abspath $(DEBIAN)/bench/bin/python3.13))" sh scripts/install.sh $@
 
-RUN_BENCH = DEBIAN_ROOT=$(if $(PYTHON),,$(abspath $(DEBIAN)/bench)) BEFORE=$(BEFORE) $(BENCH)/bin/python -m bench.run
+RUN_BENCH = DEBIAN_ROOT="$(if $(PYTHON),,$(abspath $(DEBIAN)/bench))" BEFORE="$(BEFORE)" $(BENCH)/bin/python -m bench.run
 
 bench: $(BENCH)/peers ## compare the service with its peers in 15 minutes; write bench/results.md and bench/results.svg
 	@$(RUN_BENCH)
@@ -245,7 +267,7 @@ builder: ## create and select the builder that releases use, a BuildKit of a fix
 	@docker buildx create --name hitcounter --use --bootstrap \
 	    --driver docker-container --driver-opt image=$(BUILDKIT),network=host
 
-HAS_WHEELS = [ -d $(WHEELS) ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
+HAS_WHEELS = [ -d "$(WHEELS)" ] || { echo "make: the tests build without a network; first run: make wheels" >&2; exit 1; }
 PYTEST_SLOW = $(BIN)/python -m pytest -o faulthandler_timeout=900 -rfEP
 
 test-image: $(VENV)/installed ## run the tests of the image, on the first engine that is found
@@ -269,7 +291,7 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 
 # --- Kubernetes ---
 
-.PHONY: deploy undeploy secret secret-rotate backup restore manifests chart test-chart tools render-check
+.PHONY: deploy undeploy secret secret-rotate backup restore manifests manifests-check chart test-chart tools render-check
 
 deploy: ## build and deploy all services, or SERVICE, on the current cluster; print the URLs
 	@sh scripts/deploy-check.sh
@@ -300,9 +322,12 @@ chart: $(VENV)/installed ## write those parts of chart/ again that follow from o
 test-chart: $(VENV)/installed ## run the tests of the chart, with Helm
 	@$(BIN)/python -m pytest -n 2 -m chart tests/delivery
 
+manifests-check: ## compare manifests/rendered/ with the output of an old and of a new Kustomize, which Go builds
+	@sh scripts/manifests-check.sh
+
 TOOLS ?= .tools
 tools: ## with Docker, write the Skaffold that devcontainer/Containerfile pins to .tools/ (or to TOOLS=)
-	@docker buildx build --quiet --file=devcontainer/Containerfile --target=skaffold --output=$(TOOLS) devcontainer
+	@docker buildx build --quiet --file=devcontainer/Containerfile --target=skaffold --output="$(TOOLS)" devcontainer
 
 render-check: $(VENV)/installed ## compare the output of `skaffold render` with manifests/rendered/
 	@PATH="$(abspath $(TOOLS)):$$PATH" $(BIN)/python -m pytest -m skaffold tests/delivery/test_skaffold.py

@@ -10,6 +10,7 @@ tests/nanoservice/test_borrowed.py reports each name that an upgrade removes.
 import contextlib
 import ctypes
 import fcntl
+import os
 import signal
 import socket
 import subprocess
@@ -42,20 +43,23 @@ def executable() -> str:
 def valkey(data: Path, *options: str) -> Iterator[str]:
     """Run Valkey on the folder `data`, which is created if needed. Yield the path of Valkey's Unix socket; stop Valkey on exit.
 
-    `options` are further options of the server's command line. Raises StartError if Valkey cannot start, or if another process
-    already uses the folder.
+    `options` are further options of the server's command line. Raises StartError if Valkey cannot start, if another process
+    already uses the folder, or if the folder cannot be written.
     """
     server = executable()
-    data.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(open(data / "lock", "w"))
         try:
+            data.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(data / "lock", "w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            log = stack.enter_context(open(data / "valkey.log", "ab"))
+        except BlockingIOError:
             raise StartError(f"another process uses {data}: stop it first") from None
+        except OSError as error:
+            owner = f"if it belongs to another user, as after sudo, run: sudo chown -R {os.getuid()} {data.parent}"
+            raise StartError(f"{error.filename} cannot be written: {error.strerror}; {owner}") from None
         # The path of a Unix socket has at most 108 bytes, and the path of a checkout may be longer.
         path = stack.enter_context(tempfile.TemporaryDirectory(prefix="valkey-")) + "/socket"
-        log = stack.enter_context(open(data / "valkey.log", "ab"))
         process = subprocess.Popen(
             [server, "--port", "0", "--unixsocket", path, "--unixsocketperm", "700", "--dir", str(data), "--save", "",
              "--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", *options],

@@ -51,6 +51,7 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
     The status is 0 after a graceful shutdown or for `--help`, 78 for bad settings, 64 for any other argument, 1 if the service
     cannot start, and 128 + N if a second signal, number N, cut the shutdown short.
     """
+    _open_streams()
     if arguments:
         print(f"{service.name} takes no arguments; its settings are environment variables:\n\n{table(service.config)}")
         return 0 if arguments in (["--help"], ["-h"]) else os.EX_USAGE
@@ -85,6 +86,13 @@ def main(service: Service[C], environ: Mapping[str, str], arguments: list[str]) 
     except StartError as error:
         print(f"{service.name}: {error}", file=sys.stderr)
         return 1
+
+
+def _open_streams() -> None:
+    """Open each standard stream that is closed. Otherwise a socket could get its number, and what libraries print."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))  # noqa: SIM115 - stays open
 
 
 def _exit(status: int) -> None:

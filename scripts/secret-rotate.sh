@@ -41,7 +41,7 @@ restart() { # KIND/NAME WHAT: replace the pods of KIND/NAME
   || fail "the new pods of $2 do not get ready; nothing is lost, run this again when they do"
 }
 
-k get pod redis-0 >/dev/null 2>&1 || fail "there is no pod redis-0 in the namespace $NAMESPACE, so no password can be rotated"
+k get pod redis-0 >/dev/null || fail "no password can be rotated without the pod redis-0 in the namespace $NAMESPACE (see above)"
 pods=$(redis_pods) || exit
 read_passwords
 if [ "${SERVICE:-}" ]; then

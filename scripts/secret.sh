@@ -7,8 +7,12 @@
 . "${0%/*}/lib/cluster.sh"
 . "${0%/*}/lib/passwords.sh"
 
-k get namespace "$NAMESPACE" >/dev/null 2>&1 \
-|| fail "there is no namespace $NAMESPACE; run: kubectl apply --kustomize=manifests/namespace"
+if ! said=$(k get namespace "$NAMESPACE" 2>&1 >/dev/null); then
+  case "$said" in
+    *"(NotFound)"*) fail "there is no namespace $NAMESPACE; run: kubectl apply --kustomize=manifests/namespace" ;;
+    *) echo "$said" >&2 ;; # a user who may write secrets may perhaps not read the namespace
+  esac
+fi
 read_passwords
 missing=
 for name in $users; do

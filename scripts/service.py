@@ -223,7 +223,8 @@ def remove(name: str) -> None:
     # Only the example has more files than those that `add` makes.
     example = f"# {name}: begin\n" in Path(__file__).read_text()
     places = [*(place.format(name) for place in FOLDERS.values()), *(globals()["BELONGINGS"] if example else [])]
-    status = subprocess.run(["git", "status", "--porcelain", "--", *places], check=False, text=True, capture_output=True).stdout
+    command = ["git", "status", "--porcelain", "--untracked-files=normal", "--", *places]
+    status = subprocess.run(command, check=False, text=True, capture_output=True).stdout
     if status and os.environ.get("FORCE") != "1":
         raise RefusalError(f"NAME={name}: commit these files first, or delete them for ever with FORCE=1:\n{status.rstrip()}")
 
@@ -256,7 +257,7 @@ def remove(name: str) -> None:
         finish(root)
 
     print("\n".join(transact(change)))
-    command = ["git", "grep", "--untracked", "-lw", name]
+    command = ["git", "grep", "--no-color", "--no-recurse-submodules", "--untracked", "-lw", name]
     named = subprocess.run(command, check=False, text=True, capture_output=True).stdout.split()
     print(
         f"\n{name} is removed. If a cluster still runs it: kubectl delete"
@@ -593,8 +594,11 @@ def transact(change: Callable[[Path], None]) -> list[str]:
     try:
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        raise RefusalError("this command needs git, and a clone of the repository") from None
+    except FileNotFoundError:
+        raise RefusalError("this command needs git") from None
+    except subprocess.CalledProcessError as error:
+        said = f"git cannot list the files of this folder, which has to be a clone\n{error.stderr}"
+        raise RefusalError(said.rstrip()) from None
     with tempfile.TemporaryDirectory(prefix="service-") as folder:
         root = Path(folder)
         for name in filter(None, listed):

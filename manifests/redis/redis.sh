@@ -18,6 +18,11 @@ check_snapshot() { # FILE: if FILE is not a complete snapshot, print the reason 
 
 fail() { echo "redis.sh: $*" >&2; exit 1; }
 
+usage() { # print the comment at the head of this script, and exit with 64, the status for wrong usage in sysexits.h
+  sed -n -e '/^#/!q' -e p "$0" >&2
+  exit 64
+}
+
 read_passwords() { # NAME: print the user's passwords, the newest first
   # Strip the byte-order mark and the carriage returns that some editors add. An empty line must not become a valid password.
   # Services and `make secret` read passwords by the same rule.
@@ -54,7 +59,7 @@ as() { # USER ARGUMENT...: run valkey-cli as USER, over the socket
 alive() { as probe PING >/dev/null; }   # any answer is enough, even the error that Valkey is loading its data
 ready() { [ "$(as probe PING)" = PONG ]; }
 prepare() { :; }
-further() { fail "unknown command: $1"; }
+further() { usage; }
 configuration=/etc/redis/valkey.conf
 
 lock_volume() { # FOLDER: enter FOLDER of the volume, and take its lock
@@ -75,6 +80,7 @@ if [ -e /etc/redis/replicated.sh ]; then
   . /etc/redis/replicated.sh
 fi
 
+[ $# -gt 0 ] || usage
 command=$1
 shift
 case "$command" in

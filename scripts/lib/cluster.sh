@@ -2,22 +2,29 @@
 # The functions read KUBECTL, NAMESPACE, REGISTRY and SKAFFOLD_KUBE_CONTEXT. Skaffold sets SKAFFOLD_KUBE_CONTEXT if Skaffold uses
 # another cluster than kubectl's current cluster.
 
+export KUBECTL_KUBERC=false # kubectl would take options from the user's kuberc, such as a confirmation of each `kubectl delete`
+command -v "${KUBECTL:=kubectl}" >/dev/null || fail "kubectl is needed: https://kubernetes.io/docs/tasks/tools/"
+
 kube() { # ARGUMENT...: run kubectl on the cluster
   "$KUBECTL" ${SKAFFOLD_KUBE_CONTEXT:+--context="$SKAFFOLD_KUBE_CONTEXT"} "$@"
-}
-
-k() { # ARGUMENT...: run kubectl in the namespace, with a time limit of 30 s for each request
-  kube --namespace="$NAMESPACE" --request-timeout=30s "$@"
 }
 
 context() { # print the cluster's name in the configuration of kubectl
   if [ "${SKAFFOLD_KUBE_CONTEXT:-}" ]; then echo "$SKAFFOLD_KUBE_CONTEXT"; else "$KUBECTL" config current-context; fi
 }
 
+# In a pod, kubectl without a configuration uses the pod's service account, unless it gets a time limit.
+limit=30s
+if [ "${KUBERNETES_SERVICE_HOST:-}" ] && ! context >/dev/null 2>&1; then limit=; fi
+
+k() { # ARGUMENT...: run kubectl in the namespace, with a time limit for each request
+  kube --namespace="$NAMESPACE" ${limit:+--request-timeout=$limit} "$@"
+}
+
 check_version() { # fail unless a cluster answers and is new enough
-  command -v "$KUBECTL" >/dev/null || fail "kubectl is needed: https://kubernetes.io/docs/tasks/tools/"
-  version=$(k version --output=json 2>/dev/null | tr -d ' \n' | sed -n 's/.*"serverVersion":{[^}]*"minor":"\([0-9]*\).*/\1/p')
-  [ "$version" ] || fail "no cluster answers; start one (minikube start), or choose one (kubectl config use-context NAME)"
+  version=$(k version --output=json | tr -d ' \n' | sed -n 's/.*"serverVersion":{[^}]*"minor":"\([0-9]*\).*/\1/p')
+  [ "$version" ] || fail "the cluster's version cannot be read (see above): start a cluster (minikube start)," \
+    "choose one (kubectl config use-context NAME), or log in"
   [ "$version" -ge 30 ] || fail "the cluster is Kubernetes 1.$version; 1.30 is the oldest that this is checked for"
 }
 
@@ -36,19 +43,33 @@ namespace_exists() { # succeed if the namespace exists; exit if the namespace do
 }
 
 destination() { # print where the cluster gets an image from: registry, minikube or kind
-  if [ "$REGISTRY" ]; then
-    echo registry
-  elif [ "$(k get nodes --selector=minikube.k8s.io/name --output=name)" ]; then
-    echo minikube
-  else
-    case $(context) in
-      kind-*) echo kind ;;
-      *)
-        fail "this cluster is neither minikube nor kind, so it gets the image from a registry; name yours:" \
-          "REGISTRY=registry.example.com/team"
-        ;;
-    esac
+  if [ "$REGISTRY" ]; then echo registry; return; fi
+  if ! { nodes=$(k get nodes --selector=minikube.k8s.io/name --output=name) && name=$(context); }; then
+    fail "it is not known what kind of cluster this is (see above); name the registry that the cluster pulls from:" \
+      "REGISTRY=registry.example.com/team"
   fi
+  case "$nodes $name" in
+    ?*" $name") echo minikube ;;
+    " kind-"*) echo kind ;;
+    *)
+      fail "this cluster is neither minikube nor kind, so it gets the image from a registry; name yours:" \
+        "REGISTRY=registry.example.com/team"
+      ;;
+  esac
+}
+
+needed_components() { # print the components of the manifests that the cluster's DNS and its rules for users make necessary
+  # A look-up that is not allowed finds nothing, because most clusters need no component.
+  if k api-versions 2>/dev/null | grep -q '^security\.openshift\.io/'; then echo openshift; fi
+  if k version 2>/dev/null | grep -q '^Server Version: .*-gke\.'; then echo dns-gke; fi
+  ports=$(k get endpointslices --namespace=kube-system --selector=k8s-app=kube-dns \
+    --output=jsonpath='{.items[*].ports[*].port}' 2>/dev/null) || true
+  case " $ports " in *" 8053 "*) echo dns-gardener ;; esac
+  columns='{.metadata.name} {.spec.template.spec.hostNetwork} {.spec.template.spec.containers[*].args}'
+  caches=$(k get daemonsets --namespace=kube-system \
+    --output=jsonpath="{range .items[*]}$columns{\"\\n\"}{end}" 2>/dev/null) || true
+  case "$caches" in *169.254.25.10*) echo dns-kubespray ;; esac
+  if echo "$caches" | grep '^node-local-dns ' | grep -qv '^node-local-dns true '; then echo dns-cilium; fi
 }
 
 redis_pods() { # print the names of the pods of Redis; with the component redis-replicated there are three
@@ -67,8 +88,10 @@ in_pod() { # POD COMMAND [OPTION...]: run a command of redis.sh in the pod; the 
 primary_pod() { # print the name of the pod whose Redis is the primary
   pods=$(redis_pods) || exit
   if [ "$pods" = redis-0 ]; then echo redis-0; return; fi
+  answers=
   for pod in $pods; do
-    if in_pod "$pod" is-primary 2>/dev/null; then echo "$pod"; return; fi
+    if answer=$(in_pod "$pod" is-primary 2>&1); then echo "$pod"; return; fi
+    answers="$answers$pod: $answer; "
   done
-  fail "no pod of Redis in the namespace $NAMESPACE is the primary: kubectl get pods"
+  fail "no pod of Redis in the namespace $NAMESPACE says that it is the primary (${answers%; }): kubectl get pods"
 }

@@ -20,8 +20,14 @@ choose_engine() { # set `engine` to the first engine that can be used
   engine=$(engines)
   engine=${engine%%
 *}
-  [ "$engine" ] \
-  || fail "an image needs an engine: start Docker (with buildx), or install podman or buildah, or name one: ENGINE=..."
+  if [ -z "$engine" ]; then
+    why_not_docker
+    fail "an image needs an engine: start Docker (with buildx), or install podman or buildah, or name one: ENGINE=..."
+  fi
+}
+
+why_not_docker() { # let docker say why it cannot be used, if it is installed
+  if command -v docker >/dev/null; then { docker buildx version && docker version; } >/dev/null || true; fi
 }
 
 is_docker() { case "${engine##*/}" in docker*) ;; *) false ;; esac }

@@ -1,7 +1,7 @@
 # The scripts copy and read images with oras. Go builds oras once, from a module that is locked with its hashes.
 # If ORAS is set, the scripts use the oras at this path instead.
 ORAS=${ORAS:-$(go -C "${0%/*}/tools/oras" tool -n oras)} \
-|| fail "oras is needed: install Go, which builds it, or name one: ORAS=..."
+|| fail "oras cannot be built (see above): install Go, or name an oras: ORAS=..."
 
 resolve() { # REPOSITORY: print the digest of this version there; print nothing if the repository does not have it
   # shellcheck disable=SC2154 # the script sets `work`, and lib/release.sh sets `version`

@@ -17,7 +17,15 @@ chart() { # print the path of the release's chart
   echo "$folder/$(sed -n 's/^name: //p' chart/Chart.yaml)-$version.tgz"
 }
 
+sha256() { # FILE...: print the checksum and the name of each FILE; macOS has shasum in place of sha256sum
+  if command -v sha256sum >/dev/null; then sha256sum "$@"; else shasum -a 256 "$@"; fi
+}
+
+checksums() { # print the checksum and the name of each file of the release, except SHA256SUMS
+  (cd "$folder" && for file in *; do [ "$file" = SHA256SUMS ] || sha256 "$file"; done)
+}
+
 checksum() { # print the digest of SHA256SUMS, which has the checksums of all files of the release
   [ -f "$folder/SHA256SUMS" ] || fail "there are no files of a release in $folder/; run: make release-files"
-  sha256sum "$folder/SHA256SUMS" | cut -d ' ' -f 1
+  sha256 "$folder/SHA256SUMS" | cut -d ' ' -f 1
 }

@@ -153,6 +153,19 @@ def test_one_command_starts_a_service_that_keeps_its_counts_over_down_and_up(ran
     assert ran.hits() == first + 2
 
 
+def test_variables_in_a_file_take_no_service_away(tmp_path: Path) -> None:
+    one = Project(tmp_path, "hitcounter-test-variables")
+    del one.environ["HITCOUNTER_PORT"]
+    (tmp_path / "my.env").write_text("HITCOUNTER_PORT=8765\n")
+    composed = one.compose("--env-file=.env", "--env-file=my.env", "config", "--format=json")
+    services = json.loads(composed)["services"]
+    assert services.keys() == {"secrets", "redis", "hitcounter"}
+    assert services["hitcounter"]["ports"][0]["published"] == "8765"
+    refused = one.compose("--env-file=my.env", "config", check=False)
+    assert refused.startswith("1\n")
+    assert "use --env-file .env --env-file FILE" in refused
+
+
 def test_second_up_restarts_no_running_container(running: Project) -> None:
     before = [running.inspect(service)["State"]["StartedAt"] for service in ("hitcounter", "redis")]
     running.compose("up", "--build", "--wait")

@@ -42,7 +42,7 @@ def test_missing_engine_is_reported_in_one_line(tmp_path: Path) -> None:
             "PLATFORMS": "linux/amd64",
             "WHEELS": "wheels",
         }
-        ended = subprocess.run([ROOT / "scripts" / f"{name}.sh"], env=environ, text=True, capture_output=True)
+        ended = subprocess.run(["sh", ROOT / "scripts" / f"{name}.sh"], env=environ, text=True, capture_output=True)
         assert ended.returncode == 1
         assert ended.stderr.startswith("make: ")
         assert ended.stderr.count("\n") == 1

@@ -42,7 +42,7 @@ def copied(folder: Path) -> Path:
 def ran(script: str | Path, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     environ = {**os.environ, "NAMESPACE": "n", "REGISTRY": "r.example", "SERVICE": "", "VALKEY": "", **environ}
     path = ROOT / "scripts" / script
-    command = [str(path), *arguments]
+    command = ["sh", str(path), *arguments]
     return subprocess.run(command, cwd=path.parents[1], env=environ, capture_output=True, text=True, timeout=30)
 
 
@@ -75,7 +75,7 @@ def test_suitable_cluster_passes_the_check_without_output(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"minor": None}, "no cluster answers; start one (minikube start)"),
+        ({"minor": None}, "the cluster's version cannot be read (see above): start a cluster (minikube start)"),
         ({"minor": 29}, "the cluster is Kubernetes 1.29; 1.30 is the oldest"),
         ({"default": ""}, "no default storage class"),
         ({"registry": ""}, "gets the image from a registry; name yours: REGISTRY="),
@@ -90,9 +90,114 @@ def test_unsuitable_cluster_is_refused_in_one_line(tmp_path: Path, options: dict
     assert said.count("\n") == 1
 
 
-def test_kubectl_that_is_missing_is_named() -> None:
-    done = ran("deploy-check.sh", KUBECTL="no-such-kubectl")
+@pytest.mark.parametrize("script", ["deploy-check", "secret", "secret-rotate", "backup", "restore", "undeploy"])
+def test_kubectl_that_is_missing_is_named(script: str) -> None:
+    done = ran(f"{script}.sh", KUBECTL="no-such-kubectl", FILE="Makefile")
     assert (done.returncode, done.stderr.startswith("make: kubectl is needed")) == (1, True)
+
+
+def test_options_in_the_user_s_kuberc_are_not_taken(tmp_path: Path) -> None:
+    kubectl = played(tmp_path, "kubectl", f'[ "$KUBECTL_KUBERC" = false ] || exit 1\n{cluster()}')
+    assert ran("deploy-check.sh", KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", "")).returncode == 0
+
+
+# For each call of kubectl that can fail: the script, the call, what the script says, and whether the script goes on.
+FAILURES = [
+    ("deploy-check", "version", "the cluster's version cannot be read (see above): start a cluster", False),
+    ("deploy-check", "storageclass", "it is not known whether there is a default storage class", True),
+    ("deploy-check", "get services", "it is not known whether another service has a node port", True),
+    ("deploy-check", "get nodes", "it is not known what kind of cluster this is (see above); name the registry", False),
+    ("deploy-check", "current-context", "it is not known what kind of cluster this is (see above); name the registry", False),
+    ("deploy-check", "get namespace", "", False),
+    ("secret", "get namespace", "", True),
+    ("secret-rotate", "get pod redis-0", "", False),
+    ("secret-rotate", "get statefulset", "", False),
+    ("backup", "is-primary", "redis-2: You must be logged in", False),
+]
+
+
+@pytest.mark.parametrize(("script", "call", "advice", "goes_on"), FAILURES, ids=lambda it: it if isinstance(it, str) else "")
+def test_failure_of_kubectl_is_no_answer_of_the_cluster(
+    tmp_path: Path, script: str, call: str, advice: str, goes_on: bool
+) -> None:
+    """Each script shows what kubectl says, and claims nothing of the cluster that kubectl did not say."""
+    fails = f'case "$*" in *"{call}"*) echo "You must be logged in" >&2; exit 1 ;; *"get statefulset"*) echo 3 ;; esac\n'
+    kubectl, engine = played(tmp_path, "kubectl", fails + cluster()), played(tmp_path, "docker", "")
+    registry = "" if advice.endswith("name the registry") else "r.example"
+    ended = ran(f"{script}.sh", KUBECTL=kubectl, ENGINE=engine, REGISTRY=registry, FILE=str(tmp_path / "file"))
+    assert "You must be logged in" in ended.stderr
+    assert advice in ended.stderr
+    assert not re.search("no cluster answers|there is no |has no |is neither", ended.stderr)
+    assert (ended.returncode == 0) == goes_on
+
+
+def test_namespace_that_does_not_exist_is_named_by_make_secret(tmp_path: Path) -> None:
+    kubectl = played(tmp_path, "kubectl", """echo 'Error from server (NotFound): namespaces "n" not found' >&2; exit 1""")
+    ended = ran("secret.sh", KUBECTL=kubectl)
+    assert ended.stderr == "make: there is no namespace n; run: kubectl apply --kustomize=manifests/namespace\n"
+
+
+def test_cluster_without_a_context_is_deployed_to_through_a_registry(tmp_path: Path) -> None:
+    """In a pod, kubectl has no configuration, and uses the pod's service account. With a time limit, it does not."""
+    fails = """case "$*" in
+      *current-context*) echo "error: current-context is not set" >&2; exit 1 ;;
+      *request-timeout*) echo "The connection to the server localhost:8080 was refused" >&2; exit 1 ;;
+    esac\n"""
+    kubectl = played(tmp_path, "kubectl", fails + cluster())
+    engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
+    scripts = copied(tmp_path)
+    for script in ("deploy-check", "deploy"):
+        ended = ran(scripts / f"{script}.sh", KUBECTL=kubectl, ENGINE=engine, KUBERNETES_SERVICE_HOST="10.96.0.1")
+        assert (ended.returncode, "current-context" in ended.stderr) == (0, False), ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ("n hitcounter 30080\nother headless \nother web 80 30081\n", ""),
+        (
+            "other web 30443 30080\n",
+            "hitcounter needs the node port 30080, which belongs to the service web in the namespace other",
+        ),
+        ("n web 30080\n", "hitcounter needs the node port 30080, which belongs to the service web in the namespace n"),
+    ],
+    ids=["free", "another namespace", "another service"],
+)
+def test_node_port_of_another_service_is_named_before_anything_is_built(tmp_path: Path, others: str, said: str) -> None:
+    kubectl = played(tmp_path, "kubectl", f'case "$*" in *"get services"*) printf "{others}"; exit ;; esac\n{cluster()}')
+    ended = ran(copied(tmp_path) / "deploy-check.sh", KUBECTL=kubectl, ENGINE=played(tmp_path, "docker", ""))
+    assert (ended.returncode, said in ended.stderr) == (1 if said else 0, True), ended.stderr
+    assert ended.stderr.count("\n") == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "printed"),
+    [
+        ("echo 172.18.0.2 fc00:f853::2", "http://172.18.0.2:30080/"),
+        ("echo fc00:f853::2 172.18.0.2", "http://[fc00:f853::2]:30080/"),
+        ("exit 1", "kubectl --namespace=n port-forward service/hitcounter 8080:80"),
+        (":", "kubectl --namespace=n port-forward service/hitcounter 8080:80"),
+    ],
+    ids=["dual stack", "IPv6", "forbidden", "no address"],
+)
+def test_deploy_prints_one_url_or_how_to_get_one(tmp_path: Path, addresses: str, printed: str) -> None:
+    kubectl = played(tmp_path, "kubectl", f"case $* in *addresses*) {addresses} ;; esac")
+    engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
+    ended = ran(copied(tmp_path) / "deploy.sh", KUBECTL=kubectl, ENGINE=engine)
+    assert (ended.returncode, ended.stdout) == (0, f"{printed}\n"), ended.stderr
+
+
+def test_docker_says_itself_why_it_cannot_be_used(tmp_path: Path) -> None:
+    fails = 'case "$*" in "buildx version") echo github.com/docker/buildx ;; *) echo permission denied >&2; exit 1 ;; esac'
+    played(tmp_path, "docker", fails)
+    kubectl = played(tmp_path, "kubectl", cluster(nodes="node/minikube"))
+    for name in ("sh", "sed", "tr", "grep", "awk", "sort", "cut", "cat", "head"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    for advice in ("an image needs an engine", "minikube takes images from Docker, not from podman"):
+        ended = ran("deploy-check.sh", KUBECTL=kubectl, ENGINE="", REGISTRY="", PATH=str(tmp_path))
+        assert "permission denied" in ended.stderr
+        assert advice in ended.stderr
+        played(tmp_path, "podman", "")
 
 
 def test_engine_whose_images_minikube_cannot_load_is_refused(tmp_path: Path) -> None:
@@ -161,6 +266,48 @@ def test_deploy_of_one_service_applies_nothing_of_another(tmp_path: Path) -> Non
     assert images == ["hitcounter", "likes"]
 
 
+# For each component, what the look-ups of `make deploy` answer on a cluster that needs it.
+NEEDS = {
+    "openshift": {"api-versions": "route.openshift.io/v1\nsecurity.openshift.io/v1"},
+    "dns-gke": {" version": "Client Version: v1.32.4-dispatcher\nServer Version: v1.33.4-gke.1245000"},
+    "dns-gardener": {"endpointslices": "9153 8053 8053"},
+    "dns-kubespray": {"daemonsets": 'calico-node true \nnodelocaldns true ["-localip","169.254.25.10"]'},
+    "dns-cilium": {"daemonsets": 'cilium true \nnode-local-dns  ["-localip","169.254.20.10,10.96.0.10"]'},
+    # The manifests allow the DNS of such a cluster without a component.
+    "": {
+        "api-versions": "apps/v1\nv1",
+        " version": "Client Version: v1.32.4-gke.1\nServer Version: v1.33.4+k3s1",
+        "endpointslices": "53 53 9153",
+        "daemonsets": 'node-local-dns true ["-localip","169.254.20.10,10.96.0.10"]',
+    },
+}
+
+
+@pytest.mark.parametrize("already", [False, True], ids=["", "in the variant"])
+@pytest.mark.parametrize("component", NEEDS)
+def test_deploy_adds_the_component_that_the_cluster_needs_and_names_it(tmp_path: Path, component: str, already: bool) -> None:
+    answers = "".join(f"*'{words}'*) echo '{answer}' ;; " for words, answer in NEEDS[component].items())
+    keeps = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
+    # A user who may not look into `kube-system` can deploy too, so all other look-ups there fail.
+    kubectl = played(tmp_path, "kubectl", f"{keeps}; case $* in {answers} *kube-system* | *version*) echo no >&2; exit 1 ;; esac")
+    engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
+    scripts = copied(tmp_path)
+    with (tmp_path / "manifests" / "minikube" / "kustomization.yaml").open("a") as file:
+        file.write(f"components:\n{' ' if already else '#'}  - ../components/{component}\n")
+    ended = ran(scripts / "deploy.sh", KUBECTL=kubectl, ENGINE=engine)
+    assert ended.returncode == 0, ended.stderr
+    assert re.findall(r"^make: this cluster needs the component (\S+),", ended.stderr, re.MULTILINE) == [component] * bool(
+        component
+    )
+    written = yaml.safe_load((tmp_path / "kubectl.yaml").read_text())["components"]
+    assert written == (None if already or not component else [f"../components/{component}"])
+
+
+def test_deploy_knows_a_sign_of_every_component_that_depends_on_the_cluster() -> None:
+    components = {path.name for path in (ROOT / "manifests" / "components").iterdir()}
+    assert NEEDS.keys() - {""} == {name for name in components if not name.startswith(("redis", "monitoring"))}
+
+
 def test_dry_run_of_deploy_calls_nothing(tmp_path: Path) -> None:
     kubectl, engine = played(tmp_path, "kubectl", ""), played(tmp_path, "docker", "")
     command = ["make", "--dry-run", "deploy", f"KUBECTL={kubectl}", f"ENGINE={engine}", "REGISTRY=r.example"]
@@ -186,7 +333,7 @@ class Cluster:
     # secret's name, and a file in this folder for each key.
     _KUBECTL = """case $* in
       *"get secret"*)
-        key=$(expr "$*" : '.*index \\. "\\([a-z]*\\)"')
+        key=$(expr "x$*" : '.*index \\. "\\([a-z]*\\)"')
         [ ! -e "$0.has/$5.$key" ] || cat "$0.has/$5.$key"
         ;;
       *"create secret generic"*)
@@ -296,7 +443,7 @@ def test_temporary_passwords_are_deleted_when_the_terminal_closes(tmp_path: Path
     temporary.mkdir()
     kubectl = played(tmp_path, "kubectl", 'case $* in *"get secret"*) echo >"$0.waits"; sleep 60 ;; esac')
     environ = {**os.environ, "NAMESPACE": "n", "KUBECTL": kubectl, "TMPDIR": str(temporary)}
-    command = str(ROOT / "scripts" / "secret.sh")
+    command = ["sh", "scripts/secret.sh"]
     # Restore the default action of SIGHUP: if these tests run under nohup, their child processes would ignore SIGHUP.
     heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, preexec_fn=heeded) as popen:

@@ -69,6 +69,15 @@ def test_restricted_container_is_soon_ready_counts_and_stops(network: str) -> No
         assert "draining" in run("logs", identity)
 
 
+def test_image_runs_as_any_user(network: str) -> None:
+    # OpenShift runs each pod as a user of its own choice, with the group 0.
+    options = [option for option in RESTRICTED if not option.startswith("--user")]
+    with container(network, *options, "--user=1000700000:0") as identity:
+        wait_for(lambda: "seen" in get(identity), 30)
+        script = "import os; it = os.stat('/proc/1'); print(it.st_uid, it.st_gid)"
+        assert run("exec", identity, "/usr/bin/python3.13", "-c", script).split() == ["1000700000", "0"]
+
+
 def test_nothing_is_written(network: str) -> None:
     with container(network) as identity:
         wait_for(lambda: "seen" in get(identity), 30)

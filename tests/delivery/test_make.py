@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create a virtual environment without packages. Tests can copy it: a copy's Python installs packages into the copy."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    (folder / "made-by-make").touch()
     return folder
 
 
@@ -131,6 +133,20 @@ def test_package_without_a_wheel_is_reported_in_one_line(copy_with_environment: 
     assert not (copy / ".venv" / "can-run").exists()
 
 
+def test_environment_of_another_user_is_reported_with_what_to_do(copy_with_environment: Path) -> None:
+    """After `sudo make run`, root owns the environment. The fake Python says what pip says then."""
+    copy = copy_with_environment
+    python = copy / ".venv" / "bin" / "python"
+    python.unlink()
+    python.write_text("#!/bin/sh\ncase $* in *install*) echo \"ERROR: [Errno 13] Permission denied: 'a'\" >&2; exit 1 ;; esac\n")
+    python.chmod(0o755)
+    said = make("run", cwd=copy).stderr
+    assert "Permission denied: 'a'\nmake: a file cannot be written (see above)" in said
+    assert f"sudo chown -R {os.getuid()} .venv\n" in said
+    assert "network" not in said
+    assert not (copy / ".venv.lock").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "locked", "said"),
     [
@@ -187,8 +203,8 @@ class Locked:
 
     def packages(self) -> set[str]:
         """Return the installed packages, except pip and the other packages that each new environment contains."""
-        listed = subprocess.check_output([self.copy / ".venv" / "bin" / "python", "-m", "pip", "freeze"], text=True)
-        return set(listed.split())
+        command = [str(self.copy / ".venv" / "bin" / "python"), "-m", "pip", "freeze"]
+        return set(subprocess.check_output(command, env={"PATH": os.environ["PATH"]}, text=True).split())
 
 
 @pytest.fixture
@@ -212,9 +228,54 @@ def test_environment_has_the_locked_packages_and_survives_a_failed_install(locke
     assert locked.stale() == {"can-run", "installed"}
 
     locked.lock({"requirements.txt": tiny(locked.index, "2.0")})
-    assert locked.make("installed").stdout == ""
+    assert locked.make("installed").stdout == "removing packages that are in no lock from .venv: tool\n"
     assert locked.packages() == {"tiny==2.0", "Other.one==1.0"}
     assert locked.stale() == set()
+
+
+def test_settings_of_pip_send_no_package_elsewhere(locked: Locked, tmp_path: Path) -> None:
+    elsewhere = str(tmp_path / "elsewhere")
+    settings = {f"PIP_{name}": elsewhere for name in ("TARGET", "PREFIX", "ROOT", "PYTHON", "CONSTRAINT", "REQUIREMENT")}
+    settings |= {"PIP_USER": "1", "PIP_DRY_RUN": "1", "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
+    (tmp_path / "pip.conf").write_text("[install]\nuser = true\n")
+    ended = locked.make("can-run", **settings)
+    assert ended.returncode == 0, ended.stderr
+    assert locked.packages() == {"tiny==1.0"}
+    assert not Path(elsewhere).exists()
+
+
+@pytest.mark.parametrize(
+    ("platforms", "condition", "lacks"),
+    [
+        ("manylinux_2_17_x86_64 macosx_11_0_arm64", "", "aarch64"),
+        ("manylinux_2_17_x86_64 manylinux_2_28_aarch64", "", "arm64"),
+        ("manylinux_2_17_x86_64 manylinux_2_28_aarch64 macosx_11_0_arm64", "", ""),
+        ("manylinux_2_17_x86_64 macosx_11_0_arm64", ' ; platform_machine != "aarch64"', ""),
+    ],
+    ids=["not for aarch64", "not for macOS", "for all", "left out on aarch64"],
+)
+def test_package_without_a_wheel_for_a_platform_is_found(locked: Locked, platforms: str, condition: str, lacks: str) -> None:
+    (wheel,) = locked.index.glob("tiny-*.whl")
+    for platform in platforms.split():
+        shutil.copy2(wheel, wheel.with_name(f"tiny-1.0-py3-none-{platform}.whl"))
+    wheel.unlink()
+    locked.lock({"requirements.txt": f"tiny==1.0{condition} \\\n    --hash=sha256:0\n", "requirements-dev.txt": ""})
+    environ = {**os.environ, "VENV": ".venv", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(locked.index)}
+    command = ["sh", "scripts/lock-platforms.sh"]
+    ended = subprocess.run(command, cwd=locked.copy, env=environ, text=True, capture_output=True, timeout=120)
+    assert re.findall(r"^make: a package has no wheel for (\S+)", ended.stderr, re.MULTILINE) == lacks.split(), ended.stderr
+    assert ended.returncode == bool(lacks)
+
+
+def test_packages_outside_the_environment_are_neither_used_nor_removed(locked: Locked, tmp_path: Path) -> None:
+    for name in ("tiny", "other"):
+        tiny(tmp_path, name=name)
+        with zipfile.ZipFile(tmp_path / f"{name}-1.0-py3-none-any.whl") as wheel:
+            wheel.extractall(tmp_path / "packages")
+    ended = locked.make("installed", PYTHONPATH=str(tmp_path / "packages"))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert locked.packages() == {"tiny==1.0", "tool==1.0"}
+    assert len(list((tmp_path / "packages").iterdir())) == 2
 
 
 def test_two_installs_at_a_time_are_kept_apart(locked: Locked) -> None:
@@ -305,6 +366,28 @@ def test_lock_on_another_python_is_refused(copy: Path, tmp_path: Path) -> None:
     assert "locks are made on Python 3.11" in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("target", "variable", "word"),
+    [
+        ("tools", "TOOLS=/a b", "--output=/a b"),
+        ("test-image", "WHEELS=/a b/", "/a b"),
+        # hitcounter: begin
+        ("bench", "PYTHON=/a b/python3", "PYTHON=/a b/python3"),
+        ("bench", "BEFORE=/a b", "BEFORE=/a b"),
+        ("test-proxies", "PROXIES=/a b", "PROXIES=/a b"),
+        # hitcounter: end
+    ],
+)
+def test_path_with_a_space_stays_one_word(target: str, variable: str, word: str) -> None:
+    commands = make("--dry-run", target, variable).stdout
+    assert word in shlex.split(commands.replace("\n", " ; "), comments=False)
+
+
+def test_environment_in_a_path_with_a_space_is_refused(copy: Path) -> None:
+    """In a checkout whose own path has a space, the default works, because this path is relative."""
+    assert "VENV=/a b: make cannot make a folder whose path has a space" in make("run", cwd=copy, VENV="/a b").stderr
+
+
 def test_server_that_is_not_in_the_lock_is_refused(copy: Path) -> None:
     shutil.copytree(ROOT / "tests" / "servers", copy / "tests" / "servers")
     (copy / ".venv").mkdir()
@@ -342,9 +425,64 @@ def test_folder_that_has_more_than_wheels_is_left_alone(copy: Path) -> None:
     assert (copy / "mine" / "letter").exists()
 
 
-def test_folder_that_is_not_an_environment_is_left_alone(copy: Path) -> None:
-    (copy / "mine").mkdir()
-    (copy / "mine" / "letter").touch()
-    ended = make("run", "VENV=mine/", cwd=copy, PYTHON=sys.executable)
-    assert "mine is not a virtual environment" in ended.stderr
-    assert (copy / "mine" / "letter").exists()
+def test_environment_that_make_did_not_make_is_left_alone(copy: Path, tmp_path: Path) -> None:
+    """Other programs set a variable VENV too, and `make test` would uninstall what is in no lock."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("letter", "pyvenv.cfg"):
+        (mine / name).touch()
+    for target in ("run", "test", "clean"):
+        ended = make(target, cwd=copy, VENV=f"{mine}/", PYTHON=sys.executable)
+        assert (f"{mine} was not made by make" in ended.stderr) == (target != "clean")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [copy.name, "mine"]
+        assert sorted(path.name for path in mine.iterdir()) == ["letter", "pyvenv.cfg"]
+
+
+def test_clean_removes_the_environments_that_make_made(copy: Path) -> None:
+    for name, mark in ((".venv", "made-by-make"), (".venv-3.13", "made-by-make"), (".venv-mine", "letter"), ("wheels", "a.whl")):
+        (copy / name).mkdir()
+        (copy / name / mark).touch()
+    assert "rm -rf .venv-3.13 .venv \\\n" in make("clean", cwd=copy).stdout
+    assert [path.name for path in copy.iterdir() if path.name.startswith((".venv", "wheels"))] == [".venv-mine"]
+
+
+def test_first_install_that_was_interrupted_goes_on(copy: Path, tmp_path: Path) -> None:
+    """The fake Python stops while it makes the environment, as after Ctrl-C."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$2" != venv ] || {\n  touch "$3/pyvenv.cfg"\n  exit 130\n}\n')
+    python.chmod(0o755)
+    for _ in range(2):
+        ended = make("run", cwd=copy, PYTHON=str(python))
+        assert ended.returncode != 0
+        assert ended.stdout == f"making .venv with {python}, once\n"
+
+
+def test_variables_of_other_programs_are_no_arguments(copy: Path) -> None:
+    """WSL sets NAME to the name of the machine."""
+    (copy / ".venv").mkdir()
+    for stamp in ("can-run", "installed"):
+        (copy / ".venv" / stamp).touch()
+    (copy / ".venv" / "bin").mkdir()
+    (copy / ".venv" / "bin" / "python").symlink_to("/bin/echo")
+    others = {"NAME": "other", "FORMAT": "other", "FILE": "other", "UPGRADE": "other"}
+    assert make("service", cwd=copy, **others).stdout == "scripts/service.py add \n"
+    assert make("services", cwd=copy, **others).stdout == make("services", cwd=copy).stdout != ""
+    assert "which file is to be written?" in make("backup", cwd=copy, **others).stderr
+
+
+def test_lock_that_cannot_be_made_is_not_another_make(copy: Path) -> None:
+    """A file has the name of the folder that make wants to make."""
+    (copy / ".venv.lock").touch()
+    ended = make("run", cwd=copy)
+    assert "another make" not in ended.stderr
+    assert "the folder .venv cannot be made (see above)" in ended.stderr
+
+
+def test_python_that_the_user_names_says_itself_why_it_does_not_do(copy: Path, tmp_path: Path) -> None:
+    python = tmp_path / "a b" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\necho no module named venv >&2\nexit 1\n")
+    python.chmod(0o755)
+    said = make("run", cwd=copy, PYTHON=str(python)).stderr.splitlines()
+    assert said[0] == "no module named venv"
+    assert said[1].startswith("make: Python 3.11 or newer is needed")

@@ -193,7 +193,7 @@ def test_manifests_of_a_release_name_the_image_by_digest() -> None:
 
 def test_files_from_an_earlier_run_are_not_in_a_release(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published().dist / "release", tmp_path / "dist" / "release"))
-    (folder / "left.txt").write_text("from another time\n")
+    (folder / "left.yaml").write_text("from another time\n")
     assert make("release-files", DIST=str(tmp_path / "dist"), REGISTRIES=published().registries[0]).returncode == 0
     assert {file.name for file in folder.iterdir()} == {file.name for file in (published().dist / "release").iterdir()}
 
@@ -417,5 +417,5 @@ def test_update_gives_an_image_the_digest_that_its_tag_has_now(tmp_path: Path) -
         (tmp_path / "Containerfile").write_text(f"ARG BASE={name}@sha256:{'0' * 64}\n")
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     environ = os.environ | {"ORAS": program()}
-    subprocess.run([ROOT / "scripts" / "update-images.sh"], cwd=tmp_path, env=environ, check=True, timeout=60)
+    subprocess.run(["sh", ROOT / "scripts" / "update-images.sh"], cwd=tmp_path, env=environ, check=True, timeout=60)
     assert (tmp_path / "Containerfile").read_text() == f"ARG BASE={name}@{published().digest}\n"

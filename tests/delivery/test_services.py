@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from tests.support import ROOT
+from tests.support.git import ENVIRON, unusual
 from tests.support.helm import helm
 from tests.support.pages import Step, steps
 from tests.support.services import names
@@ -151,9 +152,8 @@ def trio(repository: Path) -> Path:
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", f"safe.directory={folder}", "-c", "core.hooksPath=/dev/null"]
-    environ = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     return subprocess.run(
-        ["git", "-C", str(folder), *identity, *arguments], env=environ, check=True, text=True, capture_output=True
+        ["git", "-C", str(folder), *identity, *arguments], env=ENVIRON, check=True, text=True, capture_output=True
     ).stdout
 
 
@@ -298,6 +298,12 @@ def test_failure_half_way_leaves_the_tree_as_it_was(repository: Path, tmp_path: 
     assert tree(repository) == before
 
 
+def test_git_says_itself_why_it_cannot_list_the_files(repository: Path) -> None:
+    said = service(repository, "add", NEW, KUBECTL="true", GIT_DIR="gone").stderr
+    assert "git cannot list the files of this folder" in said
+    assert "fatal: not a git repository: 'gone'" in said
+
+
 def test_only_service_and_unknown_service_are_not_removed(repository: Path) -> None:
     before = tree(repository)
     assert "this is the only service" in service(repository, "remove", FIRST).stderr
@@ -327,6 +333,13 @@ def test_each_line_that_is_missing_is_named_and_added_again(trio: Path) -> None:
     assert tree(trio) == complete
 
 
+def test_files_that_still_name_a_removed_service_are_listed(repository: Path) -> None:
+    (repository / "note.txt").write_text(f"{NEW} is a service")
+    assert service(repository, "add", NEW, KUBECTL="true").returncode == 0
+    said = service(repository, "remove", NEW, **unusual() | {"KUBECTL": "true", "FORCE": "1"}).stdout
+    assert "note.txt" in said.partition(f"\nThese files still name {NEW}: ")[2].split()
+
+
 def test_line_that_an_entry_lacks_is_named(trio: Path) -> None:
     lines = [
         ("skaffold.yaml", "the entry", f"SERVICE: {NEWER}   # Skaffold ignores"),
@@ -353,7 +366,7 @@ def test_numbers_of_the_other_services_stay_when_one_is_removed(trio: Path) -> N
     (trio / NEW / "new.py").touch()
     (trio / "tests" / NEW / "test_app.py").write_text("")
     before = tree(trio)
-    refused = service(trio, "remove", NEW, KUBECTL="true")
+    refused = service(trio, "remove", NEW, **unusual() | {"KUBECTL": "true"})
     assert refused.returncode == 1
     assert refused.stderr.endswith(f"FORCE=1:\n M tests/{NEW}/test_app.py\n?? {NEW}/new.py\n")
     assert tree(trio) == before

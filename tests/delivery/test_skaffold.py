@@ -140,6 +140,7 @@ def test_smoke_test_s_job_fits_the_namespace_and_its_network_policy() -> None:
     assert container["image"] in [artifact["image"] for artifact in artifacts(CONFIG).values()]
     assert case["container"]["command"][0] in CONTAINERFILE
     assert all(container["resources"][kind].keys() == {"cpu", "memory", "ephemeral-storage"} for kind in ("requests", "limits"))
+    assert not {"runAsUser", "runAsGroup"} & job["spec"]["template"]["spec"]["securityContext"].keys()  # OpenShift sets these
     assert job["metadata"]["namespace"] == objects[0]["metadata"]["name"]
     # On a cluster, test_inner_loop.py shows that Pod Security admits this pod, and that this policy allows its connections.
     (policy,) = (it for it in objects if it["metadata"]["name"] == job["metadata"]["name"])

@@ -3,8 +3,10 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,6 +39,13 @@ HITS = f"{{{NAME}}}:hits"
 RIGHTS = next(line.split()[2:] for line in USERS.splitlines() if line.startswith(f"user {NAME} "))
 
 
+# The container has these two programs of Linux, and macOS has not. Then the tests use these in their place.
+LINUX = {
+    "sha256sum": "import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest(), ' -')",
+    "flock": "import fcntl, sys; fcntl.flock(int(sys.argv[2]), fcntl.LOCK_EX | fcntl.LOCK_NB)",  # flock -n NUMBER
+}
+
+
 class Shipped(Valkey):
     """A Valkey that redis.sh starts. The folder `root` has the files of the container."""
 
@@ -50,6 +59,9 @@ class Shipped(Valkey):
             (root / "etc/redis" / name).write_text(re.sub(r"(?<![\w/])/(etc|run|data|tmp)\b", rf"{root}\g<0>", text))
         for name in ("valkey-server", "valkey-check-rdb"):  # both are the same program, which behaves according to its name
             (root / "bin" / name).symlink_to(executable())
+        for name in {name for name in LINUX if not shutil.which(name)}:
+            (root / "bin" / name).write_text(f"#!{sys.executable}\n{LINUX[name]}\n")
+            (root / "bin" / name).chmod(0o755)
         with open(root / "etc/redis/users.acl", "a") as file:
             file.write("user all resetchannels ~* &* +@all\n")  # this user may run every command
         for name in ("probe", "operator", *names(), "all"):
@@ -68,7 +80,7 @@ class Shipped(Valkey):
 
     @property
     def path(self) -> dict[str, str]:
-        return {"PATH": f"{self.root / 'bin'}:/usr/local/bin:/usr/bin:/bin"}
+        return {"PATH": f"{self.root / 'bin'}:{os.environ['PATH']}"}
 
     def start(self, *options: str) -> None:
         self.begin(*options)
@@ -257,6 +269,13 @@ def test_second_valkey_on_the_same_data_waits_until_the_first_has_exited(stopped
         first.wait()
     stopped.wait()
     assert stopped.ask("all", "GET", "a") == "1"
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such"]], ids=["no command", "unknown command"])
+def test_unknown_command_is_answered_with_the_usage(arguments: list[str]) -> None:
+    ended = subprocess.run(["sh", SOURCES / "redis.sh", *arguments], text=True, capture_output=True)
+    assert (ended.returncode, ended.stdout) == (64, "")
+    assert "Usage: sh /etc/redis/redis.sh COMMAND" in ended.stderr
 
 
 def test_operator_loads_users_and_can_do_nothing_else(stopped: Shipped) -> None:

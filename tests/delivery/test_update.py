@@ -1,7 +1,6 @@
 """`make update` takes newer versions from the named sources only and shows each change; Renovate finds each pinned image."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
+from tests.support.git import ENVIRON, unusual
 
 RENOVATE = json.loads((ROOT / ".github" / "renovate.json").read_text())
 
@@ -33,25 +33,26 @@ def copy(tmp_path: Path) -> Path:
     return copy
 
 
-# With these variables, git ignores the configuration of the developer who runs the tests.
-ENVIRON = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-
-
 def git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
     return subprocess.run(command, env=ENVIRON, check=True, text=True, capture_output=True).stdout.strip()
 
 
 def test_action_gets_the_commit_of_its_newest_version(copy: Path) -> None:
-    environ = os.environ | {
-        "GIT_CONFIG_COUNT": "1",
-        "GIT_CONFIG_KEY_0": f"url.{copy.parent}/.insteadOf",
-        "GIT_CONFIG_VALUE_0": "https://github.com/",
-    }
-    subprocess.run([ROOT / "scripts" / "update-actions.sh"], cwd=copy, env=environ, check=True, timeout=60)
+    environ = unusual(**{f"url.{copy.parent}/.insteadOf": "https://github.com/"})
+    subprocess.run(["sh", ROOT / "scripts" / "update-actions.sh"], cwd=copy, env=environ, check=True, timeout=60)
     commit = git(copy.parent / "actions" / "some", "rev-parse", "v1.10.0^{commit}")
     assert (copy / ".github" / "workflows" / "a.yml").read_text() == f"uses: actions/some@{commit}  # v1.10.0\n"
     assert [file.name for file in (copy / ".github" / "workflows").iterdir()] == ["a.yml"]
+
+
+def test_versions_that_cannot_be_read_are_not_said_to_be_missing(copy: Path) -> None:
+    environ = unusual(**{f"url.{copy.parent}/gone/.insteadOf": "https://github.com/"})
+    command = ["sh", str(ROOT / "scripts" / "update-actions.sh")]
+    ended = subprocess.run(command, cwd=copy, env=environ, text=True, capture_output=True, timeout=60)
+    assert ended.returncode != 0
+    assert "no version of actions/some can be read (see above)" in ended.stderr
+    assert "fatal: " in ended.stderr
 
 
 def test_changes_of_every_kind_of_pin_are_shown(copy: Path) -> None:
@@ -70,15 +71,14 @@ def test_changes_of_every_kind_of_pin_are_shown(copy: Path) -> None:
 
     write(1)
     git(copy, "add", ".")
-    git(copy, "config", "diff.external", "true")  # some users set an external diff viewer in this way
     assert changes(copy) == ["nothing is newer"]
     write(2)
     assert changes(copy) == ["+++ b/pins", *(f"-{pin.format(1)}" for pin in pins), *(f"+{pin.format(2)}" for pin in pins)]
 
 
 def changes(copy: Path) -> list[str]:
-    command = [str(ROOT / "scripts" / "update-changes.sh")]
-    ended = subprocess.run(command, cwd=copy, env=ENVIRON, check=True, text=True, capture_output=True, timeout=60)
+    command = ["sh", str(ROOT / "scripts" / "update-changes.sh")]
+    ended = subprocess.run(command, cwd=copy, env=unusual(), check=True, text=True, capture_output=True, timeout=60)
     return ended.stdout.splitlines()
 
 
@@ -105,8 +105,8 @@ def test_image_gets_the_digest_that_its_tag_has_now(copy: Path) -> None:
     oras = copy.parent / "oras"  # this fake oras knows only one image
     oras.write_text(f'#!/bin/sh\n[ "$*" = "resolve docker.io/some/image-1:1-a" ] && echo sha256:{"1" * 64}\n')
     oras.chmod(0o755)
-    environ = os.environ | {"ORAS": str(oras)}
-    subprocess.run([ROOT / "scripts" / "update-images.sh"], cwd=copy, env=environ, check=True, timeout=60)
+    environ = unusual() | {"ORAS": str(oras)}
+    subprocess.run(["sh", ROOT / "scripts" / "update-images.sh"], cwd=copy, env=environ, check=True, timeout=60)
     assert {name: (copy / name).read_text() for name in texts} == {name: text.format(new) for name, text in texts.items()}
 
 

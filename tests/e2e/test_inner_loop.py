@@ -41,7 +41,7 @@ def published(target: str) -> str:
     name = f"hitcounter-{target}"
     options = f"{os.environ.get('BUILD_OPTIONS', '')} --target={target}"
     run("make", "--no-print-directory", "image", "SERVICE=hitcounter", f"IMAGE={name}", f"BUILD_OPTIONS={options}", seconds=600)
-    return run("scripts/image-to-cluster.sh", env={"IMAGE": name}).splitlines()[-1]
+    return run("sh", "scripts/image-to-cluster.sh", env={"IMAGE": name}).splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

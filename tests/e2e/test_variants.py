@@ -1,7 +1,8 @@
-"""The components work on the cluster: TLS to Redis, and a Redis outside the cluster. A second service needs one file."""
+"""The components work on the cluster: TLS to Redis, a Redis outside the cluster, other users. A second service needs one file."""
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import trustme
@@ -51,6 +52,22 @@ def test_tls_component_leaves_no_port_without_tls(cluster: Deployed, other: Name
     assert "NOAUTH" not in other.python(pod, _PING, "plain")
     # The control: a Redis without TLS answers the same client.
     assert "NOAUTH" in cluster.namespace.python(cluster.namespace.ready()[0], _PING, "plain")
+
+
+def test_pods_run_as_the_users_that_openshift_gives_them(cluster: Deployed, other: Namespace) -> None:
+    given = {"runAsUser": 1000700000, "runAsGroup": 0, "fsGroup": 1000700000}
+    path = "/spec/template/spec/securityContext"
+    # The operation `test` fails if the component has left a number in place.
+    patch: list[dict[str, Any]] = [{"op": "test", "path": f"{path}/{name}", "value": None} for name in given]
+    patch += [{"op": "add", "path": f"{path}/{name}", "value": value} for name, value in given.items()]
+    patches = [{"target": {"kind": "Deployment|StatefulSet"}, "patch": json.dumps(patch)}]
+    install(cluster, other, "components: [../components/openshift]", f"patches: {json.dumps(patches)}")
+    assert wait_for(other.answered, 30) == (1, 0)
+    assert other.python(other.ready()[0], "import os; print(os.getuid(), os.getgid())").split() == ["1000700000", "0"]
+    assert other.kubectl("exec", "redis-0", "--", "id", "-u").strip() == "1000700000"
+    other.kubectl("delete", "pod", "redis-0")  # the next Redis reads the files that this user has written
+    other.await_rollout("statefulset/redis")
+    assert wait_for(other.answered, 30) == (2, 0)
 
 
 def test_second_service_is_one_file(cluster: Deployed, other: Namespace) -> None:

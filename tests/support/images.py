@@ -95,8 +95,8 @@ def loaded(name: str, context: Path = ROOT, *, options: str = "", **environ: str
 
 def _script(name: str, context: Path, **environ: str) -> str:
     environ = {**os.environ, "SERVICE": os.environ.get("SERVICE") or names()[0], **environ}
-    script = ROOT / "scripts" / f"{name}.sh"
-    ended = subprocess.run([script], cwd=context, env=environ, text=True, capture_output=True, timeout=600)
+    command = ["sh", str(ROOT / "scripts" / f"{name}.sh")]
+    ended = subprocess.run(command, cwd=context, env=environ, text=True, capture_output=True, timeout=600)
     if ended.returncode:
         raise BuildError(ended.stdout + ended.stderr)
     return ended.stdout

@@ -206,6 +206,6 @@ further() { # COMMAND: run a command that redis.sh does not have
       ;;
     hand-over) hand_over ;;
     is-primary) is_primary ;;
-    *) fail "unknown command: $1" ;;
+    *) usage ;;
   esac
 }
