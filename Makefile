@@ -41,6 +41,8 @@ SUMS ?=              # the expected digest of SHA256SUMS, the file with the chec
 PROMETHEUS ?=        # the folder of the machine's own prometheus and promtool, for `make test-monitoring`
 CRDS ?=              # the folder or URL of the Prometheus operator's definitions, for `make e2e`; default: those on GitHub
 DEBIAN_MIRROR ?= http://deb.debian.org/debian
+QEMU ?=              # the path of the machine's own qemu-aarch64, for `make test-arm64`
+TESTS ?=             # the files and folders of tests that `make test` and `make test-python-next` run; default: all
 
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
@@ -52,7 +54,8 @@ export REGISTRIES DIST ORAS HELM TAG DIGESTS SUMS UPGRADE SERVERS DEBIAN_MIRROR
 # --- Every day ---
 
 .PHONY: help run services service remove rename-project
-.PHONY: test test-services test-newest test-servers test-busybox coverage lint format types clean
+.PHONY: test test-services test-newest test-python-next test-servers test-busybox run-check coverage lint format types
+.PHONY: clean
 
 # `make run` needs the service's packages, and a Valkey.
 $(VENV)/can-run: requirements.txt requirements-dev.txt
@@ -70,6 +73,10 @@ help: ## list the targets
 run: $(VENV)/can-run ## run the first service, or SERVICE, with a Valkey of its own in .data/ unless REDIS_HOST is set
 	@exec sh scripts/run.sh
 
+LIMIT ?= 180         # the seconds after which the service of `make run-check` must answer
+run-check: ## start the first service with `make run`, count two requests, and stop it
+	@sh scripts/run-check.sh $(LIMIT)
+
 services: ## list the services and their ports; FORMAT=json prints the names as JSON, for workflows
 	@sh scripts/services.sh $(FORMAT)
 
@@ -83,8 +90,8 @@ rename-project: $(VENV)/installed ## call namespace, labels, Compose project and
 	@$(BIN)/python scripts/service.py rename-project "$(NAME)"
 
 # Run the tests in four processes: while a test of one process waits, tests of the other processes run.
-test: $(VENV)/installed ## run all tests that need only this machine
-	@$(BIN)/python -m pytest -n 4 --dist worksteal
+test: $(VENV)/installed ## run all tests that need only this machine, or those in TESTS
+	@$(BIN)/python -m pytest -n 4 --dist worksteal $(TESTS)
 
 test-services: $(VENV)/installed ## make, remove and test services in copies of the repository
 	@$(BIN)/python -m pytest -n 3 -m generator tests/delivery/test_services.py
@@ -93,13 +100,20 @@ test-newest: ## run the contract tests with the newest aiohttp and redis-py; the
 	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/installed
 	@VENV=.venv-newest sh scripts/test-newest.sh
 
+# Programs of Debian, with the packages that they need. They are unpacked, so the machine's own packages do not change.
+DEBIAN := .tools/debian
+# Forky is the release of Debian after Debian 13. Until Debian publishes it, its Python 3.14 gets newer patches.
+$(DEBIAN)/python-next/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ forky python3.14-venv
+
+test-python-next: $(DEBIAN)/python-next/done ## run all tests, or those in TESTS, with Python 3.14 from Debian
+	@$(MAKE) --no-print-directory VENV=.venv-next PYTHON=$(abspath $(DEBIAN)/python-next/bin/python3.14) test
+
 test-servers: $(VENV)/installed ## run the tests of the services with Redis 6.2, Redis 8 and Valkey 8 (or SERVERS=)
 	@sh scripts/test-servers.sh
 
-# Programs of Debian 13, with the packages that they need. They are unpacked, so the machine's own packages do not change.
-DEBIAN := .tools/debian
 $(DEBIAN)/busybox/done: scripts/debian.sh
-	@sh scripts/debian.sh $@ busybox dash original-awk
+	@sh scripts/debian.sh $@ trixie busybox dash original-awk
 
 test-busybox: $(VENV)/installed $(DEBIAN)/busybox/done ## run the tests of the scripts without GNU's tools, as on macOS
 	@sh scripts/test-busybox.sh $(DEBIAN)/busybox/bin
@@ -169,7 +183,7 @@ renovate-check: ## fail if a rule of .github/renovate.json matches nothing; prin
 .PHONY: dashboard test-monitoring
 
 $(DEBIAN)/monitoring/done: scripts/debian.sh
-	@sh scripts/debian.sh $@ prometheus prometheus-alertmanager
+	@sh scripts/debian.sh $@ trixie prometheus prometheus-alertmanager
 
 .venv-monitoring/dashboard: monitoring/requirements.txt
 	@sh scripts/install.sh $@
@@ -201,7 +215,7 @@ ATTACKS ?=           # the attacks of `make attack`, as an expression for pytest
 export RESTARTS ATTACK_SECONDS
 
 $(DEBIAN)/proxies/done: scripts/debian.sh
-	@sh scripts/debian.sh $@ nginx-light haproxy
+	@sh scripts/debian.sh $@ trixie nginx-light haproxy
 
 test-clock: $(VENV)/installed ## send 500,000 Idempotency-Keys while Redis's clock jumps; `make test` sends 25,000
 	@CLOCK_KEYS=500000 $(BIN)/python -m pytest -n 2 -rP tests/hitcounter/test_clock.py
@@ -225,7 +239,7 @@ BEFORE ?=            # another checkout of this repository, to compare its hitco
 
 # The image has the Python of Debian 13, which was built with optimisation. A Python without optimisation is half as fast.
 $(DEBIAN)/bench/done: scripts/debian.sh
-	@sh scripts/debian.sh $@ python3.13-venv wrk nginx-light libnginx-mod-http-lua webdis
+	@sh scripts/debian.sh $@ trixie python3.13-venv wrk nginx-light libnginx-mod-http-lua webdis
 
 $(BENCH)/peers: requirements.txt requirements-dev.txt bench/requirements.txt $(if $(PYTHON),,$(DEBIAN)/bench/done)
 	@PYTHON="$(or $(PYTHON),$(abspath $(DEBIAN)/bench/bin/python3.13))" sh scripts/install.sh $@
@@ -241,7 +255,7 @@ bench-quick: $(BENCH)/peers ## show that the benchmark runs; write nothing
 
 # --- Image ---
 
-.PHONY: wheels image image-check image-multiarch image-digest builder test-image test-publish
+.PHONY: wheels image image-check image-multiarch image-digest builder test-image test-arm64 test-publish
 
 wheels: $(VENV)/can-run ## download the packages for images, and check their hashes; builds then need no network
 	@sh scripts/wheels.sh
@@ -274,6 +288,15 @@ test-image: $(VENV)/installed ## run the tests of the image, on the first engine
 	@sh scripts/engines.sh >/dev/null
 	@$(HAS_WHEELS)
 	@$(PYTEST_SLOW) -m image tests/delivery
+
+$(DEBIAN)/qemu/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ trixie qemu-user
+
+# Without QEMU, the tests use QEMU of Debian 13, which is unpacked below .tools/.
+test-arm64: $(VENV)/installed $(if $(QEMU),,$(DEBIAN)/qemu/done) ## run the image for arm64 on another architecture, and test it
+	@sh scripts/engines.sh >/dev/null
+	@$(HAS_WHEELS)
+	@QEMU=$(or $(QEMU),$(abspath $(DEBIAN)/qemu/bin/qemu-aarch64)) $(PYTEST_SLOW) -m arm64 tests/arm64
 
 # hitcounter: begin
 .PHONY: test-compose

@@ -23,8 +23,10 @@ from nanoservice.errors import ConfigError
 from nanoservice.testing.served import serving
 from nanoservice.testing.valkey import Valkey, free_port
 from nanoservice.testing.waiting import SLACK, wait_for
-from tests.support import ROOT
+from tests.support import ROOT, needs_linux
 from tests.support.services import names, services
+
+pytestmark = needs_linux("redis.sh runs only on Linux, in the image of Valkey")
 
 SOURCES = ROOT / "manifests" / "redis"
 USERS = (SOURCES / "users.acl").read_text()

@@ -56,7 +56,7 @@ def test_job_has_its_limits(job: Any) -> None:
     if "uses" not in job:
         assert job["timeout-minutes"] <= 60
         runners = job["strategy"]["matrix"]["runner"] if "matrix.runner" in job["runs-on"] else [job["runs-on"]]
-        assert set(runners) <= {"ubuntu-24.04", "ubuntu-24.04-arm"}
+        assert set(runners) <= {"ubuntu-24.04", "ubuntu-24.04-arm", "macos-15"}
 
 
 def test_python_that_is_set_up_is_the_one_that_make_uses() -> None:

@@ -11,6 +11,7 @@ from nanoservice import __version__
 from nanoservice.testing.served import Served
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
+from tests.support import needs_linux
 from tests.support.contract import METHODS, check_head, check_methods
 from tests.support.process import Spawn, resident
 from tests.support.wire import ask, chunked, connected, is_problem, request
@@ -125,6 +126,7 @@ async def test_chunked_body_without_end_is_413(served: Served) -> None:
         assert is_problem(await reply, 413)
 
 
+@needs_linux("the test reads /proc")
 async def test_bodies_are_not_kept_in_memory(spawn: Spawn, valkey: Valkey) -> None:
     patient = "import runpy; from nanoservice import connection; connection.RECEIVE_SECONDS = 120;"
     command = sys.executable, "-c", patient + "runpy.run_module('hitcounter', run_name='__main__')"

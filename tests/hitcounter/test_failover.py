@@ -13,11 +13,15 @@ from nanoservice.sentinel import PRIMARY_NAME
 from nanoservice.testing.replicated import Replicated, Server
 from nanoservice.testing.waiting import SLACK
 from tests.hitcounter.chaos import MEDIAN_SECONDS, Chaos, Fault
+from tests.support import needs_linux
 from tests.support.process import Spawn
 
 # The network between the servers aborts connections while it writes to them, which can crash uvloop. The services under test are
 # processes of their own, and run on the event loop that `EVENT_LOOP` names.
-pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])
+pytestmark = [
+    pytest.mark.asyncio(loop_factories=["asyncio"]),
+    needs_linux("other systems do not have all addresses of 127.0.0.0/8"),
+]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from nanoservice.listen import max_connections
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
+from tests.support import needs_linux
 from tests.support.process import Process, Spawn, metric, resident
 from tests.support.refusals import Act, refusals
 from tests.support.relay import relaying
@@ -162,6 +163,7 @@ async def test_lost_counts_are_logged_once_and_counting_goes_on(
     assert await metric(served, "counter_rewinds_total") == 1
 
 
+@needs_linux("the test reads /proc")
 async def test_ten_thousand_requests_wait_one_more_gets_503_at_once_and_memory_stays_flat(valkey: Valkey, spawn: Spawn) -> None:
     most = min(10_000, max_connections() - 100)  # fewer where the limit on open files is lower
     limits = {"MAX_PENDING": str(most), "MAX_CONNECTIONS": str(most + 10)}

@@ -8,6 +8,9 @@ from hitcounter.app import SERVICE
 from hitcounter.counter import _keys
 from nanoservice.testing.served import serving
 from tests.delivery.test_store import USERS, Shipped, empty, shipped
+from tests.support import needs_linux
+
+pytestmark = needs_linux("redis.sh runs only on Linux, in the image of Valkey")
 
 HITS, POSTS, _, ANSWERS, ORDER = _keys("hitcounter", "")
 RIGHTS = next(line.split()[2:] for line in USERS.splitlines() if line.startswith("user hitcounter "))

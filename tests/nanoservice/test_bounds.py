@@ -17,7 +17,7 @@ from nanoservice.service import Service
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
-from tests.support import ROOT
+from tests.support import ROOT, needs_linux
 from tests.support.attack import MIB, PATIENT, telling
 from tests.support.process import Process, Spawn, metric, resident
 from tests.support.wire import Wire, ask, chunked, connected, is_problem, request
@@ -109,6 +109,7 @@ async def send_and_stay(stack: contextlib.AsyncExitStack, port: int, data: bytes
             await wire.writer.drain()
 
 
+@needs_linux("the test reads /proc")
 @pytest.mark.parametrize("name", ATTACKS)
 async def test_memory_stays_below_the_limit_of_the_pod_during_an_attack(valkey: Valkey, spawn: Spawn, name: str) -> None:
     process = spawn(valkey.environ(**PATIENT, COVERAGE_PROCESS_CONFIG=""))  # Measuring coverage takes memory and time.

@@ -17,6 +17,7 @@ from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.nanoservice.sample import SERVICE
+from tests.support import needs_linux
 from tests.support.attack import MARK, MIB, PATIENT, hit, survive, telling
 from tests.support.process import Spawn
 from tests.support.wire import LIMIT, Wire, chunked, connected, request
@@ -24,6 +25,7 @@ from tests.support.wire import LIMIT, Wire, chunked, connected, request
 SAMPLE = "tests.nanoservice.sample"
 
 
+@needs_linux("the test reads /proc")
 async def test_ten_thousand_hostile_requests_leave_nothing_behind(spawn: Spawn, valkey: Valkey, tmp_path: Path) -> None:
     errors = tmp_path / "errors"
     process = spawn(valkey.environ(**PATIENT), command=telling(SAMPLE, errors))

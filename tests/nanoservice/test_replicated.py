@@ -20,7 +20,10 @@ from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey, free_port
 from nanoservice.testing.waiting import SLACK, eventually
 from tests.nanoservice.sample import SERVICE
+from tests.support import needs_linux
 from tests.support.process import metric
+
+pytestmark = needs_linux("other systems do not have all addresses of 127.0.0.0/8")
 
 
 @pytest.fixture

@@ -60,14 +60,14 @@ class Process:
         """Return whether a line of the service's log has this message."""
         return any(line["message"] == message for line in self.log)
 
-    def wait_until_it_listens(self) -> None:
+    def wait_until_it_listens(self, seconds: float = 20 * SLACK) -> None:
         """Wait for the log line that names the ports, and set `port` and `admin_port`."""
 
         def listening() -> dict[str, Any] | None:
             assert self.popen.poll() is None, f"it stopped with status {self.popen.returncode}"
             return next((line for line in self.log if "port" in line), None)
 
-        line = wait_for(listening, 20 * SLACK, "it listens")
+        line = wait_for(listening, seconds, "it listens")
         self.port, self.admin_port = line["port"], line["admin_port"]
 
     def end(self, how: int = signal.SIGTERM, seconds: float = 30) -> int:
