@@ -349,26 +349,27 @@ manifests-check: ## compare manifests/rendered/ with the output of an old and of
 	@sh scripts/manifests-check.sh
 
 TOOLS ?= .tools
+WITH_TOOLS = PATH="$(abspath $(TOOLS)):$$PATH"
 tools: ## with Docker, write the Skaffold that devcontainer/Containerfile pins to .tools/ (or to TOOLS=)
 	@docker buildx build --quiet --file=devcontainer/Containerfile --target=skaffold --output="$(TOOLS)" devcontainer
 
 render-check: $(VENV)/installed ## compare the output of `skaffold render` with manifests/rendered/
-	@PATH="$(abspath $(TOOLS)):$$PATH" $(BIN)/python -m pytest -m skaffold tests/delivery/test_skaffold.py
+	@$(WITH_TOOLS) $(BIN)/python -m pytest -m skaffold tests/delivery/test_skaffold.py
 
 # hitcounter: begin
 .PHONY: e2e e2e-nodes e2e-nodes-slow
 
 e2e: $(VENV)/installed ## run the tests of tests/e2e on the current cluster, in their own namespaces and in `monitoring`
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
-	@$(PYTEST_SLOW) -m cluster tests/e2e
+	@$(WITH_TOOLS) $(PYTEST_SLOW) -m cluster tests/e2e
 
-NODES ?=             # a command that loses a node of the cluster: see tests/e2e/test_replicated.py
+NODES ?=             # a command that loses a node of the cluster: see tests/support/nodes.py
 export NODES
-e2e-nodes: $(VENV)/installed ## run the tests of a replicated Redis and of a lost node, on a cluster of three nodes (NODES=)
+e2e-nodes: $(VENV)/installed ## test drains, the autoscaler and lost nodes, on three nodes with metrics (NODES=)
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m "nodes and not slow" tests/e2e
 
-e2e-nodes-slow: $(VENV)/installed ## run the other tests of a replicated Redis on the same cluster, in about six minutes (NODES=)
+e2e-nodes-slow: $(VENV)/installed ## run the other tests on the same cluster, in about 14 minutes (NODES=)
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m "nodes and slow" tests/e2e
 # hitcounter: end

@@ -60,6 +60,7 @@ BELONGINGS = [
     "tests/support/failing_task.py",
     "tests/support/exhaustion.py",
     "tests/support/load.py",
+    "tests/support/nodes.py",
     "tests/support/proxies.py",
     "tests/support/topologies.py",
     "tests/support/traffic.py",

@@ -4,7 +4,7 @@
 # A tag does not record when it was published, so this script cannot wait a week, as update-packages.sh does. Check what is new
 # before you commit.
 # The script does not update minikube in ci.yml. It does not update Go modules either: run `go get -tool TOOL@latest` in the
-# folders of scripts/tools/, and `go get -u` in bench/peers/go.
+# folders of scripts/tools/ (docs/development.md explains more about Skaffold's), and `go get -u` in bench/peers/go.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/replace.sh"

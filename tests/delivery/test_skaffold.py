@@ -3,8 +3,8 @@
 import copy
 import functools
 import itertools
+import json
 import operator
-import os
 import re
 import shutil
 import subprocess
@@ -22,6 +22,7 @@ Object = dict[str, Any]
 CONFIG: Object = yaml.safe_load((ROOT / "skaffold.yaml").read_text())
 PROFILES: list[Object] = CONFIG["profiles"]
 CONTAINERFILE = (ROOT / "Containerfile").read_text()
+TOOL = "scripts/tools/skaffold"
 
 
 def profiles_of(command: str) -> list[str]:
@@ -142,7 +143,7 @@ def test_smoke_test_s_job_fits_the_namespace_and_its_network_policy() -> None:
     assert all(container["resources"][kind].keys() == {"cpu", "memory", "ephemeral-storage"} for kind in ("requests", "limits"))
     assert not {"runAsUser", "runAsGroup"} & job["spec"]["template"]["spec"]["securityContext"].keys()  # OpenShift sets these
     assert job["metadata"]["namespace"] == objects[0]["metadata"]["name"]
-    # On a cluster, test_inner_loop.py shows that Pod Security admits this pod, and that this policy allows its connections.
+    # On a cluster, Pod Security has to admit this pod, and this policy has to allow its connections.
     (policy,) = (it for it in objects if it["metadata"]["name"] == job["metadata"]["name"])
     assert policy["spec"]["podSelector"]["matchLabels"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
     script, *asked = case["container"]["args"]
@@ -159,7 +160,36 @@ def test_secrets_are_made_before_the_deployment() -> None:
     assert set(re.findall(r"namespace[ /](\w+) -", script)) == {namespace}
 
 
+def test_all_files_name_the_same_version_of_skaffold() -> None:
+    """The development container, `make tools`, the schema for editors and the tool that .ci/run builds have one version."""
+    texts = {name: (ROOT / name).read_text() for name in ("devcontainer/Containerfile", ".devcontainer.json", f"{TOOL}/go.mod")}
+    found = {
+        name: re.findall(r"(?i)googlecontainertools/skaffold(?:/v2)?[/ ]v(\d[\d.]+)|/skaffold/releases/v(\d[\d.]+)", text)
+        for name, text in texts.items()
+    }
+    assert [len(versions) for versions in found.values()] == [3, 1, 1]
+    (version,) = {first or second for versions in found.values() for first, second in versions}
+    schema = CONFIG["apiVersion"].removeprefix("skaffold/")
+    assert f"/skaffold/v{version}/docs-v2/content/en/schemas/{schema}.json" in texts[".devcontainer.json"]
+    major, minor, _ = version.split(".")
+    assert f") {major}.{minor} or newer" in (ROOT / "docs" / "development.md").read_text()
+
+
 # --- with Skaffold ---
+
+
+@pytest.mark.skaffold
+@pytest.mark.skipif(not shutil.which("go"), reason="Go reads the module")
+def test_module_of_the_tool_replaces_what_skaffold_s_own_module_replaces() -> None:
+    def module(*command: str) -> Object:
+        """Return the lines `exclude` and `replace` of a go.mod, which Go follows only in the main module."""
+        text = subprocess.run(["go", "-C", TOOL, *command], cwd=ROOT, check=True, text=True, capture_output=True).stdout
+        return {key: sorted(json.loads(text)[key], key=str) for key in ("Exclude", "Replace")}
+
+    (name,) = re.findall(r"^tool (.+/v\d+)/", (ROOT / TOOL / "go.mod").read_text(), re.MULTILINE)
+    command = ["go", "-C", TOOL, "list", "-m", "-f", "{{.GoMod}}", name]
+    own = subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True).stdout.strip()
+    assert module("mod", "edit", "-json") == module("mod", "edit", "-json", own)
 
 
 def plain(text: str) -> list[Object]:
@@ -181,8 +211,8 @@ def plain(text: str) -> list[Object]:
 @pytest.mark.skaffold
 @pytest.mark.parametrize("profiles", COMBINATIONS, ids=lambda profiles: "+".join(profiles) or "none")
 def test_skaffold_renders_what_make_manifests_does(profiles: tuple[str, ...], tmp_path: Path) -> None:
-    skaffold = shutil.which(os.environ.get("SKAFFOLD", "skaffold"))
-    assert skaffold, "Skaffold is needed: https://skaffold.dev/docs/install/"
+    skaffold = shutil.which("skaffold")
+    assert skaffold, "Skaffold is needed; to fetch it with Docker: make tools"
     output = tmp_path / "rendered.yaml"
     command = [skaffold, "render", "--offline", "--digest-source=none", f"--output={output}", f"--profile={','.join(profiles)}"]
     ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)

@@ -18,6 +18,10 @@ RUNS = [run for workflow in WORKFLOWS.values() for run in runs(workflow)]
 HERE = re.sub(r'step "[^"]*"|(?<!\S)#.*', "step", "".join((ROOT / ".ci" / name).read_text() for name in ("run", "steps")))
 # These are the commands of a release that this machine can run. test_publish.py executes them unchanged.
 EXECUTED = {run.line for run in runs(RELEASE) if run.here}
+# hitcounter: begin
+# tests/e2e/test_skaffold.py executes these commands.
+EXECUTED |= {run.line for run in runs(CI) if run.line.startswith(("skaffold ", "kubectl wait "))}
+# hitcounter: end
 
 
 def uses() -> list[tuple[str, str, str]]:

@@ -1,11 +1,15 @@
-"""These fixtures give tests the deployment of `make deploy` on the cluster, and other namespaces."""
+"""These fixtures give tests the deployment of `make deploy` on the cluster, other namespaces, and a second service."""
 
+import shutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from nanoservice.testing.waiting import wait_for
-from tests.support.cluster import Deployed, Namespace, deployed, namespace
+from tests.support import ROOT
+from tests.support.cluster import Deployed, Namespace, deployed, namespace, run
 
 
 @pytest.fixture
@@ -24,6 +28,19 @@ def other() -> Iterator[Namespace]:
     """Create a second, empty namespace for the test, and yield it."""
     with namespace("other") as one:
         yield one
+
+
+@pytest.fixture(scope="session")
+def two_services(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a copy of the repository that has a second service, `likes`. Do not change this copy."""
+    copy = tmp_path_factory.mktemp("copy")
+    for name in run("git", "ls-files", "-z").split("\0"):
+        if name and (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    run("git", "init", "--quiet", str(copy))
+    run(sys.executable, str(copy / "scripts" / "service.py"), "add", "likes")
+    return copy
 
 
 @pytest.fixture

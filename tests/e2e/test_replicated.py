@@ -1,13 +1,11 @@
 """With the component redis-replicated, the loss of a server or of its node loses no answered hit, and restarts fail no request.
 
-These tests need a cluster with three nodes. The variable NODES names a command that loses a node and brings it back:
-`NODES cut NAME` takes the node's network away, `NODES heal NAME` gives it back, `NODES kill NAME` is a power failure, and
-`NODES start NAME` starts the node again.
+These tests need a cluster with three nodes: see the head of tests/support/nodes.py.
 """
 
+import asyncio
 import functools
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -19,9 +17,20 @@ import pytest
 import trustme
 
 from nanoservice.testing.waiting import wait_for
-from tests.e2e.test_crashes import blows
+from tests.e2e.test_changes import scale
+from tests.e2e.test_crashes import REDIS, blows
 from tests.support.cluster import KUBECTL, Deployed, Namespace, compose, deployed, install, run
-from tests.support.traffic import counts, step, traffic
+from tests.support.nodes import (
+    bring_back,
+    change_node,
+    drain,
+    first_node,
+    node_names,
+    node_of,
+    nodes_of,
+    uncordon,
+)
+from tests.support.traffic import Traffic, counts, step, traffic
 
 pytestmark = pytest.mark.nodes
 
@@ -36,17 +45,13 @@ def change_store(one: Deployed, *lines: str) -> None:
     """
     text = compose(one, one.namespace, "resources: [../minikube]", *lines)
     run(KUBECTL, "apply", "--server-side", "--force-conflicts", "--filename=-", input=text)
-    patch = {"spec": {"template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": first_node(one)}}}}}
+    run_service_on(one, first_node(one))
+
+
+def run_service_on(one: Deployed, node: str | None) -> None:
+    """Run the service's pods on `node`, or on any node if `node` is None."""
+    patch = {"spec": {"template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": node}}}}}
     one.namespace.kubectl("patch", "deployment/hitcounter", "--patch", json.dumps(patch))
-
-
-def first_node(one: Deployed) -> str:
-    """Return the name of the node that has the address of the service's URL."""
-    address = one.url.removeprefix("http://").split(":")[0]
-    for node in one.namespace.get("nodes"):
-        if {"type": "InternalIP", "address": address} in node["status"]["addresses"]:
-            return str(node["metadata"]["name"])
-    raise AssertionError(f"no node has the address {address}")
 
 
 def on_server(namespace: Namespace, pod: str, *command: str) -> str | None:
@@ -68,7 +73,7 @@ def primary(namespace: Namespace, *without: str) -> str | None:
 
 def whole(namespace: Namespace) -> bool:
     """Return whether one server is the primary and the other two are ready, which means that they have the primary's data."""
-    return len(namespace.ready("app.kubernetes.io/name=redis")) == len(SERVERS) and primary(namespace) is not None
+    return len(namespace.ready(REDIS)) == len(SERVERS) and primary(namespace) is not None
 
 
 @functools.cache
@@ -93,28 +98,23 @@ def replicated() -> Deployed:
 
 
 @pytest.fixture
-def lost(replicated: Deployed) -> Iterator[str]:
-    """Yield the node of the primary, which is not the first node, for a test that loses this node. Bring it back afterwards."""
+def lost(replicated: Deployed) -> str:
+    """Return the node of the primary, which is not the first node, for a test that loses this node and brings it back."""
     namespace, first = replicated.namespace, first_node(replicated)
-    assert os.environ.get("NODES"), "set NODES to a command that loses a node: see the head of this file"
     for _ in range(2):
         pod = str(primary(namespace))
-        node = str(namespace.get("pod", pod)["spec"]["nodeName"])
+        node = node_of(namespace, pod)
         if node != first:
             break
         on_server(namespace, pod, "hand-over")
     assert node != first
-    yield node
-
-
-def change_node(action: str, node: str) -> None:
-    run(*os.environ["NODES"].split(), action, node)
+    return node
 
 
 def test_three_servers_take_over_the_counts_of_one_and_run_on_three_nodes() -> None:
     (hits, posts), one = moved()
     assert wait_for(one.namespace.answered, 30) == (hits + 1, posts)
-    pods = one.namespace.pods("app.kubernetes.io/name=redis")
+    pods = one.namespace.pods(REDIS)
     assert len({pod["spec"]["nodeName"] for pod in pods}) == len(pods) == len(SERVERS)
 
 
@@ -129,6 +129,41 @@ async def test_rolling_restart_fails_no_request(replicated: Deployed) -> None:
     load.check(before, await counts(replicated.url))
 
 
+@pytest.fixture
+def spread(replicated: Deployed) -> Iterator[Deployed]:
+    """Run three pods of the service, one on each node. Afterwards, run one pod on the first node again."""
+    namespace = replicated.namespace
+    run_service_on(replicated, None)
+    namespace.await_rollout("deployment/hitcounter")
+    scale(namespace, 3)
+    assert sorted(nodes_of(namespace.pods())) == node_names(namespace)
+    yield replicated
+    run_service_on(replicated, first_node(replicated))
+    scale(namespace, 1)
+    namespace.await_rollout("deployment/hitcounter")
+
+
+async def test_drain_of_each_node_fails_no_request(spread: Deployed) -> None:
+    namespace = spread.namespace
+    before = await counts(spread.url)
+    handed_over, took = 0, []
+    async with traffic(spread.url, 100) as load:
+        for node in await step(node_names, namespace):
+            old = str(await step(primary, namespace))
+            assert node in nodes_of(await step(namespace.pods))  # the control: the drain has a pod of the service to evict
+            try:
+                took.append(await step(drain, node))
+                assert node not in nodes_of([*await step(namespace.pods), *await step(namespace.pods, REDIS)])
+                handed_over += await step(wait_for, lambda: primary(namespace), 60) != old
+            finally:
+                await step(uncordon, node)
+            await step(wait_for, lambda: whole(namespace), 120)
+    print(f"\ndrained in {', '.join(f'{one:.0f}' for one in took)} s; {handed_over} planned failovers; {load.statuses()}")
+    assert handed_over
+    assert not load.failures
+    load.check(before, await counts(spread.url))
+
+
 async def test_primary_deleted_by_force_loses_no_answered_hit(replicated: Deployed) -> None:
     namespace = replicated.namespace
     async with blows(replicated, "the primary's pod deleted with grace 0") as (_, windows, times):
@@ -140,25 +175,54 @@ async def test_primary_deleted_by_force_loses_no_answered_hit(replicated: Deploy
             await step(wait_for, lambda: whole(namespace), 120)
 
 
-@pytest.mark.parametrize(
-    ("lose", "bring_back"), [("kill", "start"), pytest.param("cut", "heal", marks=pytest.mark.slow)], ids=["kill", "cut"]
-)
-async def test_loss_of_the_primary_s_node_loses_no_answered_hit(
-    replicated: Deployed, lost: str, lose: str, bring_back: str
-) -> None:
+@pytest.mark.parametrize("how", ["kill", pytest.param("cut", marks=pytest.mark.slow)])
+async def test_loss_of_the_primary_s_node_loses_no_answered_hit(replicated: Deployed, lost: str, how: str) -> None:
     namespace = replicated.namespace
     old = await step(primary, namespace)
-    async with blows(replicated, f"the primary's node: {lose}") as (_, windows, times):
+    async with blows(replicated, f"the primary's node: {how}") as (_, windows, times):
         began = time.monotonic()
-        await step(change_node, lose, lost)
+        await step(change_node, how, lost)
         try:
             times.append(await windows.recover(began, namespace, lambda: primary(namespace, old)))
         finally:
             began = time.monotonic()
-            await step(change_node, bring_back, lost)
+            await step(bring_back, namespace, how, lost)
         # The old primary comes back under load, and must not accept a hit that is then lost.
         await step(wait_for, lambda: whole(namespace), 180)
         windows.all.append((began, time.monotonic()))
+
+
+async def silent(load: Traffic) -> None:
+    """Wait until no request of the load has been answered with 200 for 3 s, and check that this lasts 5 s more."""
+    await step(wait_for, lambda: time.monotonic() - load.last_answered > 3, 60)
+    last = load.last_answered
+    await asyncio.sleep(5)
+    assert load.last_answered == last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("all_three", [False, True], ids=["two nodes", "all three servers"])
+async def test_loss_of_more_than_one_server_stops_the_answers_and_loses_none(replicated: Deployed, all_three: bool) -> None:
+    namespace, first = replicated.namespace, first_node(replicated)
+    workers = [node for node in await step(node_names, namespace) if node != first]
+    (here,) = [pod for pod in SERVERS if await step(node_of, namespace, pod) == first]
+    (away,) = [pod for pod in SERVERS if await step(node_of, namespace, pod) == workers[1]]
+    async with blows(replicated, "two nodes killed" + ", and the third server" * all_three) as (load, windows, times):
+        began = time.monotonic()
+        try:
+            for node in workers:
+                await step(change_node, "kill", node)
+            if all_three:
+                await step(namespace.kubectl, "delete", "pod", here, "--grace-period=0", "--force")
+            await silent(load)
+            since = time.monotonic()
+            await step(bring_back, namespace, "kill", workers[0])
+            await windows.recover(began, namespace, lambda: primary(namespace, away))
+            times.append(time.monotonic() - since)
+        finally:
+            for node in workers:
+                await step(bring_back, namespace, "kill", node)
+        await step(wait_for, lambda: whole(namespace), 180)
 
 
 @pytest.mark.slow

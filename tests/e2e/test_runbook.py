@@ -89,6 +89,32 @@ def test_image_that_cannot_be_pulled_leaves_the_old_pod_serving(installed: Names
     installed.await_rollout("deployment/hitcounter")
 
 
+def test_pod_without_room_is_pending_and_leaves_the_old_pod_serving(installed: Namespace) -> None:
+    (old,) = installed.ready()
+    installed.kubectl("set", "resources", "deployment/hitcounter", "--requests=cpu=1000", "--limits=cpu=1000")
+    new = newcomer(installed, old)
+    wait_for(lambda: "Insufficient cpu" in installed.kubectl("describe", "pod", new), 30)
+    assert installed.get("pod", new)["status"]["phase"] == "Pending"
+    assert wait_for(installed.answered, 30) == (2, 0)
+    installed.kubectl("rollout", "undo", "deployment/hitcounter")
+    installed.await_rollout("deployment/hitcounter")
+    assert installed.ready() == [old]
+
+
+def test_claim_without_a_storage_class_keeps_redis_pending(cluster: Deployed, other: Namespace) -> None:
+    other.make("secret")
+    text = compose(cluster, other, "resources: [../hitcounter, ../redis]")
+    other.apply(text.replace("accessModes:", "storageClassName: no-such-class\n      accessModes:"))
+    wait_for(lambda: "unbound immediate PersistentVolumeClaims" in other.kubectl("describe", "pod", "redis-0"), 30)
+    # The claim keeps the wrong class. So the fix deletes the claim and the StatefulSet, and deploys again.
+    for what in "statefulset/redis", "persistentvolumeclaim/data-redis-0":
+        other.kubectl("delete", what, "--timeout=60s")
+    other.apply(text)
+    for what in "statefulset/redis", "deployment/hitcounter":
+        other.await_rollout(what)
+    assert wait_for(other.answered, 30) == (1, 0)
+
+
 def test_cluster_without_dns_keeps_new_pods_out_and_old_ones_serving(installed: Namespace) -> None:
     (old,) = installed.ready()
     rules = installed.get("networkpolicy", "hitcounter")["spec"]["egress"]

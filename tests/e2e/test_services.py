@@ -3,9 +3,7 @@
 import asyncio
 import json
 import os
-import shutil
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ import yaml
 
 from nanoservice.testing.waiting import wait_for
 from tests.support import ROOT
-from tests.support.cluster import Deployed, Namespace, deployed, run, start
+from tests.support.cluster import Deployed, Namespace, deployed, start
 from tests.support.pages import steps
 from tests.support.traffic import step, traffic
 
@@ -66,17 +64,10 @@ class Both:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+def both(two_services: Path) -> Iterator[Both]:
     """Deploy a second service beside the first, with the commands of docs/second-service.md. Afterwards, remove it again."""
-    copy = tmp_path_factory.mktemp("copy")
-    for name in run("git", "ls-files", "-z").split("\0"):
-        if name and (ROOT / name).exists():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
-    run("git", "init", "--quiet", str(copy))
     first = deployed()
-    one = Both(copy, first.namespace, first.url, first.url.replace(":30080", ":30081"))
-    one.act(f"{sys.executable} scripts/service.py add likes")
+    one = Both(two_services, first.namespace, first.url, first.url.replace(":30080", ":30081"))
     (deploy, look, _) = steps(ROOT / "docs" / "second-service.md", "On a cluster")
     before = one.pods("app.kubernetes.io/name=hitcounter")
     try:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import ssl
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from tests.support.cluster import Deployed, Namespace, compose, install, namespa
 
 pytestmark = pytest.mark.cluster
 
-# This script sends PING to Redis and prints Redis's answer. The argument is `plain` (no TLS) or `tls`.
+# This script sends PING to Redis and prints Redis's answer. The argument is `plain` (no TLS) or `tls`. With TLS, the script
+# prints Redis's certificate too.
 _PING = """
 import socket, ssl, sys
 raw = socket.create_connection(("redis", 6379), 3)
@@ -21,6 +23,7 @@ raw.settimeout(3)
 if sys.argv[1] == "tls":
     context = ssl.create_default_context(cafile="/run/secrets/redis-ca/ca.crt")
     raw = context.wrap_socket(raw, server_hostname="redis")
+    print(raw.getpeercert(True).hex())
 raw.sendall(b"PING\\r\\n")
 try:
     print(raw.recv(64))
@@ -29,29 +32,40 @@ except OSError as error:
 """
 
 
+def renew_certificate(namespace: Namespace, authority: trustme.CA) -> str:
+    """Write a new certificate for Redis into the secret `redis-tls`. Return the certificate as `_PING` prints it."""
+    certificate = authority.issue_cert("redis")
+    chain = b"".join(part.bytes() for part in certificate.cert_chain_pems).decode()
+    data = {
+        "ca.crt": authority.cert_pem.bytes().decode(),
+        "tls.crt": chain,
+        "tls.key": certificate.private_key_pem.bytes().decode(),
+    }
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "redis-tls"}, "type": "kubernetes.io/tls"}
+    namespace.apply(json.dumps(secret | {"stringData": data}))
+    return ssl.PEM_cert_to_DER_cert(chain).hex()
+
+
 def test_tls_component_leaves_no_port_without_tls(cluster: Deployed, other: Namespace) -> None:
     authority = trustme.CA()
-    certificate = authority.issue_cert("redis")
-    data = {
-        "ca.crt": authority.cert_pem.bytes(),
-        "tls.crt": b"".join(part.bytes() for part in certificate.cert_chain_pems),
-        "tls.key": certificate.private_key_pem.bytes(),
-    }
-    secret = {
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": {"name": "redis-tls"},
-        "type": "kubernetes.io/tls",
-        "stringData": {name: content.decode() for name, content in data.items()},
-    }
-    other.apply(json.dumps(secret))
+    first = renew_certificate(other, authority)
     install(cluster, other, "components: [../components/redis-tls]")
     assert wait_for(other.answered, 30) == (1, 0)
     (pod,) = other.ready()
-    assert "NOAUTH" in other.python(pod, _PING, "tls")
+    said = other.python(pod, _PING, "tls")
+    assert "NOAUTH" in said
+    assert first in said
     assert "NOAUTH" not in other.python(pod, _PING, "plain")
     # The control: a Redis without TLS answers the same client.
     assert "NOAUTH" in cluster.namespace.python(cluster.namespace.ready()[0], _PING, "plain")
+    # After a renewal, Valkey needs a restart, and the service needs none.
+    second = renew_certificate(other, authority)
+    assert first in other.python(pod, _PING, "tls")
+    other.kubectl("rollout", "restart", "statefulset/redis")
+    other.await_rollout("statefulset/redis")
+    assert wait_for(other.answered, 30) == (2, 0)
+    assert second in other.python(pod, _PING, "tls")
+    assert other.ready() == [pod]
 
 
 def test_pods_run_as_the_users_that_openshift_gives_them(cluster: Deployed, other: Namespace) -> None:
