@@ -33,6 +33,7 @@ VALKEY ?=            # an image that replaces the manifests' image of Valkey, as
 REGISTRIES ?=        # where to publish, such as "ghcr.io/me docker.io/me"; the manifests use the first
 DIST ?= dist
 ORAS ?=              # the path of an oras to use; if empty, Go builds oras
+HELM ?=              # the path of a helm to use; if empty, Go builds helm
 TAG ?=               # the tag of the release, such as v0.1.0
 DIGESTS ?=           # the expected digest of each image, as `make release-digest` prints them: {"hitcounter":"sha256:..."}
 SUMS ?=              # the expected digest of SHA256SUMS, the file with the checksums of a release's files
@@ -45,7 +46,7 @@ TESTS ?=             # the files and folders of tests that `make test` and `make
 
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REGISTRIES DIST ORAS TAG DIGESTS SUMS UPGRADE SERVERS DEBIAN_MIRROR
+export REGISTRIES DIST ORAS HELM TAG DIGESTS SUMS UPGRADE SERVERS DEBIAN_MIRROR
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -313,7 +314,7 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 
 # --- Kubernetes ---
 
-.PHONY: deploy undeploy secret secret-rotate backup restore manifests manifests-check tools render-check
+.PHONY: deploy undeploy secret secret-rotate backup restore manifests manifests-check chart test-chart tools render-check
 
 deploy: ## build and deploy all services, or SERVICE, on the current cluster; print the URLs
 	@sh scripts/deploy-check.sh
@@ -337,6 +338,12 @@ restore: ## restart Redis with the snapshot FILE; Redis's volume keeps the old d
 
 manifests: ## write manifests/rendered/ again: one plain file for each variant
 	@sh scripts/manifests.sh manifests/rendered
+
+chart: $(VENV)/installed ## write those parts of chart/ again that follow from other files
+	@$(BIN)/python scripts/chart.py chart
+
+test-chart: $(VENV)/installed ## run the tests of the chart, with Helm
+	@$(BIN)/python -m pytest -n 2 -m chart tests/delivery
 
 manifests-check: ## compare manifests/rendered/ with the output of an old and of a new Kustomize, which Go builds
 	@sh scripts/manifests-check.sh
@@ -383,7 +390,7 @@ release-compare: ## fail unless each image in SERVICE.oci/ has its digest in DIG
 sbom: $(VENV)/can-run ## write dist/SERVICE.spdx.json, the list of contents of SERVICE.oci/; each run writes the same bytes
 	@sh scripts/each.sh sbom.sh
 
-release-files: sbom ## write the release's files to dist/release/: manifests with digests, lists of contents, checksums
+release-files: sbom ## write the release's files to dist/release/: manifests, chart, lists of contents, checksums
 	@sh scripts/release-files.sh
 
 release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
@@ -392,8 +399,10 @@ release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 release-files-compare: ## fail if the digest of dist/release/SHA256SUMS is not SUMS, or if a file has another checksum
 	@sh scripts/release-files-compare.sh
 
-publish: ## publish each image of SERVICE.oci/ and its list of contents in REGISTRIES, and read both back
+publish: ## publish the images of SERVICE.oci/ with their contents, and the chart, in REGISTRIES; read all back
 	@sh scripts/each.sh publish.sh
+	@sh scripts/chart-publish.sh
 
-sign: ## sign each image of SERVICE.oci/ in REGISTRIES with cosign, as yourself or as the workflow
+sign: ## sign the images of SERVICE.oci/ and the chart in REGISTRIES with cosign, as you or the workflow
 	@sh scripts/each.sh sign.sh
+	@sh scripts/chart-sign.sh

@@ -8,17 +8,6 @@
 . "${0%/*}/lib/oras.sh"
 . "${0%/*}/lib/release.sh"
 
-resolve() { # REPOSITORY: print the digest of this version there; print nothing if the repository does not have it
-  "$ORAS" resolve "$1:$version" 2>"$work/log" || {
-    # If the registry fails in any other way, stop: it may have the version already, and a version is never overwritten.
-    grep -qF "$1:$version: not found" "$work/log" || {
-      cat "$work/log" >&2
-      fail "$1 does not say whether it has $version already (see above), so nothing is published;" \
-        "if there is no such repository yet, make it first"
-    }
-  }
-}
-
 attach() { # IMAGE FILE TYPE: attach FILE to IMAGE as a referrer of the media type TYPE, and read FILE back
   # Fix the creation time, so that attaching the same file again gives a referrer with the same digest.
   (cd "$folder" && quietly "$ORAS" attach --no-tty --artifact-type "$3" \

@@ -17,10 +17,12 @@ for name in $(chosen); do
   release="$release $name=$(echo "$repositories" | head -n 1)@$digest"
 done
 others=$(find "$folder" -mindepth 1 -maxdepth 1 \
-  ! -name '*.yaml' ! -name '*.spdx.json' ! -name SHA256SUMS 2>/dev/null) || true
+  ! -name '*.yaml' ! -name '*.spdx.json' ! -name '*.tgz' ! -name SHA256SUMS 2>/dev/null) || true
 [ -z "$others" ] || fail "$folder has other files than those of a release: name another folder with DIST=..."
 rm -rf "$folder" # otherwise SHA256SUMS would list files of an earlier run, and the release would have them
-RELEASE=$release sh "${0%/*}/manifests.sh" "$folder"
+export RELEASE="$release"
+sh "${0%/*}/manifests.sh" "$folder"
+sh "${0%/*}/chart-package.sh"
 for name in $(chosen); do cp "$DIST/$name.spdx.json" "$folder"; done
 changes >"$DIST/changes.md"
 checksums >"$DIST/SHA256SUMS" || exit

@@ -74,7 +74,9 @@ PREFIXES = re.compile(
     "aws|ci|conda|dbus|debian|docker|git|github|gitlab|gnome|google|gpg|gtk|helm|java|kube|kubernetes|lc|ld|less|ls|make|node|"
     "npm|nvm|otel|pip|podman|pyenv|python|qt|runner|session|shell|skaffold|ssh|ssl|sudo|systemd|term|virtual|vscode|xdg"
 )
-UNTOUCHED = re.compile(r"CHANGELOG\.md|LICENSE|manifests/rendered/.*|requirements.*\.txt|.*\.(svg|sum|lock)|.*-lock\.json")
+UNTOUCHED = re.compile(
+    r"CHANGELOG\.md|LICENSE|manifests/rendered/.*|chart/manifests/.*|requirements.*\.txt|.*\.(svg|sum|lock)|.*-lock\.json"
+)
 # Behind one of these texts, the word is the project's name. Elsewhere, the same word is the name of a service.
 BEFORE_PROJECT = [
     r"\bnamespace(?:=\"?|: ?\"?|/| )",
@@ -86,9 +88,11 @@ BEFORE_PROJECT = [
     r"(?<!ghcr\.io/)OWNER/",
     r"^# (?=\S+\n)",
     r"&& cd ",
+    r"\bhelm (?:install|upgrade|rollback|test) ",
+    r"/charts/",
     r"buildx (?:rm|create)(?: --\S+)* ",
     r"RUN = f\"",
-    r"^ *\"?name\"?: \"?(?=\S+\n(?:build:|  labels:\n    app.kubernetes.io/part-of|\n# |  \"build\"))",
+    r"^ *\"?name\"?: \"?(?=\S+\n(?:build:|  labels:\n    app.kubernetes.io/part-of|\n# |description:|  \"build\"))",
 ]
 PROJECT = f"(?m:(?P<before>{'|'.join(BEFORE_PROJECT)}))"
 Trail = tuple[str, ...]  # the lines that a line is below, and the line itself, all without comments
@@ -557,10 +561,11 @@ def numbers(root: Path) -> dict[str, int]:
 
 
 def finish(root: Path) -> None:
-    """Check that no list of the copy lacks a service, and render the manifests of the copy."""
+    """Check that no list of the copy lacks a service, and render the manifests and the chart of the copy."""
     if wrong := missing(root):
         raise RefusalError("\n".join(wrong))
     run(root, "sh", "scripts/manifests.sh", "manifests/rendered")
+    run(root, sys.executable, "scripts/chart.py", "chart")
 
 
 def run(root: Path, *command: str) -> None:

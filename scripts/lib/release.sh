@@ -13,6 +13,10 @@ repositories() { # SERVICE: print the repositories of the service's image, one o
   for registry in $(echo "$REGISTRIES" | tr '[:upper:]' '[:lower:]'); do echo "${registry%/}/$1"; done
 }
 
+chart() { # print the path of the release's chart
+  echo "$folder/$(sed -n 's/^name: //p' chart/Chart.yaml)-$version.tgz"
+}
+
 sha256() { # FILE...: print the checksum and the name of each FILE; macOS has shasum in place of sha256sum
   if command -v sha256sum >/dev/null; then sha256sum "$@"; else shasum -a 256 "$@"; fi
 }

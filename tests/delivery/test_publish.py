@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from spdx_tools.spdx.parser.parse_anything import parse_file
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
 from nanoservice import __version__ as VERSION
 from nanoservice.testing.waiting import wait_for
 from tests.support import ROOT
+from tests.support.helm import helm
 from tests.support.images import WHEELS, Layout, engine, layout, run, sources
 from tests.support.published import REGISTRY, SERVICE, published
+from tests.support.services import project
 
 pytestmark = pytest.mark.registry
 
@@ -218,14 +221,47 @@ def test_changes_of_a_release_are_those_of_its_version() -> None:
     assert (published().dist / "changes.md").read_text().strip() == section.strip()
 
 
+# --- the chart ---
+
+CHART = f"charts/{project()}"
+
+
+def test_chart_of_the_release_is_beside_the_images_of_the_first_registry(tmp_path: Path) -> None:
+    first, second = published().registries
+    file = published().dist / "release" / f"{project()}-{VERSION}.tgz"
+    helm("pull", "--plain-http", f"oci://{first}/{CHART}", f"--version={VERSION}", f"--destination={tmp_path}")
+    assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+    assert oras("resolve", f"{second}/{CHART}:{VERSION}", check=False).startswith("1\n")
+    made = [it for it in yaml.safe_load_all(helm("template", "it", str(file)).stdout) if it and it["kind"] == "Deployment"]
+    images = {it["metadata"]["name"]: it["spec"]["template"]["spec"]["containers"][0]["image"] for it in made}
+    assert images[SERVICE] == f"{published().repositories[0]}@{published().digest}"
+    digest = oras("resolve", f"{first}/{CHART}:{VERSION}").strip()
+    assert (published().dist / "chart").read_text() == f"{first}/{CHART}@{digest}\n"  # `make sign` signs this
+    manifest = json.loads(oras("manifest", "fetch", f"{first}/{CHART}@{digest}"))
+    assert manifest["annotations"]["org.opencontainers.image.created"].startswith("1980-01-01T00:00:00")
+
+
+def test_chart_that_is_published_is_not_moved(tmp_path: Path) -> None:
+    registry = f"{published().registries[0]}"
+    before = oras("resolve", f"{registry}/{CHART}:{VERSION}")
+    dist = Path(shutil.copytree(published().dist, tmp_path / "dist"))
+    (dist / "release" / f"{project()}-{VERSION}.tgz").write_bytes(b"another")
+    ended = make("publish", REGISTRIES=registry, DIST=str(dist))
+    assert ended.returncode != 0
+    assert f"{registry}/{CHART}:{VERSION} is another chart already: a version never changes" in ended.stderr
+    assert oras("resolve", f"{registry}/{CHART}:{VERSION}") == before
+
+
 # --- releases and images that are refused ---
 
 
 def test_publishing_again_changes_nothing() -> None:
     one = published()
     before = [referrers(f"{repository}@{one.digest}") for repository in one.repositories]
+    chart = oras("resolve", f"{one.registries[0]}/{CHART}:{VERSION}")
     assert make("publish", REGISTRIES=" ".join(one.registries)).returncode == 0
     assert [referrers(f"{repository}@{one.digest}") for repository in one.repositories] == before
+    assert oras("resolve", f"{one.registries[0]}/{CHART}:{VERSION}") == chart
 
 
 @pytest.fixture

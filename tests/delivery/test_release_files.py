@@ -11,21 +11,22 @@ import pytest
 from tests.support import ROOT
 from tests.support.services import names
 
-# Shell scripts stand in for oras and kubectl.
-ORAS = "#!/bin/sh\n"
+# Shell scripts stand in for oras, helm and kubectl.
+ORAS = HELM = "#!/bin/sh\n"
 KUBECTL = "#!/bin/sh\necho '# rendered'\n"
 
 
 def script(name: str, folder: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
     environ = {**os.environ, "DIST": str(folder / "dist"), "LAYOUT": str(folder / "layout"), "SERVICE": names()[0], **environ}
-    environ |= {"ORAS": str(folder / "oras"), "KUBECTL": str(folder / "kubectl"), "REGISTRIES": "r.example", "TAG": ""}
+    tools = {name.upper(): str(folder / name) for name in ("oras", "helm", "kubectl")}
+    environ |= tools | {"REGISTRIES": "r.example", "TAG": ""}
     return subprocess.run(["sh", f"scripts/{name}.sh"], cwd=ROOT, env=environ, text=True, capture_output=True, timeout=60)
 
 
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
     """Write the files of a release of the first service, and return their folder."""
-    for name, text in (("oras", ORAS), ("kubectl", KUBECTL)):
+    for name, text in (("oras", ORAS), ("helm", HELM), ("kubectl", KUBECTL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "layout").mkdir()

@@ -18,6 +18,7 @@ import yaml
 
 from tests.support import ROOT
 from tests.support.git import ENVIRON, unusual
+from tests.support.helm import helm
 from tests.support.pages import Step, steps
 from tests.support.services import names
 
@@ -413,6 +414,29 @@ def test_service_that_has_the_ports_of_another_gets_its_own(trio: Path) -> None:
     assert tree(trio) == complete
 
 
+@pytest.mark.chart
+def test_new_service_is_in_the_chart(repository: Path) -> None:
+    before = tree(repository)
+    assert service(repository, "add", NEW).returncode == 0
+    changed = {name for name, content in tree(repository).items() if name.startswith("chart/") and content != before.get(name)}
+    assert {str(Path(name).parent) for name in changed} == {"chart/manifests"}  # no line was written for the service
+    file = repository / "values.json"
+    file.write_text(json.dumps({"services": {NEW: {"image": "x:1", "settings": {"LOG_LEVEL": "debug"}}}, "expose": "nodePort"}))
+    text = helm("template", "it", str(repository / "chart"), f"--values={file}").stdout
+    made = {(it["kind"], it["metadata"]["name"]): it for it in yaml.safe_load_all(text) if it}
+    for kind in ("Deployment", "Service", "HorizontalPodAutoscaler", "NetworkPolicy", "PodDisruptionBudget"):
+        assert {(kind, FIRST), (kind, NEW)} <= made.keys()
+    (container,) = made["Deployment", NEW]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "x:1"
+    assert "annotations" in made["Deployment", NEW]["spec"]["template"]["metadata"]
+    assert "annotations" not in made["Deployment", FIRST]["spec"]["template"]["metadata"]
+    assert made["Service", NEW]["spec"]["ports"][0]["nodePort"] == 30081
+    users = made["Secret", "redis-users"]["data"]
+    assert made["Secret", f"{NEW}-redis"]["data"] == {"password": users[NEW]}
+    asked = made["Job", "smoke-test"]["spec"]["template"]["spec"]["containers"][0]["args"][1:]
+    assert asked == [FIRST, NEW]
+
+
 # hitcounter: begin
 def test_template_has_the_entries_of_the_example() -> None:
     found = spec_from_file_location("generator", ROOT / "scripts" / "service.py")
@@ -452,7 +476,7 @@ def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> 
     check(
         repository, "tests/orders", "tests/delivery/test_manifests.py", "tests/delivery/test_skaffold.py",
         "tests/delivery/test_texts.py", "tests/delivery/test_columns.py", "tests/delivery/test_deploy_played.py",
-        "tests/delivery/test_workflows.py", "tests/delivery/test_scripts.py",
+        "tests/delivery/test_workflows.py", "tests/delivery/test_scripts.py", "tests/delivery/test_chart.py",
         "tests/delivery/test_make.py::test_each_target_that_runs_tests_finds_some",
     )  # fmt: skip
     # No file names a file of the new service that only hitcounter had.

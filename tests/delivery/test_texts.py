@@ -10,7 +10,7 @@ from nanoservice.testing.served import Served
 from tests.support import ROOT
 from tests.support.services import names
 
-TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "chart" / "README.md"]
 of_each_text = pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
 
 

@@ -1,0 +1,336 @@
+"""The Helm chart has the objects that Kustomize renders, and each value changes what its description says.
+
+The tests with the marker `chart` run Helm, which Go builds. The unit tests of chart/tests/ are tests for helm-unittest.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nanoservice import __version__ as VERSION
+from tests.support import ROOT
+from tests.support.helm import helm, program
+from tests.support.services import names, project
+
+CHART = ROOT / "chart"
+RENDERED = ROOT / "manifests" / "rendered"
+SCHEMA = json.loads((CHART / "values.schema.json").read_text())
+TESTS = sorted((CHART / "tests").glob("*_test.yaml"))
+FIRST = names()[0]
+Object = dict[str, Any]
+with_helm = pytest.mark.chart
+
+# --- the files that `make chart` writes ---
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_chart_follows_from_the_manifests_and_the_values(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(CHART, tmp_path / "chart"))
+    shutil.rmtree(copy / "manifests")
+    subprocess.run([sys.executable, ROOT / "scripts" / "chart.py", copy], check=True)
+    assert files(copy) == files(CHART), "chart/ is stale; run: make chart"
+
+
+def test_change_of_a_value_s_description_changes_the_readme(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(CHART, tmp_path / "chart"))
+    values = copy / "values.yaml"
+    values.write_text(values.read_text().replace("# A fixed number of pods", "# A constant number of pods"))
+    subprocess.run([sys.executable, ROOT / "scripts" / "chart.py", copy], check=True)
+    changed = {name for name, content in files(copy).items() if content != files(CHART)[name]}
+    assert changed == {"values.yaml", "README.md"}
+    assert "| A constant number of pods, in place of the autoscaler |" in (copy / "README.md").read_text()
+
+
+def test_chart_has_the_version_of_the_services() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"], chart["name"]) == (VERSION, VERSION, project())
+    assert f"/v{VERSION}/chart/icon.svg" in chart["icon"]
+
+
+# --- the values ---
+
+
+def paths(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the path and the schema of each value. A service has the name NAME in a path."""
+    if not path.startswith("services.NAME.") or path.count(".") < 2:
+        for name, one in schema.get("properties", {}).items():
+            yield from paths(one, f"{path}.{name}".lstrip("."))
+        if path == "services":
+            yield from paths(schema["additionalProperties"], "services.NAME")
+    if path and path != "global" and ("properties" not in schema or path.count(".") == 2):
+        yield path, schema
+
+
+VALUES = [path for path, _ in paths(SCHEMA) if path != "services"]
+
+
+def test_each_value_is_described_with_its_default() -> None:
+    table = (CHART / "README.md").read_text()
+    rows = {path: (default, text) for path, default, text in re.findall(r"(?m)^\| `([\w.]+)` \| (.*?) \| (.+) \|$", table)}
+    assert rows.keys() - {"services"} == set(VALUES)
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    for path, (default, text) in rows.items():
+        assert len(text) > 10
+        if "NAME" not in path:
+            assert yaml.safe_load(default.strip("`")) == functools.reduce(lambda it, key: it[key], path.split("."), values)
+
+
+def test_example_of_a_service_has_each_of_its_values_and_follows_the_schema() -> None:
+    example = yaml.safe_load("\n".join(re.findall(r"(?m)^# (  .*)$", (CHART / "values.yaml").read_text())))
+    assert {f"services.NAME.{key}" for key in example[FIRST]} == {it for it in VALUES if "NAME" in it}
+
+
+def settings(value: Any, path: str = "") -> Iterator[str]:
+    """Yield the path of each value that a unit test sets."""
+    for key, one in value.items() if isinstance(value, dict) else []:
+        path_of_it = f"{path}.{key}".lstrip(".")
+        yield re.sub(r"^services\.[a-z0-9]+", "services.NAME", path_of_it)
+        yield from settings(one, path_of_it)
+
+
+def unit_tests() -> Iterator[Object]:
+    for file in TESTS:
+        yield from yaml.safe_load(file.read_text())["tests"]
+
+
+def test_each_value_is_set_by_a_unit_test() -> None:
+    set_here = {path for test in unit_tests() for path in settings(test.get("set", {}))}
+    assert [path for path in VALUES if path not in set_here] == []
+
+
+def values_file(folder: Path, path: str, value: Any) -> str:
+    for key in reversed(path.replace("NAME", FIRST).split(".")):
+        value = {key: value}
+    (folder / "values.json").write_text(json.dumps(value))
+    return f"--values={folder / 'values.json'}"
+
+
+def wrong(schema: Any) -> Any:
+    """Return a value of a type that the schema refuses."""
+    return 7 if "enum" in schema or schema.get("type") in ("string", "object", "array", "boolean") else "seven"
+
+
+@with_helm
+@pytest.mark.parametrize(("path", "schema"), [pytest.param(*one, id=one[0]) for one in paths(SCHEMA)])
+def test_value_of_a_wrong_type_is_refused(path: str, schema: Any, tmp_path: Path) -> None:
+    refused = helm("template", "it", str(CHART), values_file(tmp_path, path, wrong(schema)), check=False)
+    assert refused.returncode != 0
+    place = "/" + path.replace("NAME", FIRST).replace(".", "/")
+    assert re.search(rf"at '{place}': (got number, want|got string, want|value must be one of)", refused.stderr), refused.stderr
+
+
+@with_helm
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("replica", 3, "at '': additional properties 'replica' not allowed"),
+        ("store.size", "1Gi", "at '/store': additional properties 'size' not allowed"),
+        ("services.NAME.port", 1, f"at '/services/{FIRST}': additional properties 'port' not allowed"),
+        ("services.nosuch.replicas", 1, f"services.nosuch: the services are {' '.join(names())}"),
+        ("services.NAME.resources.limit", {}, f"at '/services/{FIRST}/resources': additional properties 'limit' not allowed"),
+        ("services.NAME.settings.level", "x", "'level' does not match pattern"),
+        ("imagePullSecrets", ["mine"], "at '/imagePullSecrets/0': got string, want object"),
+        ("store.kind", "outside", "store.kind=outside needs store.host, the host of your Redis"),
+        ("store", {"kind": "outside", "host": "redis.example.org"}, "store.kind=outside needs store.cidr"),
+        ("store.port", 70000, "at '/store/port': maximum: got 70,000, want 65,535"),
+        ("store.cidr", "example.org", "does not match pattern"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and re.fullmatch(r"[\w.]+", value) else "",
+)
+def test_value_that_cannot_be_used_is_refused_with_the_reason(path: str, value: Any, words: str, tmp_path: Path) -> None:
+    refused = helm("template", "it", str(CHART), values_file(tmp_path, path, value), check=False)
+    assert refused.returncode != 0
+    assert words in refused.stderr
+
+
+# --- the objects ---
+
+
+def objects(text: str) -> dict[str, Object]:
+    """Return the objects in a YAML text, as a dict from kind and name to object."""
+    found = [it for it in yaml.safe_load_all(text) if it]
+    by_name = {f"{it['kind']}/{it['metadata']['name']}": it for it in found}
+    assert len(by_name) == len(found)
+    return by_name
+
+
+def template(*arguments: str) -> dict[str, Object]:
+    """Return the objects that `helm template` prints for the project's namespace, without those of hooks."""
+    return objects(helm("template", "it", str(CHART), f"--namespace={project()}", "--no-hooks", *arguments).stdout)
+
+
+STORES = {
+    "": [],
+    "-redis-tls": ["--set=store.tls=true"],
+    "-redis-replicated": ["--set=store.kind=replicated"],
+    "-redis-replicated-tls": ["--set=store.kind=replicated,store.tls=true"],
+    "-redis-outside": ["--set=store.kind=outside,store.tls=true,store.host=redis.example.com,store.cidr=192.0.2.0/24"],
+}
+ON_A_LAPTOP = ["--set=expose=nodePort,autoscaling=false", *(f"--set=services.{name}.image={name}" for name in names())]
+VARIANTS = {
+    **{f"production{store}": arguments for store, arguments in STORES.items()},
+    "production-monitoring": ["--set=monitoring.enabled=true"],
+    "minikube": ON_A_LAPTOP,
+}
+
+
+def test_each_variant_of_kustomize_is_compared() -> None:
+    # The variant `dev` needs the sources, which a chart does not have. README.md says that OpenShift needs the manifests.
+    assert {path.stem for path in RENDERED.iterdir()} - {"dev", "production-openshift"} == VARIANTS.keys()
+
+
+@with_helm
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_chart_has_the_objects_of_the_variant_except_the_namespace(variant: str) -> None:
+    expected = objects((RENDERED / f"{variant}.yaml").read_text())
+    assert expected.pop(f"Namespace/{project()}")
+    assert template(*VARIANTS[variant]) == expected
+
+
+@with_helm
+@pytest.mark.parametrize(("store", "monitoring", "exposed"), [*itertools.product(STORES, (False, True), (False, True))])
+def test_values_that_choose_a_variant_can_be_combined(store: str, monitoring: bool, exposed: bool) -> None:
+    """A value adds, changes or removes the same objects, whatever the other values are."""
+    expected = objects((RENDERED / f"production{store}.yaml").read_text())
+    production = objects((RENDERED / "production.yaml").read_text())
+    arguments = [*STORES[store]]
+    if monitoring:
+        arguments.append("--set=monitoring.enabled=true")
+        monitored = objects((RENDERED / "production-monitoring.yaml").read_text())
+        expected |= {name: it for name, it in monitored.items() if name not in production}
+    if exposed:
+        arguments += ["--set=expose=nodePort,autoscaling=false"]
+        minikube = objects((RENDERED / "minikube.yaml").read_text())
+        expected |= {
+            name: it for name, it in minikube.items() if name not in production or (it["kind"] == "Service" and name in expected)
+        }
+        expected = {name: it for name, it in expected.items() if it["kind"] not in ("Ingress", "HorizontalPodAutoscaler")}
+    expected.pop(f"Namespace/{project()}")
+    assert template(*arguments) == expected
+
+
+@with_helm
+def test_hooks_are_passwords_the_smoke_test_and_a_word_about_the_volumes() -> None:
+    others = template()
+    text = helm("template", "it", str(CHART), f"--namespace={project()}").stdout
+    made = {name: it for name, it in objects(text).items() if name not in others}
+    secrets = {"Secret/redis-users", *(f"Secret/{name}-redis" for name in names())}
+    assert made.keys() == secrets | {"Job/smoke-test", "NetworkPolicy/smoke-test", "Job/kept-volumes"}
+    users = set(re.findall(r"(?m)^user ([a-z0-9]+)", "".join(path.read_text() for path in (ROOT / "manifests").rglob("*.acl"))))
+    assert made["Secret/redis-users"]["data"].keys() == users - {"default"}
+    passwords = [*made["Secret/redis-users"]["data"].values()]
+    assert len({*passwords}) == len(passwords)
+    assert {len(one) for one in passwords} == {60}  # 43 characters in base64
+    for name in names():
+        assert made[f"Secret/{name}-redis"]["data"] == {"password": made["Secret/redis-users"]["data"][name]}
+
+
+@with_helm
+def test_objects_get_the_namespace_of_the_release() -> None:
+    text = helm("template", "it", str(CHART), "--namespace=another", "--set=monitoring.enabled=true,store.kind=replicated").stdout
+    assert {it["metadata"]["namespace"] for it in objects(text).values()} == {"another"}
+
+
+@with_helm
+def test_number_that_is_a_setting_is_written_as_a_person_wrote_it(tmp_path: Path) -> None:
+    given = {"A": 1000000, "B": True, "C": "1e6", "D": 0.5}
+    made = template(values_file(tmp_path, "services.NAME.settings", given))
+    (config,) = (it for name, it in made.items() if name.startswith(f"ConfigMap/{FIRST}-"))
+    assert config["data"].items() >= {"A": "1000000", "B": "true", "C": "1e6", "D": "0.5"}.items()
+
+
+# --- Helm's own checks ---
+
+
+@with_helm
+def test_helm_finds_nothing_to_correct() -> None:
+    assert "0 chart(s) failed" in helm("lint", "--strict", str(CHART)).stdout
+
+
+@with_helm
+def test_unit_tests_pass() -> None:
+    ended = subprocess.run([program("helm-unittest"), "--strict", str(CHART)], text=True, capture_output=True, timeout=120)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert f"{len([*unit_tests()])} passed, {len([*unit_tests()])} total" in ended.stdout
+
+
+@with_helm
+def test_unit_test_that_is_wrong_fails(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(CHART, tmp_path / "chart"))
+    objects_yaml = copy / "templates" / "objects.yaml"
+    text = objects_yaml.read_text()
+    objects_yaml.write_text(text.replace('set .spec "replicas"', 'set .spec "replica"'))
+    assert objects_yaml.read_text() != text
+    ended = subprocess.run([program("helm-unittest"), str(copy)], text=True, capture_output=True, timeout=120)
+    assert ended.returncode != 0
+    assert "replicas" in ended.stdout
+
+
+# --- the package of a release ---
+
+
+def package(dist: Path, root: Path = ROOT, **environ: str) -> Path:
+    """Make the package in `dist` from the sources in `root`, and return its path."""
+    (dist / "release").mkdir(parents=True)
+    release = " ".join(f"{name}=ghcr.io/someone/{name}@sha256:{'1' * 64}" for name in names())
+    given = os.environ | {"HELM": program(), "DIST": str(dist), "RELEASE": release} | environ
+    subprocess.run(["sh", "scripts/chart-package.sh"], cwd=root, env=given, check=True, timeout=60)
+    return dist / "release" / f"{project()}-{VERSION}.tgz"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return package(tmp_path_factory.mktemp("one"), GITHUB_REPOSITORY="someone/there")
+
+
+@with_helm
+def test_package_is_the_same_on_another_machine(packed: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for name in ("chart", "scripts", "nanoservice"):
+        shutil.copytree(ROOT / name, root / name, copy_function=shutil.copy)  # the copies have the time of now
+    shutil.copy(ROOT / "CHANGELOG.md", root)
+    old = os.umask(0o077)
+    try:
+        again = package(tmp_path / "dist", root, GITHUB_REPOSITORY="someone/there", TZ="Asia/Tokyo")
+    finally:
+        os.umask(old)
+    assert hashlib.sha256(packed.read_bytes()).digest() == hashlib.sha256(again.read_bytes()).digest()
+    assert packed.stat().st_mtime == again.stat().st_mtime  # the registry's annotation has this time
+
+
+@with_helm
+def test_package_names_the_images_of_the_release_and_what_changed(packed: Path) -> None:
+    chart = yaml.safe_load(helm("show", "chart", str(packed)).stdout)
+    images = yaml.safe_load(chart["annotations"]["artifacthub.io/images"])
+    assert {it["name"] for it in images} == {*names(), "valkey"}
+    assert all(re.search("@sha256:(?!0{64})[0-9a-f]{64}$", it["image"]) for it in images)
+    changes = yaml.safe_load(chart["annotations"]["artifacthub.io/changes"])
+    _, _, rest = (ROOT / "CHANGELOG.md").read_text().partition(f"\n## {VERSION}\n")
+    section = " ".join(f" {rest.partition(chr(10) + '## ')[0]}".split())
+    assert f"- {' - '.join(changes)}" == section
+    assert (chart["home"], chart["sources"]) == ("https://github.com/someone/there", ["https://github.com/someone/there"])
+    with tarfile.open(packed) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+        assert inside >= {"README.md", "values.schema.json", "templates/NOTES.txt", "icon.svg"}
+        assert not [name for name in inside if name.startswith("tests/")]
+    made = objects(helm("template", "it", str(packed)).stdout)
+    pods = [it["spec"]["template"]["spec"] for it in made.values() if "template" in it.get("spec", {})]
+    used = {container["image"] for pod in pods for container in pod["containers"]}
+    assert used <= {it["image"] for it in images}
+    assert "registry.example.com" not in str(made)
