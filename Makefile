@@ -31,6 +31,7 @@ REGISTRY ?=          # the registry that the cluster pulls from, such as registr
 VALKEY ?=            # an image that replaces the manifests' image of Valkey, as name:tag
 
 REGISTRIES ?=        # where to publish, such as "ghcr.io/me docker.io/me"; the manifests use the first
+SIGNING_KEY ?=       # the file of a private key of OpenSSH that signs the bundle of `make bundle`
 DIST ?= dist
 ORAS ?=              # the path of an oras to use; if empty, Go builds oras
 HELM ?=              # the path of a helm to use; if empty, Go builds helm
@@ -46,7 +47,7 @@ TESTS ?=             # the files and folders of tests that `make test` and `make
 
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REGISTRIES DIST ORAS HELM TAG DIGESTS SUMS UPGRADE SERVERS DEBIAN_MIRROR
+export REGISTRIES SIGNING_KEY BUILDKIT DIST ORAS HELM TAG DIGESTS SUMS UPGRADE SERVERS DEBIAN_MIRROR
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -376,7 +377,8 @@ e2e-nodes-slow: $(VENV)/installed ## run the other tests on the same cluster, in
 
 # --- Releases ---
 
-.PHONY: release-check release-digest release-compare sbom release-files release-sums release-files-compare publish sign
+.PHONY: release-check release-digest release-compare sbom release-files bundle bundle-bases release-sums release-files-compare
+.PHONY: publish sign
 
 release-check: ## fail unless the changelog has a section for the version, and TAG, if given, is the version's tag
 	@sh scripts/release-check.sh
@@ -392,6 +394,14 @@ sbom: $(VENV)/can-run ## write dist/SERVICE.spdx.json, the list of contents of S
 
 release-files: sbom ## write the release's files to dist/release/: manifests, chart, lists of contents, checksums
 	@sh scripts/release-files.sh
+
+bundle: $(VENV)/can-run ## build all images, and write dist/NAME-VERSION-airgap.tar for clusters without internet
+	@[ -d "$(WHEELS)" ] || $(MAKE) --no-print-directory wheels
+	@$(MAKE) --no-print-directory image-multiarch sbom
+	@sh scripts/bundle.sh
+
+bundle-bases: $(VENV)/can-run ## write dist/NAME-VERSION-airgap-bases.tar, the images from which the bundle's images can be rebuilt
+	@BASES=1 sh scripts/bundle.sh
 
 release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 	@sh scripts/release-sums.sh
