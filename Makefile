@@ -256,7 +256,8 @@ bench-quick: $(BENCH)/peers ## show that the benchmark runs; write nothing
 
 # --- Image ---
 
-.PHONY: wheels image image-check image-multiarch image-digest builder test-image test-arm64 test-publish
+.PHONY: wheels image image-check image-multiarch image-digest builder test-image test-arm64
+.PHONY: test-bundle test-publish
 
 wheels: $(VENV)/can-run ## download the packages for images, and check their hashes; builds then need no network
 	@sh scripts/wheels.sh
@@ -306,6 +307,14 @@ test-compose: $(VENV)/installed ## run the tests of compose.yaml, with Docker Co
 	@$(HAS_WHEELS)
 	@$(PYTEST_SLOW) -m compose tests/delivery
 # hitcounter: end
+
+$(DEBIAN)/bundle/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ trixie docker-registry docker.io docker-cli containerd busybox dash
+
+test-bundle: $(VENV)/installed $(DEBIAN)/bundle/done ## run the tests of the bundle, with the registry REGISTRY; some need root
+	@sh scripts/engines.sh >/dev/null
+	@$(HAS_WHEELS)
+	@BUNDLE_TOOLS=$(abspath $(DEBIAN)/bundle/bin) $(PYTEST_SLOW) -m bundle tests/delivery
 
 test-publish: $(VENV)/installed ## run the tests that publish into the registry REGISTRY, on the first engine that is found
 	@[ "$$REGISTRY" ] \
