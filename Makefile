@@ -32,6 +32,7 @@ VALKEY ?=            # an image that replaces the manifests' image of Valkey, as
 
 REGISTRIES ?=        # where to publish, such as "ghcr.io/me docker.io/me"; the manifests use the first
 SIGNING_KEY ?=       # the file of a private key of OpenSSH that signs the bundle of `make bundle`
+MIRROR ?=            # for `make bundle`, a registry that has the images of other projects, under the same paths
 DIST ?= dist
 ORAS ?=              # the path of an oras to use; if empty, Go builds oras
 HELM ?=              # the path of a helm to use; if empty, Go builds helm
@@ -47,7 +48,7 @@ TESTS ?=             # the files and folders of tests that `make test` and `make
 
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REGISTRIES SIGNING_KEY BUILDKIT DIST ORAS HELM TAG DIGESTS SUMS UPGRADE SERVERS DEBIAN_MIRROR
+export REGISTRIES SIGNING_KEY MIRROR BUILDKIT DIST ORAS HELM TAG DIGESTS SUMS UPGRADE SERVERS DEBIAN_MIRROR
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

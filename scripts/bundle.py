@@ -1,13 +1,13 @@
 """Write the parts of a bundle for clusters without internet. Each run writes the same bytes.
 
 Usage: bundle.py image IMAGES NAME LAYOUT DIGEST PLATFORMS
-       bundle.py archive FOLDER FILE
+       bundle.py archive FOLDER NAME FILE
 
 `image` copies the image DIGEST of the OCI layout LAYOUT into the OCI layout IMAGES, under the name NAME, such as
 registry.example.com/hitcounter:0.1.0, and prints its digest. If the image is an index with more platforms than PLATFORMS, such as
 linux/amd64,linux/arm64, only these are copied, and the index gets another digest.
 
-`archive` writes FOLDER/SHA256SUMS, and then FILE, a tar archive of FOLDER.
+`archive` writes FOLDER/SHA256SUMS, and then FILE, a tar archive in which FOLDER is called NAME.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ def main(arguments: list[str]) -> int:
     match arguments:
         case ["image", images, name, layout, digest, platforms]:
             print(add_image(Path(images), name, Path(layout), digest, platforms.split(",")))
-        case ["archive", folder, file]:
+        case ["archive", folder, name, file]:
             write_sums(Path(folder))
-            write_archive(Path(folder), Path(file))
+            write_archive(Path(folder), name, Path(file))
         case _:
             print(__doc__, file=sys.stderr)
             return os.EX_USAGE
@@ -131,15 +131,15 @@ def write_sums(folder: Path) -> None:
     """Write the checksum of each file of a folder into SHA256SUMS."""
     sums = folder / "SHA256SUMS"
     sums.unlink(missing_ok=True)
-    lines = [f"{hashlib.sha256(it.read_bytes()).hexdigest()}  ./{it.relative_to(folder).as_posix()}\n" for it in files(folder)]
+    lines = [f"{hashlib.sha256(it.read_bytes()).hexdigest()}  {it.relative_to(folder).as_posix()}\n" for it in files(folder)]
     sums.write_text("".join(lines))
 
 
-def write_archive(folder: Path, file: Path) -> None:
+def write_archive(folder: Path, name: str, file: Path) -> None:
     """Write a tar archive, in which nothing depends on the machine: not the order, owners, times or permissions."""
     with tarfile.open(file, "w", format=tarfile.USTAR_FORMAT) as tar:
         for path in files(folder):
-            entry = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder).as_posix()}")
+            entry = tarfile.TarInfo(f"{name}/{path.relative_to(folder).as_posix()}")
             entry.size = path.stat().st_size
             entry.mtime = TIME
             entry.mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644

@@ -3,9 +3,10 @@
 # of Valkey, manifests, chart, sources, wheels, lists of contents, and install.sh. Each run writes the same bytes.
 # With BASES=1, write DIST/NAME-VERSION-airgap-bases.tar instead: the images that a build of the services' images needs.
 # Usage: bundle.sh
-# The script reads ORAS, KUBECTL, HELM, PLATFORMS, WHEELS, VENV, VALKEY, BUILDKIT, SIGNING_KEY, and the variables of lib/release.sh.
+# The script reads ORAS, KUBECTL, HELM, PLATFORMS, WHEELS, VENV, VALKEY, BUILDKIT, and the variables of lib/release.sh.
 # It reads the image of each service from SERVICE.oci/, and its list of contents from DIST/. The first of REGISTRIES is in the
 # images' names; the default is registry.example.com. If SIGNING_KEY names a private key of OpenSSH, the script signs the file.
+# If MIRROR is set, the script reads the images of other projects from this registry, such as MIRROR/valkey/valkey.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"
@@ -17,20 +18,23 @@ add() { # FOLDER NAME LAYOUT DIGEST: copy an image into the OCI layout FOLDER, a
 }
 
 pull() { # FOLDER NAME SOURCE: copy the image SOURCE from a registry into the OCI layout FOLDER as NAME, and print its digest
+  source=$3
+  if [ "${MIRROR:-}" ]; then source=$MIRROR/${3#*/}; fi
   rm -rf "$work/pulled"
   mkdir -p "$work/pulled/blobs/sha256"
-  digest=$("$ORAS" resolve "$3") || fail "$3 cannot be read (see above)"
+  digest=$("$ORAS" resolve "$source") || fail "$source cannot be read (see above)"
+  source=${source%@*}@$digest
   file=$work/pulled/blobs/sha256/${digest#sha256:}
-  "$ORAS" manifest fetch --output "$file.new" "${3%@*}@$digest" >/dev/null || fail "$3 cannot be read (see above)"
-  # An index may have platforms that nobody needs here, so copy only those of PLATFORMS.
-  if grep -q '"manifests"' "$file.new"; then platforms=$PLATFORMS; else platforms=; fi
-  for platform in ${platforms:-any}; do
-    for one in $(echo "$platform" | tr , ' '); do
-      if [ "$one" = any ]; then one=; fi
-      quietly "$ORAS" copy --no-tty ${one:+--platform="$one"} --to-oci-layout "${3%@*}@$digest" "$work/pulled:${one##*/}it"
+  "$ORAS" manifest fetch --output "$work/root" "$source" >/dev/null || fail "$source cannot be read (see above)"
+  if grep -q '"manifests"' "$work/root"; then
+    # The index may have more platforms, which nobody needs.
+    for platform in $(echo "$PLATFORMS" | tr , ' '); do
+      quietly "$ORAS" copy --no-tty --platform="$platform" --to-oci-layout "$source" "$work/pulled:${platform##*/}"
     done
-  done
-  mv "$file.new" "$file"
+  else
+    quietly "$ORAS" copy --no-tty --to-oci-layout "$source" "$work/pulled:it"
+  fi
+  cp "$work/root" "$file"
   add "$1" "$2" "$work/pulled" "$digest"
 }
 
@@ -41,13 +45,13 @@ work=$(mktemp -d)
 remove_work_at_exit
 root=$work/$name
 if [ "${BASES:-}" ]; then
-  file=$DIST/$name-bases.tar
-  mkdir -p "$root/bases"
+  file=$DIST/$name-bases.tar top=$name/bases
+  mkdir -p "$root"
   for image in "${PYTHON_IMAGE:-$(default PYTHON)}" "${BASE_IMAGE:-$(default BASE)}" "$BUILDKIT"; do
-    [ ! "$image" ] || echo "${image%@*}@$(pull "$root/bases" "${image%@*}" "$image")"
+    [ ! "$image" ] || echo "${image%@*}@$(pull "$root" "${image%@*}" "$image")"
   done
 else
-  file=$DIST/$name.tar
+  file=$DIST/$name.tar top=$name
   mkdir -p "$root/manifests" "$root/images" "$work/release"
   REGISTRIES=${REGISTRIES:-registry.example.com}
   RELEASE=
@@ -73,7 +77,7 @@ else
   done || exit
   cp scripts/bundle/* "$root"
 fi
-"$VENV/bin/python" scripts/bundle.py archive "$root" "$work/bundle.tar"
+"$VENV/bin/python" scripts/bundle.py archive "$root" "$top" "$work/bundle.tar"
 mkdir -p "$DIST"
 rm -f "$file.sig"
 mv "$work/bundle.tar" "$file"

@@ -46,14 +46,14 @@ sums() { # FILE...: print the checksum and the name of each FILE
   if has sha256sum; then sha256sum "$@"; else shasum -a 256 "$@"; fi
 }
 
-changed() { # FOLDER: print each file that is changed or missing, or that SHA256SUMS of FOLDER does not have
+changed() { # FOLDER PREFIX: print each file that is changed or missing, or that SHA256SUMS does not have
   (
     cd "$1"
-    # push writes pushed.txt. The folder bases/ is of another file, with checksums of its own.
-    find . ! -type d ! -path ./SHA256SUMS ! -path ./pushed.txt ! -path './bases/*' >"$work/files"
+    # `push` writes pushed.txt. The folder bases/ is of another file, and has its own checksums.
+    find . ! -type d ! -path ./SHA256SUMS ! -path ./pushed.txt ! -path './bases/*' | sed 's|^\./||' >"$work/files"
     # shellcheck disable=SC2046 # each name is an argument; no name of a bundle has a blank
     sums $(grep -v '[[:blank:]]' "$work/files") >"$work/sums" 2>"$work/errors" || true
-    awk -v folder="${1#.}" '
+    awk -v folder="$2" '
       { name = substr($0, 67) }
       FILENAME == ARGV[1] { wanted[name] = $1; next }
       FILENAME == ARGV[2] { is[name] = $1; next }
@@ -70,10 +70,11 @@ changed() { # FOLDER: print each file that is changed or missing, or that SHA256
 
 check_files() { # fail unless each file of the bundle is as it was made
   { has sha256sum || has shasum; } || fail "sha256sum or shasum is needed"
-  for part in . bases; do
+  for prefix in "" bases/; do
+    part=./$prefix
     [ -d "$part" ] || continue
-    [ -f "$part/SHA256SUMS" ] || fail "$part/SHA256SUMS is missing: unpack the bundle again"
-    found=$(changed "$part")
+    [ -f "${part}SHA256SUMS" ] || fail "${prefix}SHA256SUMS is missing: unpack the bundle again"
+    found=$(changed "$part" "$prefix")
     [ ! "$found" ] || { echo "$found" >&2; fail "this is not the bundle as it was made (see above): copy it again"; }
   done
 }

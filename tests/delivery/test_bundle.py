@@ -148,7 +148,7 @@ def test_sources_and_wheels_are_those_of_the_repository() -> None:
     assert there == {name for name in tracked if (ROOT / name).exists()}
     locked = set(re.findall(r"sha256:([0-9a-f]{64})", (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-dev.txt").read_text()))
     sums = (unpacked() / "SHA256SUMS").read_text()
-    wheels = re.findall(r"(?m)^([0-9a-f]{64})  \./wheels/", sums)
+    wheels = re.findall(r"(?m)^([0-9a-f]{64})  wheels/", sums)
     assert wheels
     assert set(wheels) <= locked
 
@@ -176,7 +176,7 @@ def test_changed_file_is_refused_before_anything_is_loaded(island: Island, docke
         for command in (["verify"], ["load"], ["push", "localhost:1"], ["deploy"], ["upgrade"], ["diff"]):
             ended = island.run("sh", "install.sh", *command, cwd=unpacked(), **environ)
             assert ended.returncode == 1
-            assert f"./{file.relative_to(unpacked())} is changed\n" in ended.stdout
+            assert f"{file.relative_to(unpacked())} is changed\n" in ended.stdout
     assert island.run("docker", "images", "--quiet", DOCKER_HOST=docker).stdout == ""
 
 
@@ -184,14 +184,14 @@ def test_changed_file_is_refused_before_anything_is_loaded(island: Island, docke
 def test_missing_and_additional_files_are_refused(shell: str) -> None:
     with replaced(unpacked() / "manifests" / "minikube.yaml", None):
         ended = install("verify", shell=shell)
-        assert (ended.returncode, ended.stdout.splitlines()[0]) == (1, "./manifests/minikube.yaml is missing")
+        assert (ended.returncode, ended.stdout.splitlines()[0]) == (1, "manifests/minikube.yaml is missing")
     with replaced(unpacked() / "source" / names()[0] / "more.py", b"import os\n"):
         ended = install("verify", shell=shell)
-        assert (ended.returncode, ended.stdout.splitlines()[0]) == (1, f"./source/{names()[0]}/more.py is not of this bundle")
+        assert (ended.returncode, ended.stdout.splitlines()[0]) == (1, f"source/{names()[0]}/more.py is not of this bundle")
     with replaced(unpacked() / "SHA256SUMS", flipped(unpacked() / "SHA256SUMS")):
         assert install("verify", shell=shell).returncode == 1
     with replaced(unpacked() / "SHA256SUMS", None):
-        assert "./SHA256SUMS is missing" in install("verify", shell=shell).stdout
+        assert "SHA256SUMS is missing" in install("verify", shell=shell).stdout
     ended = install("verify", shell=shell)  # the control
     assert ended.returncode == 0, ended.stdout
 
@@ -205,11 +205,12 @@ def fingerprint(file: Path) -> str:
 
 @pytest.mark.parametrize("shell", ["dash", "busybox", "bash"])
 def test_signature_is_checked_with_a_key_or_a_fingerprint(shell: str) -> None:
-    for given in (f"{key()}.pub", fingerprint(key())):
+    right, other = [fingerprint(key()), f"{key()}.pub"], [f"{key('other')}.pub", fingerprint(key("other"))]
+    for given in right if shell == "dash" else right[:1]:
         ended = install("verify", given, shell=shell)
         assert ended.returncode == 0, ended.stdout
         assert f"{made().name} is signed by {fingerprint(key())}" in ended.stdout
-    for given in (f"{key('other')}.pub", fingerprint(key("other"))):
+    for given in other if shell == "dash" else other[:1]:
         ended = install("verify", given, shell=shell)
         assert ended.returncode == 1
         assert f"{made().name} is signed by another key" in ended.stdout
@@ -255,8 +256,7 @@ def test_network_has_no_route(island: Island) -> None:
     assert "Network is unreachable" in island.run("python3", "-c", connect).stdout
 
 
-@pytest.mark.parametrize("shell", ["dash", "busybox", "bash"])
-@pytest.mark.parametrize("store", ["docker", "classic", "containerd"])
+@pytest.mark.parametrize(("store", "shell"), [("docker", "dash"), ("classic", "busybox"), ("containerd", "bash")])
 def test_images_are_loaded_into_an_empty_store(request: pytest.FixtureRequest, island: Island, store: str, shell: str) -> None:
     address = request.getfixturevalue(store)
     path, command = shells()[shell]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nanoservice import __version__ as VERSION
 from tests.support import ROOT
+from tests.support.images import WHEELS
 from tests.support.services import project
 
 
@@ -34,7 +35,7 @@ def copy(folder: Path, version: str = VERSION) -> Path:
 
 def make(target: str, sources: Path, dist: Path, umask: int = 0o022, **environ: str) -> Path:
     """Run `make TARGET` in a folder, and return the file that it writes."""
-    given = {"VENV": sys.prefix, "WHEELS": os.environ.get("WHEELS") or str(ROOT / "wheels"), "DIST": str(dist), **environ}
+    given = {"VENV": sys.prefix, "WHEELS": str(WHEELS), "DIST": str(dist), **environ}
     command = ["make", "--no-print-directory", target, *(f"{name}={value}" for name, value in given.items())]
     ended = subprocess.run(command, cwd=sources, capture_output=True, text=True, timeout=600, umask=umask)
     assert ended.returncode == 0, ended.stdout + ended.stderr
