@@ -1,5 +1,6 @@
 """Bundles are deployed without internet, upgraded and rolled back. No pod pulls an image from anywhere else."""
 
+import asyncio
 import os
 import secrets
 import shutil
@@ -16,12 +17,13 @@ from nanoservice.testing.waiting import wait_for
 from tests.support.bundle import copy, make, unpack
 from tests.support.cluster import KUBECTL, RUN, Deployed, Namespace, namespace
 from tests.support.helm import program
-from tests.support.traffic import counts, step, traffic
+from tests.support.traffic import counts, reachable, step, traffic
 
 pytestmark = pytest.mark.cluster
 
 PORT = 30181  # `make deploy` uses the service's own port of the node
 HIGHER = "99.0.0"
+NOWHERE = f"nowhere.example.com/not-{RUN}"  # no registry has images under this name
 REGISTRY = f"{os.environ.get('REGISTRY', '').strip()}/{RUN}"
 
 # A second Service, because the variant `production` opens no port on the nodes.
@@ -68,11 +70,11 @@ class Bundle:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
-    """Return bundles of this version and of a higher version. No registry has the images under the names in these bundles."""
+    """Return bundles of this version and of a higher version."""
     found = []
     for version in (VERSION, HIGHER):
         folder = tmp_path_factory.mktemp("bundle")
-        file = make("bundle", copy(folder / "sources", version), folder / "dist", REGISTRIES=f"nowhere.example.com/{RUN}")
+        file = make("bundle", copy(folder / "sources", version), folder / "dist", REGISTRIES=NOWHERE)
         there = unpack(file, folder)
         lines = dict(line.split("=") for line in (there / "images.txt").read_text().split())
         found.append(Bundle(there, lines["hitcounter"].partition("@")[2]))
@@ -121,13 +123,17 @@ async def test_upgrade_and_rollback_from_a_registry_fail_no_request(
     (pod, *_) = empty.pods()
     assert pod["spec"]["imagePullSecrets"] == [{"name": "registry"}]
     url = cluster.url.replace(":30080/", f":{PORT}/")
+    for _ in range(30):
+        if await reachable(url):
+            break
+        await asyncio.sleep(1)
     before = await counts(url)
     async with traffic(url, 100) as load:
         for one in (higher, lower):
             said = (await step(one.install, empty, "upgrade"))[2]
             assert f"upgrade from {VERSION if one is higher else HIGHER} to {HIGHER if one is higher else VERSION}" in said
             wait_for(lambda: len(empty.pods()) == 2, 60)
-            assert {image for image in images(empty) if "hitcounter" in image} == {f"{REGISTRY}/hitcounter@{one.digest}"}
+            assert {image for image in images(empty) if "/hitcounter@" in image} == {f"{REGISTRY}/hitcounter@{one.digest}"}
     print(f"\n{load.statuses()}")
     assert not load.failures
     load.check(before, await counts(url))
@@ -139,7 +145,7 @@ def test_chart_and_images_that_were_loaded_need_no_registry(empty: Namespace, tm
     if not shutil.which("ctr"):
         pytest.skip("only on a node can images be loaded into the node's containerd")
     _, higher = bundles
-    image = f"nowhere.example.com/{RUN}/hitcounter@{higher.digest}"
+    image = f"{NOWHERE}/hitcounter@{higher.digest}"
     with namespace("pull", "privileged") as other:  # the control: before the images are loaded, no node can get them
         other.kubectl("run", "pull", f"--image={image}")
         wait_for(lambda: "Failed" in pulls(other), 60)
