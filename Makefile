@@ -255,7 +255,7 @@ bench-quick: $(BENCH)/peers ## show that the benchmark runs; write nothing
 
 # --- Image ---
 
-.PHONY: wheels image image-check image-multiarch image-digest builder test-image test-arm64 test-publish
+.PHONY: wheels image image-check image-multiarch image-digest builder test-image test-arm64 test-publish test-bundle
 
 wheels: $(VENV)/can-run ## download the packages for images, and check their hashes; builds then need no network
 	@sh scripts/wheels.sh
@@ -311,6 +311,12 @@ test-publish: $(VENV)/installed ## run the tests that publish into the registry 
 	|| { echo "make: which registry may the tests write to? make test-publish REGISTRY=localhost:5000" >&2; exit 1; }
 	@$(HAS_WHEELS)
 	@$(PYTEST_SLOW) -m registry tests/delivery
+
+$(DEBIAN)/bundle/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ trixie docker-registry apache2-utils
+
+test-bundle: $(VENV)/installed $(DEBIAN)/bundle/done ## push images into a registry of Debian as the bundle's user does
+	@PATH="$(abspath $(DEBIAN)/bundle/bin):$$PATH" $(BIN)/python -m pytest -n 2 -m bundle tests/delivery
 
 # --- Kubernetes ---
 

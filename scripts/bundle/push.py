@@ -273,7 +273,8 @@ class Repository:
         if answer.status == 401 and not self.basic:
             advice = self.advice
         said = re.sub("[^ -~]+", " ", said)[:300]
-        return PushError(f"{urlsplit(answer.url).netloc} answered {answer.status} for {self.name}: {said}. {advice}")
+        parts = (f"{urlsplit(answer.url).netloc} answered {answer.status} for {self.name}", said, advice)
+        return PushError(". ".join(filter(None, parts)))
 
 
 def origin(url: str) -> tuple[str, str, int]:
