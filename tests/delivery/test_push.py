@@ -40,7 +40,7 @@ from tests.support.registry import (
 
 pytestmark = pytest.mark.bundle
 
-USER, PASSWORD = "someone", secrets.token_hex(16)
+USER, PASSWORD, WRONG = "someone", secrets.token_hex(16), secrets.token_hex(16)
 BASIC = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 LOGIN = {"REGISTRY_USERNAME": USER, "REGISTRY_PASSWORD": PASSWORD}
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -136,8 +136,9 @@ def push(layout: Layout, registry: str, *, before: str = "", **environ: str) -> 
     given = {"HOME": str(layout.folder.parent), "SSL_CERT_FILE": "", **environ}
     shell = ["sh", "-c", f'{before}\nexec "$@"', "sh", *command]
     ended = subprocess.run(shell, env=given, text=True, capture_output=True, timeout=300)
-    for secret in (PASSWORD, BASIC.partition(" ")[2]):
-        assert secret not in ended.stdout + ended.stderr
+    for password in (PASSWORD, WRONG):
+        for secret in (password, base64.b64encode(f"{USER}:{password}".encode()).decode()):
+            assert secret not in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
     return ended
 
@@ -237,7 +238,7 @@ def test_folder_that_is_not_a_layout_is_refused(layout: Layout, plain: Registry,
 @pytest.mark.parametrize(
     "changed, says",
     [
-        ({"REGISTRY_PASSWORD": "wrong"}, "answered 401 .*The user or the password is wrong"),
+        ({"REGISTRY_PASSWORD": WRONG}, "answered 401 .*The user or the password is wrong"),
         ({"REGISTRY_PASSWORD": ""}, "answered 401 .*Set REGISTRY_USERNAME and REGISTRY_PASSWORD"),
         ({"REGISTRY_CA": ""}, "has no valid certificate: .*If a private CA signed it, set REGISTRY_CA"),
         ({"REGISTRY_CA": "/no/such/file"}, "REGISTRY_CA: /no/such/file has no certificate that can be read: No such file"),
@@ -261,6 +262,13 @@ def test_certificate_for_another_host_is_refused(layout: Layout, authority: trus
                 pushed(layout, registry.host, REGISTRY_CA=str(ca))
             else:
                 assert "has no valid certificate: IP address mismatch" in refused(layout, registry.host, REGISTRY_CA=str(ca))
+
+
+def test_tls_on_loopback_is_named_in_the_error(layout: Layout, authority: trustme.CA, plain: Registry, tmp_path: Path) -> None:
+    files = certificate(authority, tmp_path, "127.0.0.1")
+    with running(tmp_path / "registry", certificate=files, address="127.0.0.1") as registry:
+        assert "answered 400 for app. Client sent an HTTP request to an HTTPS server." in refused(layout, registry.host)
+    pushed(layout, plain.host)
 
 
 def test_certificate_that_signs_itself_is_accepted(layout: Layout, tmp_path: Path) -> None:
@@ -294,6 +302,8 @@ def test_registry_that_cannot_be_reached(layout: Layout, plain: Registry, team: 
 def test_name_that_is_not_allowed(layout: Layout, plain: Registry, team: str) -> None:
     for name in (f"https://{plain.host}/{team}", f"{plain.host}/Team", f"{USER}:{PASSWORD}@{plain.host}", ""):
         assert "REGISTRY must be HOST[:PORT][/PATH]" in refused(layout, name)
+    for host in ("127.0.0.1:65536", "[1:2]"):
+        assert re.search("Port out of range|'1:2'|IPv6|cannot be reached", refused(layout, f"{host}/{team}"))
     assert re.search("answered 404 .*The path of REGISTRY may be wrong", refused(layout, f"{plain.host}/{team}..x"))
     pushed(layout, f"{plain.host}/{team}")
 
@@ -347,7 +357,7 @@ def test_token(layout: Layout, authority: trustme.CA, ca: Path, tls: ssl.SSLCont
         settings = tokens.settings(f"https://{server.host}/token")
         with running(tmp_path / "registry", certificate=files, auth=settings) as registry:
             given = {"REGISTRY_CA": str(ca), **LOGIN}
-            said = refused(layout, f"{registry.host}/{team}", **{**given, "REGISTRY_PASSWORD": "wrong"})
+            said = refused(layout, f"{registry.host}/{team}", **{**given, "REGISTRY_PASSWORD": WRONG})
             assert f"{server.host} answered 401" in said and "The user or the password is wrong" in said
             said = refused(layout, f"{registry.host}/{team}", **{**given, "REGISTRY_PASSWORD": ""})
             assert "Set REGISTRY_USERNAME and REGISTRY_PASSWORD" in said
@@ -442,18 +452,18 @@ def test_connection_that_breaks(layout: Layout, plain: Registry, team: str, brok
 @pytest.mark.parametrize(
     "status, says",
     [
-        (200, "answered 200 .*a page in HTML, not a registry's answer"),
-        (403, "answered 403 .*This user may not push there"),
+        (200, "answered 200 .*This is a page, not a registry's answer"),
+        (403, "answered 403 .*This is a page.*This user may not push there"),
         (413, "answered 413 .*A proxy in front of the registry limits the size of uploads"),
         (507, "answered 507 .*A full disk is a common cause"),
     ],
 )
 def test_answer_of_a_proxy(plain: Registry, team: str, tmp_path: Path, status: int, says: str) -> None:
     """The proxy answers each upload with a page, and reads none of it. Without this page, the push succeeds."""
-    layout = Layout(tmp_path / "layout", 3_000_000)
+    layout = Layout(tmp_path / "layout", 8_000_000)  # more than a kernel buffers
 
     def proxy(request: Handler) -> None:
-        if request.command == "PUT" and pages:
+        if pages and (request.command == "PUT" or status == 200):
             request.reply(status, b"<html>no</html>", Content_Type="text/html")
             request.close_connection = True
         else:
@@ -466,18 +476,21 @@ def test_answer_of_a_proxy(plain: Registry, team: str, tmp_path: Path, status: i
         pushed(layout, f"{server.host}/{team}")
 
 
-def test_registry_that_keeps_other_bytes(layout: Layout, plain: Registry, team: str) -> None:
-    """The proxy answers with other bytes than those that the registry has."""
+@pytest.mark.parametrize("part, says", [("blobs", "stored sha256:.* as sha256:0"), ("manifests", "answers with another digest")])
+def test_registry_that_keeps_other_bytes(layout: Layout, plain: Registry, team: str, part: str, says: str) -> None:
+    """The proxy answers with another digest, or with other bytes, than those that the registry has."""
 
     def proxy(request: Handler) -> None:
-        if request.command == "GET" and changes and any(each.method == "PUT" for each in server.seen):
+        if request.command == "PUT" and changes and part == "blobs":
+            request.reply(201, Docker_Content_Digest="sha256:0")
+        elif request.command == "GET" and changes and part == "manifests":
             request.reply(200, b"{}")
         else:
             request.pass_on(plain, relative)
 
     with Server("127.0.0.1", proxy) as server:
         changes = True
-        assert "it answers with another digest" in refused(layout, f"{server.host}/{team}")
+        assert re.search(says, refused(layout, f"{server.host}/{team}"))
         changes = False
         pushed(layout, f"{server.host}/{team}")
 

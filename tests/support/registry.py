@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
@@ -118,6 +119,8 @@ class Server:
         handler = type("_Handler", (Handler,), {"owner": self})
         self._server = ThreadingHTTPServer((self.address, 0), handler)
         self.port = self._server.server_address[1]
+        # With a small buffer, the kernel does not take a whole upload that `answer` does not read.
+        self._server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         if self.context:
             self._server.socket = self.context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
