@@ -142,7 +142,7 @@ class Repository:
         self.url = f"{scheme}://{self.host}/v2/{self.name}"
         (self.basic, self.advice), self.authorization = credentials(self.host), ""
         self.tls = ssl.create_default_context()
-        self.tls.verify_flags &= ~ssl.VERIFY_X509_STRICT  # Python 3.13 refuses what `openssl req -x509` makes; docker does not
+        self.tls.verify_flags &= ~ssl.VERIFY_X509_STRICT  # Python 3.13 refuses CAs that `openssl req -x509` makes
         if authority := os.environ.get("REGISTRY_CA"):
             try:
                 self.tls.load_verify_locations(authority)

@@ -271,22 +271,24 @@ def test_tls_on_loopback_is_named_in_the_error(layout: Layout, authority: trustm
     pushed(layout, plain.host)
 
 
-def test_certificate_that_signs_itself_is_accepted(layout: Layout, tmp_path: Path) -> None:
-    """`openssl req -x509` makes such certificates, which do not say what their keys may be used for."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "registry")])
-    now = datetime.now(UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
-    for extension, critical in (
-        (x509.SubjectAlternativeName([x509.IPAddress(ip_address(TLS_ADDRESS))]), False),
-        (x509.BasicConstraints(ca=True, path_length=None), True),
-    ):
-        builder = builder.add_extension(extension, critical)
-    chain, private = tmp_path / "self.pem", tmp_path / "self.key"
-    chain.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    with running(tmp_path / "registry", certificate=(chain, private)) as registry:
-        pushed(layout, registry.host, REGISTRY_CA=str(chain))
+def test_ca_of_openssl_is_accepted(layout: Layout, tmp_path: Path) -> None:
+    """The certificate of a CA that `openssl req -x509` makes does not say what its key may be used for."""
+    now, keys = datetime.now(UTC), [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("private CA", "registry")]
+    san = x509.SubjectAlternativeName([x509.IPAddress(ip_address(TLS_ADDRESS))])
+    ca, own = (
+        x509.CertificateBuilder(names[0], names[of], keys[of].public_key(), of + 1, now, now + timedelta(days=1))
+        .add_extension(extension, critical=False)
+        .sign(keys[0], hashes.SHA256())
+        .public_bytes(Encoding.PEM)
+        for of, extension in enumerate((x509.BasicConstraints(ca=True, path_length=None), san))
+    )
+    files = tmp_path / "own.pem", tmp_path / "own.key"
+    files[0].write_bytes(own)
+    files[1].write_bytes(keys[1].private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (tmp_path / "ca.pem").write_bytes(ca)
+    with running(tmp_path / "registry", certificate=files) as registry:
+        pushed(layout, registry.host, REGISTRY_CA=str(tmp_path / "ca.pem"))
 
 
 def test_registry_that_cannot_be_reached(layout: Layout, plain: Registry, team: str) -> None:
@@ -459,11 +461,11 @@ def test_connection_that_breaks(layout: Layout, plain: Registry, team: str, brok
     ],
 )
 def test_answer_of_a_proxy(plain: Registry, team: str, tmp_path: Path, status: int, says: str) -> None:
-    """The proxy answers each upload with a page, and reads none of it. Without this page, the push succeeds."""
+    """The proxy answers each upload of a layer with a page, and reads none of the layer. Without this page, the push succeeds."""
     layout = Layout(tmp_path / "layout", 8_000_000)  # more than a kernel buffers
 
     def proxy(request: Handler) -> None:
-        if pages and (request.command == "PUT" or status == 200):
+        if pages and int(request.headers["Content-Length"] or 0) == layout.size:
             request.reply(status, b"<html>no</html>", Content_Type="text/html")
             request.close_connection = True
         else:
