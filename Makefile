@@ -31,6 +31,8 @@ REGISTRY ?=          # the registry that the cluster pulls from, such as registr
 VALKEY ?=            # an image that replaces the manifests' image of Valkey, as name:tag
 
 REGISTRIES ?=        # where to publish, such as "ghcr.io/me docker.io/me"; the manifests use the first
+SIGNING_KEY ?=       # the file of a private key of OpenSSH that signs the bundle of `make bundle`
+MIRROR ?=            # for `make bundle`, a registry that has the images of other projects, under the same paths
 DIST ?= dist
 ORAS ?=              # the path of an oras to use; if empty, Go builds oras
 HELM ?=              # the path of a helm to use; if empty, Go builds helm
@@ -46,7 +48,7 @@ TESTS ?=             # the files and folders of tests that `make test` and `make
 
 # The scripts and the tests read these variables from the environment.
 export PYTHON VENV ENGINE SERVICE IMAGE PLATFORMS LAYOUT WHEELS BUILD_OPTIONS KUBECTL NAMESPACE REGISTRY VALKEY FILE
-export REGISTRIES DIST ORAS HELM TAG DIGESTS SUMS UPGRADE SERVERS DEBIAN_MIRROR
+export REGISTRIES SIGNING_KEY MIRROR BUILDKIT DIST ORAS HELM TAG DIGESTS SUMS UPGRADE SERVERS DEBIAN_MIRROR
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -255,7 +257,8 @@ bench-quick: $(BENCH)/peers ## show that the benchmark runs; write nothing
 
 # --- Image ---
 
-.PHONY: wheels image image-check image-multiarch image-digest builder test-image test-arm64 test-publish test-bundle
+.PHONY: wheels image image-check image-multiarch image-digest builder test-image test-arm64
+.PHONY: test-bundle test-publish
 
 wheels: $(VENV)/can-run ## download the packages for images, and check their hashes; builds then need no network
 	@sh scripts/wheels.sh
@@ -306,17 +309,19 @@ test-compose: $(VENV)/installed ## run the tests of compose.yaml, with Docker Co
 	@$(PYTEST_SLOW) -m compose tests/delivery
 # hitcounter: end
 
+$(DEBIAN)/bundle/done: scripts/debian.sh
+	@sh scripts/debian.sh $@ trixie docker-registry apache2-utils docker.io docker-cli containerd busybox dash
+
+test-bundle: $(VENV)/installed $(DEBIAN)/bundle/done ## run the tests of the bundle, with the registry REGISTRY; some need root
+	@sh scripts/engines.sh >/dev/null
+	@$(HAS_WHEELS)
+	@BUNDLE_TOOLS=$(abspath $(DEBIAN)/bundle/bin) $(PYTEST_SLOW) -m bundle tests/delivery
+
 test-publish: $(VENV)/installed ## run the tests that publish into the registry REGISTRY, on the first engine that is found
 	@[ "$$REGISTRY" ] \
 	|| { echo "make: which registry may the tests write to? make test-publish REGISTRY=localhost:5000" >&2; exit 1; }
 	@$(HAS_WHEELS)
 	@$(PYTEST_SLOW) -m registry tests/delivery
-
-$(DEBIAN)/bundle/done: scripts/debian.sh
-	@sh scripts/debian.sh $@ trixie docker-registry apache2-utils
-
-test-bundle: $(VENV)/installed $(DEBIAN)/bundle/done ## push images into a registry of Debian as the bundle's user does
-	@PATH="$(abspath $(DEBIAN)/bundle/bin):$$PATH" $(BIN)/python -m pytest -n 2 -m bundle tests/delivery
 
 # --- Kubernetes ---
 
@@ -382,7 +387,8 @@ e2e-nodes-slow: $(VENV)/installed ## run the other tests on the same cluster, in
 
 # --- Releases ---
 
-.PHONY: release-check release-digest release-compare sbom release-files release-sums release-files-compare publish sign
+.PHONY: release-check release-digest release-compare sbom release-files bundle bundle-bases release-sums release-files-compare
+.PHONY: publish sign
 
 release-check: ## fail unless the changelog has a section for the version, and TAG, if given, is the version's tag
 	@sh scripts/release-check.sh
@@ -398,6 +404,14 @@ sbom: $(VENV)/can-run ## write dist/SERVICE.spdx.json, the list of contents of S
 
 release-files: sbom ## write the release's files to dist/release/: manifests, chart, lists of contents, checksums
 	@sh scripts/release-files.sh
+
+bundle: $(VENV)/can-run ## build all images, and write dist/NAME-VERSION-airgap.tar for clusters without internet
+	@[ -d "$(WHEELS)" ] || $(MAKE) --no-print-directory wheels
+	@$(MAKE) --no-print-directory image-multiarch sbom
+	@sh scripts/bundle.sh
+
+bundle-bases: $(VENV)/can-run ## write dist/NAME-VERSION-airgap-bases.tar, the images from which the bundle's images can be rebuilt
+	@BASES=1 sh scripts/bundle.sh
 
 release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 	@sh scripts/release-sums.sh

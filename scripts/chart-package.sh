@@ -13,7 +13,11 @@ work=$(mktemp -d)
 remove_work_at_exit
 cp -R chart "$work/chart"
 for image in $RELEASE; do
-  replace "registry.example.com/${image%%=*}@sha256:0*" "${image#*=}" "$work"/chart/manifests/*.yaml
+  case ${image%%=*} in
+    */*) old="${image%%=*}[:@].*" ;; # an image by another project
+    *) old="registry.example.com/${image%%=*}@sha256:0*" ;;
+  esac
+  replace "$old" "${image#*=}" "$work"/chart/manifests/*.yaml
 done
 replace OWNER/hitcounter "${GITHUB_REPOSITORY:-OWNER/hitcounter}" "$work"/chart/*.*
 {

@@ -8,65 +8,26 @@
 [ $# = 0 ] || usage
 . "${0%/*}/lib/cluster.sh"
 . "${0%/*}/lib/services.sh"
-
-wait_for() { # KIND/NAME: wait until the pods of KIND/NAME are ready, for at most 180 s
-  k rollout status "$1" --timeout=180s >&2 || {
-    k get pods >&2 || true
-    k get events --field-selector=type=Warning --sort-by=.lastTimestamp >&2 || true
-    fail "$1 does not get ready (see above)"
-  }
-}
+. "${0%/*}/lib/deploy.sh"
 
 chosen=$(chosen)
 others=$(services | grep -vxF "$chosen" | paste -s -d , -) || true
-# Write a kustomization that deploys manifests/minikube with these images, in this namespace, and with the components that the
-# cluster needs. It changes nothing else. Its folder is in manifests/, because Kustomize accepts bases only by relative path.
+# The folder of the kustomization is in manifests/, because Kustomize accepts bases only by relative path.
 work=$(mktemp -d manifests/.deploy.XXXXXX)
 remove_work_at_exit
-cat >"$work/kustomization.yaml" <<END
-apiVersion: kustomize.config.k8s.io/v1beta1
-kind: Kustomization
-namespace: "$NAMESPACE"
-resources:
-  - ../minikube
-images:
-END
 for name in $chosen; do
   image=$(IMAGE=${IMAGE:-$name} sh "${0%/*}/image-to-cluster.sh")
-  echo "  - {name: $name, newName: \"${image%:*}\", newTag: \"${image##*:}\"}" >>"$work/kustomization.yaml"
+  echo "  - {name: $name, newName: \"${image%:*}\", newTag: \"${image##*:}\"}" >>"$work/images"
 done
 if [ "$VALKEY" ]; then
-  echo "  - {name: docker.io/valkey/valkey, newName: \"${VALKEY%:*}\", newTag: \"${VALKEY##*:}\"}" >>"$work/kustomization.yaml"
+  echo "  - {name: docker.io/valkey/valkey, newName: \"${VALKEY%:*}\", newTag: \"${VALKEY##*:}\"}" >>"$work/images"
 fi
-echo "components:" >>"$work/kustomization.yaml"
-for component in $(needed_components); do
-  echo "make: this cluster needs the component $component, which this command adds; add it to manifests/production, too" >&2
-  # Skaffold deploys manifests/minikube without this script, so the component may be there already.
-  grep -q "^[^#]*/components/$component" manifests/minikube/kustomization.yaml \
-  || echo "  - ../components/$component" >>"$work/kustomization.yaml"
-done
-# Make the namespace first, because secret.sh writes into the namespace. The manifests below add the namespace's Pod Security
-# labels and its network policy.
-namespace_exists || k create --filename=- >&2 <<END
-apiVersion: v1
-kind: Namespace
-metadata:
-  name: "$NAMESPACE"
-  labels:
-    app.kubernetes.io/part-of: hitcounter
-END
+kustomization ../minikube <"$work/images" >"$work/kustomization.yaml"
+make_namespace
 sh "${0%/*}/secret.sh" >&2
 k apply --server-side --force-conflicts --kustomize="$work" \
   ${others:+--selector="app.kubernetes.io/name notin ($others)"} >&2
 wait_for statefulset/redis
 for name in $chosen; do wait_for "deployment/$name"; done
-# A node may have two addresses, of IPv4 and IPv6. A user who may not read the nodes gets a command instead of a URL.
-addresses=$(k get nodes --output=jsonpath='{.items[0].status.addresses[?(@.type=="InternalIP")].address}') || addresses=
-address=${addresses%% *}
-case "$address" in *:*) address="[$address]" ;; esac
-for name in $chosen; do
-  number=$(number "$name")
-  url=http://$address:$((30080 + number))/
-  [ "$address" ] || url="kubectl --namespace=$NAMESPACE port-forward service/$name $((8080 + number)):80"
-  if [ "$name" = "$chosen" ]; then echo "$url"; else echo "$url $name"; fi
-done
+# shellcheck disable=SC2086 # each service is an argument
+print_urls $chosen

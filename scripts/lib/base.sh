@@ -7,7 +7,7 @@ set -eu
 unset CDPATH # if CDPATH is set, `cd` may enter another folder of the same name
 
 fail() { # MESSAGE...: print MESSAGE and exit with status 1
-  echo "make: $*" >&2
+  echo "${program:-make}: $*" >&2
   exit 1
 }
 

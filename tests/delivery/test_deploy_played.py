@@ -181,7 +181,7 @@ def test_node_port_of_another_service_is_named_before_anything_is_built(tmp_path
     ids=["dual stack", "IPv6", "forbidden", "no address"],
 )
 def test_deploy_prints_one_url_or_how_to_get_one(tmp_path: Path, addresses: str, printed: str) -> None:
-    kubectl = played(tmp_path, "kubectl", f"case $* in *addresses*) {addresses} ;; esac")
+    kubectl = played(tmp_path, "kubectl", f"case $* in *addresses*) {addresses} ;; *nodePort*) echo 30080 ;; esac")
     engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
     ended = ran(copied(tmp_path) / "deploy.sh", KUBECTL=kubectl, ENGINE=engine)
     assert (ended.returncode, ended.stdout) == (0, f"{printed}\n"), ended.stderr
@@ -238,7 +238,8 @@ def test_names_that_look_like_numbers_stay_texts(tmp_path: Path) -> None:
 
 def test_deploy_of_one_service_applies_nothing_of_another(tmp_path: Path) -> None:
     keeps = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/*.yaml "$0.yaml" ;; esac; done'
-    kubectl = played(tmp_path, "kubectl", f"{keeps}; case $* in *addresses*) echo 10.0.0.1 ;; esac")
+    ports = '*"likes "*nodePort*) echo 30081 ;; *nodePort*) echo 30080 ;;'
+    kubectl = played(tmp_path, "kubectl", f"{keeps}; case $* in *addresses*) echo 10.0.0.1 ;; {ports} esac")
     engine = played(tmp_path, "docker", "case $* in *inspect*) echo sha256:123456789012abcdef ;; esac")
     scripts = copied(tmp_path)
     (tmp_path / "likes").mkdir()

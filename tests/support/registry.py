@@ -4,6 +4,7 @@ import base64
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -32,7 +33,7 @@ TLS_ADDRESS, OTHER_ADDRESS = "127.0.0.2", "127.0.0.3"
 
 
 def program(name: str) -> str:
-    found = shutil.which(name)
+    found = shutil.which(name, path=os.environ.get("BUNDLE_TOOLS"))
     assert found, f"{name} is missing: run make test-bundle"
     return found
 

@@ -1,0 +1,306 @@
+#!/bin/sh
+# Install this bundle on a cluster without internet. Each command can be run again. Each command first checks the files.
+# Usage: sh install.sh verify [KEY]
+#          check all files, and with KEY also who signed the bundle. KEY is the file of a public key, or a fingerprint (SHA256:...).
+#        sh install.sh load [docker | ctr]
+#          load the images into Docker or containerd of this machine, for example on each node of the cluster
+#        sh install.sh push REGISTRY [python | docker]
+#          push the images into a registry, such as registry.example.com/team, and print their names there
+#        sh install.sh deploy [REGISTRY]
+#          deploy the services and Valkey with the images in REGISTRY, or with the images that were loaded; print the URLs
+#        sh install.sh upgrade [REGISTRY]
+#          deploy this bundle in place of the one that is deployed; the registry and the variant stay the same
+#        sh install.sh diff [REGISTRY]
+#          show what `deploy` or `upgrade` would change in the cluster
+# The script reads these variables:
+#   NAMESPACE   the namespace in the cluster; the default is hitcounter
+#   VARIANT     a file of manifests/ without `.yaml`, such as production (the default) or minikube; or chart, which needs Helm
+#   VALUES      with VARIANT=chart, a file with values of the chart
+#   BUNDLE      for `verify`, the bundle's file; the default is beside this folder
+#   REGISTRY_USERNAME, REGISTRY_PASSWORD  the user of the registry, for `push`; for `deploy`, of the nodes that pull from it
+#   REGISTRY_CA  a file with the certificate of the registry's own certificate authority, for `push` by Python
+#   KUBECTL, HELM, CTR, PYTHON  the commands to use
+# source/docs/air-gap.md has all steps.
+set -eu
+unset CDPATH
+cd "$(dirname "$0")"
+folder=$PWD
+name=${folder##*/}
+program=install.sh
+
+fail() { # MESSAGE...: print MESSAGE and exit with status 1
+  echo "$program: $*" >&2
+  exit 1
+}
+
+usage() { # print the comment at the head of this script, and exit with 64, the status for wrong usage in sysexits.h
+  sed -n -e '/^#!/d' -e '/^#/!q' -e 's/^# //p' "$folder/install.sh" >&2
+  exit 64
+}
+
+has() { command -v "$1" >/dev/null; }
+
+# --- verify ---
+
+sums() { # FILE...: print the checksum and the name of each FILE
+  if has sha256sum; then sha256sum "$@"; else shasum -a 256 "$@"; fi
+}
+
+changed() { # FOLDER PREFIX: print each file that is changed or missing, or that SHA256SUMS does not have
+  (
+    cd "$1"
+    # `push` writes pushed.txt. The folder bases/ is of another file, and has its own checksums.
+    find . ! -type d ! -path ./SHA256SUMS ! -path ./pushed.txt ! -path './bases/*' | sed 's|^\./||' >"$work/files"
+    # shellcheck disable=SC2046 # each name is an argument; no name of a bundle has a blank
+    sums $(grep -v '[[:blank:]]' "$work/files") >"$work/sums" 2>"$work/errors" || true
+    awk -v folder="$2" '
+      { name = substr($0, 67) }
+      FILENAME == ARGV[1] { wanted[name] = $1; next }
+      FILENAME == ARGV[2] { is[name] = $1; next }
+      { there[$0] }
+      END {
+        for (name in wanted) {
+          if (!(name in there)) print folder name " is missing"
+          else if (is[name] != wanted[name]) print folder name " is changed"
+        }
+        for (name in there) if (!(name in wanted)) print folder name " is not of this bundle"
+      }' SHA256SUMS "$work/sums" "$work/files" | sort
+  )
+}
+
+check_files() { # fail unless each file of the bundle is as it was made
+  { has sha256sum || has shasum; } || fail "sha256sum or shasum is needed"
+  for prefix in "" bases/; do
+    part=./$prefix
+    [ -d "$part" ] || continue
+    [ -f "${part}SHA256SUMS" ] || fail "${prefix}SHA256SUMS is missing: unpack the bundle again"
+    found=$(changed "$part" "$prefix")
+    [ ! "$found" ] || { echo "$found" >&2; fail "this is not the bundle as it was made (see above): copy it again"; }
+  done
+}
+
+fingerprint() { # KEY: print the fingerprint of a public key, or KEY itself if it is a fingerprint
+  case $1 in SHA256:*) echo "$1"; return ;; esac
+  [ -f "$1" ] || fail "$1 is neither a file nor a fingerprint (SHA256:...)"
+  ssh-keygen -l -f "$1" | cut -d ' ' -f 2
+}
+
+check_signature() { # KEY FILE: fail unless FILE is signed by KEY, and the bundle in this folder is from FILE
+  [ -f "$2" ] || fail "$2 is missing: copy it beside this folder, or name it: BUNDLE=..."
+  [ -f "$2.sig" ] || fail "$2.sig, the signature, is missing: copy it beside $2"
+  wanted=$(fingerprint "$1")
+  said=$(ssh-keygen -Y check-novalidate -n file -s "$2.sig" <"$2" 2>&1) || fail "$2 is not the file that was signed: $said"
+  [ "${said##* }" = "$wanted" ] || fail "$2 is signed by another key: $said, and not by $wanted"
+  tar -xOf "$2" "$name/$3" | cmp -s - "$3" || fail "this folder is not from $2: unpack that file again"
+  echo "$2 is signed by $wanted"
+}
+
+verify() { # [KEY]
+  check_files
+  echo "all files are as the bundle's checksums say"
+  bundle=${BUNDLE:-../$name.tar}
+  if [ "${1:-}" ] && has ssh-keygen; then
+    check_signature "$1" "$bundle" SHA256SUMS
+    if [ -d bases ]; then check_signature "$1" "${bundle%.tar}-bases.tar" bases/SHA256SUMS; fi
+  elif [ "${1:-}" ]; then
+    fail "who made the bundle was not checked, because there is no ssh-keygen: check the signature on another machine"
+  else
+    echo "who made the bundle was not checked; to check it, name the key that you trust: sh install.sh verify KEY"
+  fi
+}
+
+# --- images ---
+
+layouts() { # print the folders with images
+  echo images
+  if [ -d bases ]; then echo bases; fi
+}
+
+stream() { # FOLDER: print the images of an OCI layout as an archive for `docker load` and `ctr images import`
+  case $(uname -m) in x86_64 | amd64) machine=amd64 ;; *) machine=arm64 ;; esac
+  # Docker's classic image store reads only manifest.json, which can have only one platform.
+  rm -rf "$work/layout"
+  mkdir "$work/layout"
+  ln -s "$folder/$1/blobs" "$folder/$1/index.json" "$folder/$1/oci-layout" "$work/layout"
+  ln -s "$folder/$1/docker-$machine.json" "$work/layout/manifest.json"
+  tar -chf - -C "$work/layout" blobs index.json oci-layout manifest.json
+}
+
+load() { # [docker | ctr]
+  tool=${1:-}
+  if [ ! "$tool" ]; then
+    if docker version >/dev/null 2>&1; then tool=docker; else tool=ctr; fi
+  fi
+  for layout in $(layouts); do
+    case $tool in
+      docker) stream "$layout" | docker load ;;
+      # Kubernetes uses the images of this namespace of containerd.
+      ctr) stream "$layout" | ${CTR:-ctr} --namespace=k8s.io images import - ;;
+      *) usage ;;
+    esac || fail "the images cannot be loaded by $tool (see above)"
+  done
+}
+
+push_by_docker() { # LAYOUT REGISTRY: load the images into Docker, push them, and print their names in the registry
+  stream "$1" | docker load >&2 || fail "the images cannot be loaded into Docker (see above)"
+  sed -n 's/.*"io.containerd.image.name": "\([^"@]*\)".*/\1/p' "$1/index.json" | while read -r image; do
+    there=$2/${image##*/}
+    docker tag "$image" "$there" && docker push "$there" >"$work/said" || { cat "$work/said" >&2; exit 1; }
+    # Docker's classic image store packs the layers again, and pushes only one platform. So the digest is another one.
+    echo "${there%:*}@$(sed -n 's/.* digest: \(sha256:[0-9a-f]*\) .*/\1/p' "$work/said")"
+  done
+}
+
+push() { # REGISTRY [python | docker]
+  registry=${1%/}
+  python=${PYTHON:-python3}
+  tool=${2:-}
+  if [ ! "$tool" ]; then
+    if has "$python"; then tool=python; else tool=docker; fi
+  fi
+  for layout in $(layouts); do
+    case $tool in
+      python) "$python" push.py "$layout" "$registry" ;;
+      docker) push_by_docker "$layout" "$registry" ;;
+      *) usage ;;
+    esac >>"$work/pushed" || fail "the images are not all in $registry (see above); run this again"
+  done
+  { [ ! -f pushed.txt ] || grep -v "^$registry/[^/]*\$" pushed.txt || true; cat "$work/pushed"; } >"$work/new"
+  cat "$work/new" >pushed.txt
+  cat "$work/pushed"
+}
+
+# --- the cluster ---
+
+image_in() { # REGISTRY IMAGE: print the name of IMAGE (NAME@DIGEST) in REGISTRY
+  base=${2%@*}
+  there=$1/${base##*/}
+  # The line in pushed.txt, if there is one, has the digest with which the image arrived there.
+  line=$(grep "^$there@sha256:[0-9a-f]*\$" pushed.txt 2>/dev/null) || line=$there@${2#*@}
+  echo "$line"
+}
+
+use_source() { # prepare the functions that the scripts of the repository share, for the cluster
+  export KUBECTL="${KUBECTL:-kubectl}" NAMESPACE="${NAMESPACE:-hitcounter}" REGISTRY=
+  cd "$folder/source"
+  . scripts/lib/base.sh
+  . scripts/lib/cluster.sh
+  . scripts/lib/services.sh
+  . scripts/lib/deploy.sh
+  check_version
+  version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' nanoservice/__init__.py)
+}
+
+choose() { # COMMAND [REGISTRY]: set variant and registry, from the arguments or from what is deployed
+  installed=
+  if namespace_exists; then
+    installed=$(k get namespace "$NAMESPACE" --output=jsonpath='{.metadata.annotations.installed-bundle}')
+  fi
+  # shellcheck disable=SC2086 # the words are: version, variant and registry
+  set -- "$1" "${2:-}" $installed
+  [ "$1" != upgrade ] || [ "${3:-}" ] || fail "no bundle is deployed in the namespace $NAMESPACE: sh install.sh deploy"
+  from=${3:-}
+  variant=${VARIANT:-${4:-production}}
+  registry=${2:-${5:-}}
+  registry=${registry%/}
+  [ "$variant" = chart ] || [ -f "$folder/manifests/$variant.yaml" ] \
+  || fail "VARIANT=$variant: the variants are chart $(cd "$folder/manifests" && ls | sed 's/\.yaml$//' | paste -s -d ' ' -)"
+}
+
+images() { # print each image in a line: NAME-IN-THE-MANIFESTS NAME@DIGEST
+  while read -r line; do
+    image=${line#*=}
+    if [ "$registry" ]; then echo "${image%@*} $(cd "$folder" && image_in "$registry" "$image")"; else echo "${image%@*} $image"; fi
+  done <"$folder/images.txt"
+}
+
+write_manifests() { # write a kustomization of the chosen variant into the folder `work`
+  cp "$folder/manifests/$variant.yaml" "$work"
+  images | sed 's/\(.*\) \(.*\)@\(.*\)/  - {name: "\1", newName: "\2", digest: "\3"}/' >"$work/images"
+  kustomization "$variant.yaml" <"$work/images" >"$work/kustomization.yaml"
+}
+
+run_helm() { # COMMAND...: run Helm with the bundle's chart and the chosen images
+  set -- "$@" "$(sed -n 's/^name: //p' chart/Chart.yaml)" "$folder"/*.tgz --namespace="$NAMESPACE" ${VALUES:+--values="$VALUES"}
+  while read -r line; do
+    key=${line%%=*}
+    image=$(images | grep "^$(echo "${line#*=}" | cut -d @ -f 1) ")
+    case $key in */*) key=store.image ;; *) key=services.$key.image ;; esac
+    set -- "$@" --set="$key=${image#* }"
+  done <"$folder/images.txt"
+  "${HELM:-helm}" "$@"
+}
+
+pull_secret() { # let the pods pull with REGISTRY_USERNAME and REGISTRY_PASSWORD
+  escape='s/[\\"]/\\&/g'
+  user=$(printf %s "$REGISTRY_USERNAME" | sed "$escape") password=$(printf %s "${REGISTRY_PASSWORD:-}" | sed "$escape")
+  # A file has the password, because `ps` shows every command line to every user.
+  (umask 077; printf '{"auths": {"%s": {"username": "%s", "password": "%s"}}}' "${registry%%/*}" "$user" "$password" \
+    >"$work/.dockerconfigjson")
+  k create secret generic registry --type=kubernetes.io/dockerconfigjson --from-file="$work/.dockerconfigjson" \
+    --dry-run=client --output=yaml | k apply --server-side --force-conflicts --filename=- >&2
+  # Pods without a service account of their own take the pull secrets of this one.
+  k apply --server-side --force-conflicts --filename=- >&2 <<END
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: default}
+imagePullSecrets: [{name: registry}]
+END
+}
+
+deploy() { # [REGISTRY], for the chosen variant
+  make_namespace
+  if [ "$registry" ] && [ "${REGISTRY_USERNAME:-}" ]; then pull_secret; fi
+  if [ "$variant" = chart ]; then
+    run_helm upgrade --install --wait --timeout=300s >&2 || fail "Helm does not succeed (see above)"
+  else
+    sh scripts/secret.sh >&2
+    write_manifests
+    k apply --server-side --force-conflicts --kustomize="$work" >&2
+  fi
+  for it in $(k get statefulsets,deployments --selector=app.kubernetes.io/part-of=hitcounter --output=name); do wait_for "$it"; done
+  k annotate namespace "$NAMESPACE" --overwrite installed-bundle="$version $variant${registry:+ $registry}" >&2
+  # shellcheck disable=SC2046 # each service is an argument
+  print_urls $(services)
+}
+
+show_diff() { # show what would change; the exit status is that of kubectl: 0 if nothing would change, or 1
+  if [ "$variant" = chart ]; then
+    run_helm template | k diff --server-side --force-conflicts --filename=-
+  else
+    write_manifests
+    k diff --server-side --force-conflicts --kustomize="$work"
+  fi
+}
+
+# --- the commands ---
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+command=${1:-}
+[ $# = 0 ] || shift
+case "$command:$#" in
+  verify:[01]) verify "$@" ;;
+  load:[01]) check_files; load "$@" ;;
+  push:[12]) check_files; push "$@" ;;
+  deploy:[01] | upgrade:[01] | diff:[01])
+    check_files
+    rm -rf "$work"
+    # Kustomize accepts components only by relative path, so this folder is beside them.
+    work=$(mktemp -d "$folder/source/manifests/.deploy.XXXXXX")
+    use_source
+    choose "$command" "$@"
+    case $command in
+      deploy) deploy ;;
+      upgrade)
+        echo "upgrade from $from to $version ($variant)" >&2
+        deploy
+        ;;
+      diff) show_diff ;;
+    esac
+    ;;
+  *) usage ;;
+esac

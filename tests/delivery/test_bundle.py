@@ -1,0 +1,348 @@
+"""The bundle has the same bytes each time. Without a network, install.sh finds each change, and loads and pushes the images."""
+
+import functools
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+from tests.support.bundle import Island, copy, make, name_of, replaced, unpack
+from tests.support.images import Layout, layout, scratch
+from tests.support.services import names
+
+pytestmark = pytest.mark.bundle
+
+TOOLS = Path(os.environ.get("BUNDLE_TOOLS", ""))
+REGISTRY = os.environ.get("REGISTRY", "").strip()
+
+
+@functools.cache
+def key(name: str = "key") -> Path:
+    """Make a key pair of OpenSSH, and return the file of the private key."""
+    file = scratch() / name
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(file)], check=True)
+    return file
+
+
+@functools.cache
+def made() -> Path:
+    """Make the bundle from a copy of the sources, and sign it. Return its file."""
+    return make("bundle", copy(scratch() / "one"), scratch() / "one-dist", SIGNING_KEY=str(key()))
+
+
+@functools.cache
+def unpacked() -> Path:
+    return unpack(made(), made().parent)
+
+
+@functools.cache
+def shells() -> dict[str, tuple[str, list[str]]]:
+    """Return PATH and the command of each shell. busybox has no program of GNU on its PATH."""
+    folder = scratch() / "busybox"
+    folder.mkdir()
+    busybox = TOOLS / "busybox"
+    for name in subprocess.check_output([busybox, "--list"], text=True).split():
+        (folder / name).symlink_to(busybox)
+    for name in ("docker", "ctr", "ssh-keygen", "python3"):
+        if found := shutil.which(name, path=f"{TOOLS}:{os.environ['PATH']}"):
+            (folder / name).symlink_to(found)
+    path = f"{TOOLS}:{os.environ['PATH']}"
+    return {
+        "dash": (path, [str(TOOLS / "dash")]),
+        "busybox": (str(folder), [str(folder / "sh")]),
+        "bash": (path, ["bash", "--posix"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def island(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Island]:
+    if os.geteuid():
+        pytest.skip("only root can make a network and start Docker and containerd")
+    one = Island(tmp_path_factory.mktemp("i"), TOOLS)
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def docker(island: Island) -> str:
+    return island.docker("store", containerd_store=True)
+
+
+@pytest.fixture(scope="module")
+def classic(island: Island) -> str:
+    return island.docker("classic", containerd_store=False)
+
+
+@pytest.fixture(scope="module")
+def containerd(island: Island) -> str:
+    return island.containerd()
+
+
+def install(*arguments: str, shell: str = "dash", at: Path | None = None, **environ: str) -> "subprocess.CompletedProcess[str]":
+    """Run install.sh on this machine, with its error output in its output."""
+    path, command = shells()[shell]
+    return subprocess.run(
+        [*command, str((at or unpacked()) / "install.sh"), *arguments],
+        env={"PATH": path, "HOME": str(scratch()), **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=180,
+    )
+
+
+# --- what is in it ---
+
+
+def test_two_copies_give_the_same_bundle_and_signature() -> None:
+    assert name_of(ROOT) in made().name
+    other = make(
+        "bundle", copy(scratch() / "another copy"), scratch() / "another dist", umask=0o077, SIGNING_KEY=str(key()), TZ="Asia/Tokyo"
+    )
+    assert other.read_bytes() == made().read_bytes()
+    assert Path(f"{other}.sig").read_bytes() == Path(f"{made()}.sig").read_bytes()
+
+
+def index() -> list[dict[str, object]]:
+    return list(json.loads((unpacked() / "images" / "index.json").read_text())["manifests"])
+
+
+def images() -> dict[str, str]:
+    """Return a dict from the name of each image in the manifests to its digest."""
+    lines = (unpacked() / "images.txt").read_text().split()
+    return dict(line.partition("=")[2].split("@") for line in lines)
+
+
+def test_manifests_and_chart_name_only_images_that_are_in_the_bundle() -> None:
+    wanted = {f"{name}@{digest}" for name, digest in images().items()}
+    assert len(wanted) == len(names()) + 1
+    with tarfile.open(next(unpacked().glob("*.tgz"))) as tar:
+        members = [tar.extractfile(it) for it in tar.getmembers() if "/manifests/" in it.name]
+        texts = [member.read().decode() for member in members if member]
+    texts += [file.read_text() for file in (unpacked() / "manifests").iterdir()]
+    assert {image for text in texts for image in re.findall(r"(?m)^ *-? *image: (\S+)$", text)} == wanted
+    for digest in images().values():
+        file = unpacked() / "images" / "blobs" / digest.replace(":", "/")
+        assert file.exists()
+
+
+def test_services_have_both_platforms_and_lists_of_contents() -> None:
+    for name in names():
+        digest = next(digest for image, digest in images().items() if image.endswith(f"/{name}"))
+        root = json.loads((unpacked() / "images" / "blobs" / digest.replace(":", "/")).read_text())
+        assert {it["platform"]["architecture"] for it in root["manifests"]} == {"amd64", "arm64"}
+        assert digest.partition(":")[2] in (unpacked() / f"{name}.spdx.json").read_text()
+
+
+def test_sources_and_wheels_are_those_of_the_repository() -> None:
+    there = {it.relative_to(unpacked() / "source").as_posix() for it in (unpacked() / "source").rglob("*") if it.is_file()}
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    assert there == {name for name in tracked if (ROOT / name).exists()}
+    locked = set(re.findall(r"sha256:([0-9a-f]{64})", (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-dev.txt").read_text()))
+    sums = (unpacked() / "SHA256SUMS").read_text()
+    wheels = re.findall(r"(?m)^([0-9a-f]{64})  wheels/", sums)
+    assert wheels
+    assert set(wheels) <= locked
+
+
+# --- what was changed ---
+
+
+def flipped(file: Path) -> bytes:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    return bytes(content)
+
+
+PARTS = ["images.txt", "manifests/production.yaml", "*.tgz", "*.spdx.json", "push.py", "images/index.json", "images/blobs/sha256/*"]
+PARTS += ["source/Containerfile", "source/scripts/lib/base.sh", "wheels/aiohttp-*", "install.sh"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_changed_file_is_refused_before_anything_is_loaded(island: Island, docker: str, part: str) -> None:
+    file = sorted(unpacked().glob(part))[0]
+    # The last line of install.sh is a comment for this test only, because a change elsewhere could stop the script in any way.
+    content = file.read_bytes() + b"# changed\n" if part == "install.sh" else flipped(file)
+    environ = {"DOCKER_HOST": docker, "NAMESPACE": "none"}
+    with replaced(file, content):
+        for command in (["verify"], ["load"], ["push", "localhost:1"], ["deploy"], ["upgrade"], ["diff"]):
+            ended = island.run("sh", "install.sh", *command, cwd=unpacked(), **environ)
+            assert ended.returncode == 1
+            assert f"{file.relative_to(unpacked())} is changed\n" in ended.stdout
+    assert island.run("docker", "images", "--quiet", DOCKER_HOST=docker).stdout == ""
+
+
+@pytest.mark.parametrize("shell", ["dash", "busybox", "bash"])
+def test_missing_and_additional_files_are_refused(shell: str) -> None:
+    with replaced(unpacked() / "manifests" / "minikube.yaml", None):
+        ended = install("verify", shell=shell)
+        assert (ended.returncode, ended.stdout.splitlines()[0]) == (1, "manifests/minikube.yaml is missing")
+    with replaced(unpacked() / "source" / names()[0] / "more.py", b"import os\n"):
+        ended = install("verify", shell=shell)
+        assert (ended.returncode, ended.stdout.splitlines()[0]) == (1, f"source/{names()[0]}/more.py is not of this bundle")
+    with replaced(unpacked() / "SHA256SUMS", flipped(unpacked() / "SHA256SUMS")):
+        assert install("verify", shell=shell).returncode == 1
+    with replaced(unpacked() / "SHA256SUMS", None):
+        assert "SHA256SUMS is missing" in install("verify", shell=shell).stdout
+    ended = install("verify", shell=shell)  # the control
+    assert ended.returncode == 0, ended.stdout
+
+
+# --- who made it ---
+
+
+def fingerprint(file: Path) -> str:
+    return subprocess.check_output(["ssh-keygen", "-l", "-f", str(file)], text=True).split()[1]
+
+
+@pytest.mark.parametrize("shell", ["dash", "busybox", "bash"])
+def test_signature_is_checked_with_a_key_or_a_fingerprint(shell: str) -> None:
+    right, other = [fingerprint(key()), f"{key()}.pub"], [f"{key('other')}.pub", fingerprint(key("other"))]
+    for given in right if shell == "dash" else right[:1]:
+        ended = install("verify", given, shell=shell)
+        assert ended.returncode == 0, ended.stdout
+        assert f"{made().name} is signed by {fingerprint(key())}" in ended.stdout
+    for given in other if shell == "dash" else other[:1]:
+        ended = install("verify", given, shell=shell)
+        assert ended.returncode == 1
+        assert f"{made().name} is signed by another key" in ended.stdout
+    assert "neither a file nor a fingerprint" in install("verify", "nothing.pub", shell=shell).stdout
+    assert "who made the bundle was not checked" in install("verify", shell=shell).stdout
+
+
+def test_signature_of_another_file_is_refused(tmp_path: Path) -> None:
+    given = f"{key()}.pub"
+    with replaced(Path(f"{made()}.sig"), None):
+        assert ".tar.sig, the signature, is missing" in install("verify", given).stdout
+    changed = tmp_path / made().name
+    changed.write_bytes(flipped(made()))
+    shutil.copy(f"{made()}.sig", f"{changed}.sig")
+    ended = install("verify", given, BUNDLE=str(changed))
+    assert ended.returncode == 1
+    assert f"{changed} is not the file that was signed" in ended.stdout
+    # The folder may be from another file, with checksums that fit.
+    signed = tmp_path / "signed.tar"
+    with tarfile.open(signed, "w") as tar:
+        (tmp_path / "sums").write_text("another\n")
+        tar.add(tmp_path / "sums", f"{unpacked().name}/SHA256SUMS")
+    subprocess.run(["ssh-keygen", "-q", "-Y", "sign", "-f", str(key()), "-n", "file", str(signed)], check=True, capture_output=True)
+    assert f"this folder is not from {signed}" in install("verify", given, BUNDLE=str(signed)).stdout
+
+
+def test_verify_says_that_it_cannot_check_the_signature_without_ssh_keygen(tmp_path: Path) -> None:
+    path, _ = shells()["busybox"]
+    for file in Path(path).iterdir():
+        if file.name != "ssh-keygen":
+            (tmp_path / file.name).symlink_to(os.readlink(file))
+    ended = subprocess.run(
+        ["sh", "install.sh", "verify", f"{key()}.pub"], cwd=unpacked(), env={"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (ended.returncode, "there is no ssh-keygen" in ended.stderr) == (1, True)
+
+
+# --- where the images go ---
+
+
+def test_network_has_no_route(island: Island) -> None:
+    connect = "import socket; socket.create_connection(('192.0.2.1', 443), timeout=5)"
+    assert "Network is unreachable" in island.run("python3", "-c", connect).stdout
+
+
+@pytest.mark.parametrize(("store", "shell"), [("docker", "dash"), ("classic", "busybox"), ("containerd", "bash")])
+def test_images_are_loaded_into_an_empty_store(request: pytest.FixtureRequest, island: Island, store: str, shell: str) -> None:
+    address = request.getfixturevalue(store)
+    path, command = shells()[shell]
+    tool = "ctr" if store == "containerd" else "docker"
+    variable = "CONTAINERD_ADDRESS" if store == "containerd" else "DOCKER_HOST"
+    environ = {variable: address, "PATH": path}
+    for _ in range(2):  # loading again changes nothing
+        ended = island.run(*command, "install.sh", "load", tool, cwd=unpacked(), **environ)
+        assert ended.returncode == 0, ended.stdout
+    if store == "containerd":
+        said = island.run("ctr", "--namespace=k8s.io", "images", "list", "--quiet", CONTAINERD_ADDRESS=address).stdout.split()
+        assert {f"{name}@{digest}" for name, digest in images().items()} <= set(said)
+    else:
+        said = island.run("docker", "images", "--format={{.Repository}}", DOCKER_HOST=address).stdout.split()
+        assert {name.removeprefix("docker.io/") for name in images()} == {one.removeprefix("docker.io/") for one in said}
+
+
+@pytest.mark.parametrize("tool", ["python", "docker", "classic"])
+def test_images_are_pushed_into_an_empty_registry(request: pytest.FixtureRequest, island: Island, tool: str) -> None:
+    registry, log = island.registry({"python": 5001, "docker": 5002, "classic": 5003}[tool])
+    environ = {} if tool == "python" else {"DOCKER_HOST": request.getfixturevalue(tool)}
+    try:
+        for _ in range(2):
+            arguments = ["push", f"{registry}/team", tool.replace("classic", "docker")]
+            ended = island.run("sh", "install.sh", *arguments, cwd=unpacked(), **environ)
+            assert ended.returncode == 0, ended.stdout
+            pushed = (unpacked() / "pushed.txt").read_text().split()
+            assert [line.partition("@")[0] for line in pushed] == [f"{registry}/team/{name.rpartition('/')[2]}" for name in images()]
+            # Docker's classic store packs the layers again, so install.sh has to remember the digest in the registry.
+            same = [line.partition("@")[2] for line in pushed] == list(images().values())
+            assert same == (tool != "classic")
+        assert install("verify").returncode == 0
+        for line in pushed:
+            name, _, digest = line.removeprefix(f"{registry}/").partition("@")
+            read = f"import urllib.request as u; u.urlopen('http://{registry}/v2/{name}/manifests/{digest}', timeout=9)"
+            accepted = "application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+            read = read.replace("u.urlopen(", "u.urlopen(u.Request(").replace(", timeout", f", headers={{'Accept': '{accepted}'}}), timeout")
+            said = island.run("python3", "-c", read)
+            assert said.returncode == 0, said.stdout
+        assert "PUT /v2/team/" in log.read_text()
+    finally:
+        (unpacked() / "pushed.txt").unlink(missing_ok=True)
+
+
+# --- building it there ---
+
+
+def test_image_that_is_rebuilt_from_the_bundle_is_the_bundles(tmp_path: Path) -> None:
+    bases = make("bundle-bases", copy(tmp_path / "sources"), tmp_path / "dist", BUILDKIT="")
+    there = unpack(made(), tmp_path)
+    assert unpack(bases, tmp_path) == there
+    registry = f"{REGISTRY}/tests-{secrets.token_hex(4)}"
+    ended = install("push", registry, at=there, PATH=os.environ["PATH"])
+    assert ended.returncode == 0, ended.stdout
+    found = {line.rpartition("/")[2].partition("@")[0]: line for line in ended.stdout.split() if line.startswith(registry)}
+    options = f"--build-arg PYTHON={found['python']} --build-arg BASE={found['python3-debian13']}"
+    for name in names():
+        digest = next(digest for image, digest in images().items() if image.endswith(f"/{name}"))
+        built = layout(
+            there / "source",
+            tmp_path / f"{name}.oci",
+            options=options,
+            wheels=there / "wheels",
+            PLATFORMS="linux/amd64,linux/arm64",
+            SERVICE=name,
+        )
+        assert built.digest == digest
+        bundled = Layout.__new__(Layout)
+        bundled.__dict__.update(_blobs=there / "images" / "blobs" / "sha256", digest=digest)
+        assert built.manifests() == bundled.manifests()
+    # A file of the second archive that was changed is found, too.
+    file = there / "bases" / "index.json"
+    with replaced(file, flipped(file)):
+        assert "bases/index.json is changed" in install("verify", at=there).stdout
+
+
+# --- wrong usage ---
+
+
+@pytest.mark.parametrize("arguments", [[], ["help"], ["verify", "a", "b"], ["push"], ["load", "podman"], ["deploy", "a", "b"]])
+def test_wrong_usage_prints_the_commands(arguments: list[str]) -> None:
+    ended = install(*arguments)
+    assert ended.returncode == 64
+    assert "Usage: sh install.sh verify [KEY]" in ended.stdout
+
+
+def test_deploy_says_that_it_needs_kubectl() -> None:
+    ended = install("deploy", KUBECTL="no-such-kubectl")
+    assert (ended.returncode, ended.stdout) == (1, "install.sh: kubectl is needed: https://kubernetes.io/docs/tasks/tools/\n")

@@ -1,0 +1,160 @@
+"""Bundles are deployed without internet, upgraded and rolled back. No pod pulls an image from anywhere else."""
+
+import os
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanoservice import __version__ as VERSION
+from nanoservice.testing.waiting import wait_for
+from tests.support.bundle import copy, make, unpack
+from tests.support.cluster import KUBECTL, RUN, Deployed, Namespace, namespace
+from tests.support.helm import program
+from tests.support.traffic import counts, step, traffic
+
+pytestmark = pytest.mark.cluster
+
+PORT = 30181  # `make deploy` uses the service's own port of the node
+HIGHER = "99.0.0"
+REGISTRY = f"{os.environ.get('REGISTRY', '').strip()}/{RUN}"
+
+# A second Service, because the variant `production` opens no port on the nodes.
+ENTRY = f"""
+apiVersion: v1
+kind: Service
+metadata: {{name: entry}}
+spec:
+  type: NodePort
+  selector: {{app.kubernetes.io/name: hitcounter}}
+  ports: [{{port: 80, targetPort: 8080, nodePort: {PORT}}}]
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: entry}}
+spec:
+  podSelector: {{matchLabels: {{app.kubernetes.io/name: hitcounter}}}}
+  ingress: [{{ports: [{{port: 8080}}]}}]
+"""
+
+
+@dataclass
+class Bundle:
+    """A bundle that is unpacked, and the digest of the service's image in it."""
+
+    folder: Path
+    digest: str
+
+    def install(self, namespace: Namespace, *arguments: str, **environ: str) -> tuple[int, str, str]:
+        """Run install.sh, and return its exit status, output and error output."""
+        given = {"NAMESPACE": namespace.name, "KUBECTL": KUBECTL, "HELM": program(), **environ}
+        given |= {name: os.environ[name] for name in ("PATH", "HOME", "KUBECONFIG", "CONTAINERD_ADDRESS") if name in os.environ}
+        ended = subprocess.run(
+            ["sh", str(self.folder / "install.sh"), *arguments], env=given, text=True, capture_output=True, timeout=400
+        )
+        return ended.returncode, ended.stdout, ended.stderr
+
+    def installed(self, namespace: Namespace, *arguments: str, **environ: str) -> str:
+        """Run install.sh, which must succeed, and return its output."""
+        status, output, errors = self.install(namespace, *arguments, **environ)
+        assert status == 0, output + errors
+        return output
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
+    """Return bundles of this version and of a higher version. No registry has the images under the names in these bundles."""
+    found = []
+    for version in (VERSION, HIGHER):
+        folder = tmp_path_factory.mktemp("bundle")
+        file = make("bundle", copy(folder / "sources", version), folder / "dist", REGISTRIES=f"nowhere.example.com/{RUN}")
+        there = unpack(file, folder)
+        lines = dict(line.split("=") for line in (there / "images.txt").read_text().split())
+        found.append(Bundle(there, lines["hitcounter"].partition("@")[2]))
+    return found
+
+
+@pytest.fixture
+def empty() -> Iterator[Namespace]:
+    """Yield a namespace that does not exist, and delete it after the test."""
+    one = Namespace(f"{RUN}-bundle-{secrets.token_hex(2)}")
+    yield one
+    one.delete()
+
+
+def images(namespace: Namespace) -> set[str]:
+    """Return the images of all pods that are not terminating."""
+    return {it["image"] for pod in namespace.pods("app.kubernetes.io/part-of=hitcounter") for it in pod["spec"]["containers"]}
+
+
+def pulls(namespace: Namespace) -> dict[str, list[str]]:
+    """Return a dict from the reason of each event about an image to the messages."""
+    found: dict[str, list[str]] = {}
+    for event in namespace.get("events"):
+        if "mage" in event["message"] and event["involvedObject"]["kind"] == "Pod":
+            found.setdefault(event["reason"], []).append(event["message"])
+    return found
+
+
+async def test_upgrade_and_rollback_from_a_registry_fail_no_request(
+    empty: Namespace, cluster: Deployed, bundles: list[Bundle]
+) -> None:
+    lower, higher = bundles
+    for one in bundles:
+        said = await step(one.installed, empty, "push", REGISTRY)
+        assert f"{REGISTRY}/hitcounter@{one.digest}" in said.split()
+    assert "no bundle is deployed in the namespace" in (await step(lower.install, empty, "upgrade"))[2]
+    for _ in range(2):
+        url = await step(lower.installed, empty, "deploy", REGISTRY, REGISTRY_USERNAME="me", REGISTRY_PASSWORD='a"\\b')
+        assert url == "http://hitcounter.example.com/\n"
+    assert (await step(lower.install, empty, "diff"))[0] == 0
+    status, shown, _ = await step(higher.install, empty, "diff")
+    assert status == 1
+    assert higher.digest in shown
+    wait_for(lambda: len(empty.ready()) == 2, 90)
+    empty.apply(ENTRY)
+    (pod, *_) = empty.pods()
+    assert pod["spec"]["imagePullSecrets"] == [{"name": "registry"}]
+    url = cluster.url.replace(":30080/", f":{PORT}/")
+    before = await counts(url)
+    async with traffic(url, 100) as load:
+        for one in (higher, lower):
+            said = (await step(one.install, empty, "upgrade"))[2]
+            assert f"upgrade from {VERSION if one is higher else HIGHER} to {HIGHER if one is higher else VERSION}" in said
+            wait_for(lambda: len(empty.pods()) == 2, 60)
+            assert {image for image in images(empty) if "hitcounter" in image} == {f"{REGISTRY}/hitcounter@{one.digest}"}
+    print(f"\n{load.statuses()}")
+    assert not load.failures
+    load.check(before, await counts(url))
+    assert all(f"{REGISTRY}/" in message for messages in pulls(empty).values() for message in messages)
+    assert len(pulls(empty)["Pulling"]) >= 2
+
+
+def test_chart_and_images_that_were_loaded_need_no_registry(empty: Namespace, tmp_path: Path, bundles: list[Bundle]) -> None:
+    if not shutil.which("ctr"):
+        pytest.skip("only on a node can images be loaded into the node's containerd")
+    _, higher = bundles
+    image = f"nowhere.example.com/{RUN}/hitcounter@{higher.digest}"
+    with namespace("pull", "privileged") as other:  # the control: before the images are loaded, no node can get them
+        other.kubectl("run", "pull", f"--image={image}")
+        wait_for(lambda: "Failed" in pulls(other), 60)
+    higher.installed(empty, "load", "ctr")
+    (tmp_path / "values.yaml").write_text("{expose: none, autoscaling: false}\n")
+    given: dict[str, Any] = {"VARIANT": "chart", "VALUES": str(tmp_path / "values.yaml")}
+    said = higher.installed(empty, "deploy", **given)
+    assert said == f"kubectl --namespace={empty.name} port-forward service/hitcounter 8080:80\n"
+    hits, _ = empty.counts()
+    assert image in images(empty)
+    assert "Pulling" not in pulls(empty)
+    assert all("already present on machine" in message for message in pulls(empty)["Pulled"])
+    # The namespace remembers the variant.
+    del given["VARIANT"]
+    assert higher.install(empty, "diff", **given)[0] == 0
+    higher.installed(empty, "upgrade", **given)
+    assert empty.counts()[0] == hits + 1
+
