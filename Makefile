@@ -310,7 +310,7 @@ test-compose: $(VENV)/installed ## run the tests of compose.yaml, with Docker Co
 # hitcounter: end
 
 $(DEBIAN)/bundle/done: scripts/debian.sh
-	@sh scripts/debian.sh $@ trixie docker-registry docker.io docker-cli containerd busybox dash
+	@sh scripts/debian.sh $@ trixie docker-registry apache2-utils docker.io docker-cli containerd busybox dash
 
 test-bundle: $(VENV)/installed $(DEBIAN)/bundle/done ## run the tests of the bundle, with the registry REGISTRY; some need root
 	@sh scripts/engines.sh >/dev/null

@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
                 else:
                     repository.retry(repository.push_blob, descriptor, path)
             print(f"{registry}/{base}@{digest}", flush=True)
-    except PushError as error:
+    except (PushError, ValueError) as error:  # a ValueError says what is wrong with a URL
         print(f"install.sh: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -142,7 +142,7 @@ class Repository:
         self.url = f"{scheme}://{self.host}/v2/{self.name}"
         (self.basic, self.advice), self.authorization = credentials(self.host), ""
         self.tls = ssl.create_default_context()
-        self.tls.verify_flags &= ~ssl.VERIFY_X509_STRICT  # Python 3.13 refuses what `openssl req -x509` makes; docker does not
+        self.tls.verify_flags &= ~ssl.VERIFY_X509_STRICT  # Python 3.13 refuses CAs that `openssl req -x509` makes
         if authority := os.environ.get("REGISTRY_CA"):
             try:
                 self.tls.load_verify_locations(authority)
@@ -204,7 +204,7 @@ class Repository:
                 challenged = True
             elif answer.status in (301, 302, 303, 307, 308) and method in ("GET", "HEAD"):
                 url = urljoin(url, answer.headers.get("Location", ""))
-            elif answer.status == 401 or expected not in (0, answer.status) or (is_page(answer) and answer.status < 400):
+            elif answer.status == 401 or expected not in (0, answer.status):
                 raise self.refusal(answer)
             else:
                 return answer
@@ -216,7 +216,7 @@ class Repository:
         for challenge in answer.headers.get_all("WWW-Authenticate", []):
             scheme, _, parameters = challenge.partition(" ")
             if scheme.lower() == "basic":
-                self.authorization = self.basic
+                self.authorization = self.basic or self.authorization
             elif scheme.lower() == "bearer":
                 self.authorization = f"Bearer {self.token(parameters)}"
         if not self.authorization:
@@ -268,26 +268,22 @@ class Repository:
         try:
             said = "; ".join(f"{error['code']}: {error.get('message')}" for error in json.loads(answer.body)["errors"])
         except MALFORMED:
-            said = "a page in HTML, not a registry's answer; is REGISTRY right, and no proxy there?" if is_page(answer) else ""
+            said = {
+                "text/plain": answer.body.decode(errors="replace"),
+                "text/html": "This is a page, not a registry's answer: is REGISTRY right, and no proxy in between?",
+            }.get(answer.headers.get_content_type(), "")
         advice = ADVICE.get(min(answer.status, 500), "")
         if answer.status == 401 and not self.basic:
             advice = self.advice
-        said = re.sub("[^ -~]+", " ", said)[:300]
-        return PushError(f"{urlsplit(answer.url).netloc} answered {answer.status} for {self.name}: {said}. {advice}")
+        said = re.sub("[^ -~]+", " ", said)[:300].strip()
+        parts = (f"{urlsplit(answer.url).netloc} answered {answer.status} for {self.name}", said, advice)
+        return PushError(". ".join(filter(None, parts)))
 
 
 def origin(url: str) -> tuple[str, str, int]:
     """Return scheme, host and port of a URL."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError as error:
-        raise PushError(f"{url} is not a valid URL") from error
-
-
-def is_page(answer: Answer) -> bool:
-    """Return whether the answer is HTML, which no registry sends."""
-    return answer.headers.get_content_type() == "text/html"
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def credentials(host: str) -> tuple[str, str]:
