@@ -123,6 +123,8 @@ def values_file(folder: Path, path: str, value: Any) -> str:
 
 def wrong(schema: Any) -> Any:
     """Return a value of a type that the schema refuses."""
+    if "$ref" in schema:
+        schema = SCHEMA["definitions"][schema["$ref"].rpartition("/")[2]]
     return 7 if "enum" in schema or schema.get("type") in ("string", "object", "array", "boolean") else "seven"
 
 
@@ -149,7 +151,27 @@ def test_value_of_a_wrong_type_is_refused(path: str, schema: Any, tmp_path: Path
         ("store.kind", "outside", "store.kind=outside needs store.host, the host of your Redis"),
         ("store", {"kind": "outside", "host": "redis.example.org"}, "store.kind=outside needs store.cidr"),
         ("store.port", 70000, "at '/store/port': maximum: got 70,000, want 65,535"),
-        ("store.cidr", "example.org", "does not match pattern"),
+        ("store.port", "6379", "at '/store/port': got string, want integer"),
+        ("store.cidr", "example.org", "at '/store/cidr': 'example.org' does not match pattern"),
+        ("store.cidr", "192.0.2.0/33", "at '/store/cidr': '192.0.2.0/33' does not match pattern"),
+        ("store.host", "redis://redis.example.org", "at '/store/host': 'redis://redis.example.org' does not match pattern"),
+        ("store.host", "redis.example.org:6379", "at '/store/host': 'redis.example.org:6379' does not match pattern"),
+        ("store.host", "redis.example.org", "store.host needs store.kind=outside"),
+        ("store", None, "missing property 'store'"),
+        ("store.kind", None, "at '/store': missing property 'kind'"),
+        ("registry", "https://mirror.example.com", "at '/registry': 'https://mirror.example.com' does not match pattern"),
+        ("registry", "/team", "at '/registry': '/team' does not match pattern"),
+        ("services.NAME", None, f"at '/services/{FIRST}': got null, want object"),
+        ("services.NAME.image", "one two", "does not match pattern"),
+        ("services.NAME.image", "https://registry.example.org/it:1", "does not match pattern"),
+        ("services.NAME.image", "registry.example.org/it@sha256:12", "does not match pattern"),
+        ("services.NAME.host", "https://count.example.org", "does not match pattern"),
+        ("services.NAME.host", "count.example.org/path", "does not match pattern"),
+        ("services.NAME.replicas", -1, f"at '/services/{FIRST}/replicas': minimum: got -1, want 0"),
+        ("services.NAME.minReplicas", 99, f"services.{FIRST}: minReplicas is 99, which is more than maxReplicas"),
+        ("services.NAME.settings.LIST", ["x"], f"at '/services/{FIRST}/settings/LIST': got array, want boolean or number"),
+        ("services.NAME.settings.NULL", None, f"at '/services/{FIRST}/settings/NULL': got null, want boolean or number"),
+        ("services.NAME.tlsSecret", "My Secret", "does not match pattern"),
     ],
     ids=lambda value: value if isinstance(value, str) and re.fullmatch(r"[\w.]+", value) else "",
 )
@@ -245,6 +267,24 @@ def test_hooks_are_passwords_the_smoke_test_and_a_word_about_the_volumes() -> No
 def test_objects_get_the_namespace_of_the_release() -> None:
     text = helm("template", "it", str(CHART), "--namespace=another", "--set=monitoring.enabled=true,store.kind=replicated").stdout
     assert {it["metadata"]["namespace"] for it in objects(text).values()} == {"another"}
+
+
+@with_helm
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *itertools.product(["registry"], ["localhost:5000", "[fd00::5]:5000/team/", "192.0.2.1/a/b"]),
+        *itertools.product(["services.NAME.image", "store.image"], ["it:1.0", f"example.org:5000/a/it:1@sha256:{'1' * 64}"]),
+        *itertools.product(["services.NAME.host"], ["*.example.org", "one-2"]),
+        *itertools.product(["store.host"], ["redis_1", "192.0.2.1", "2001:db8::1"]),
+        *itertools.product(["store.cidr"], ["198.51.100.1/32", "0.0.0.0/0", "2001:db8::/128"]),
+    ],
+)
+def test_unusual_value_is_used_as_it_is(path: str, value: str, tmp_path: Path) -> None:
+    others = STORES["-redis-outside"] if path in ("store.host", "store.cidr") else []
+    file = values_file(tmp_path, path, value)
+    arguments = [re.sub(rf",{path}=[^,]*", "", argument) for argument in others]  # an argument would hide the value of the file
+    assert value.strip("/") in helm("template", "it", str(CHART), *arguments, file).stdout
 
 
 @with_helm
