@@ -213,7 +213,7 @@ VARIANTS = {
 
 
 def test_each_variant_of_kustomize_is_compared() -> None:
-    # The variant `dev` needs the sources, which a chart does not have. README.md says that OpenShift needs the manifests.
+    # The variant `dev` needs the sources, which a chart does not have. The plugin of the README makes `production-openshift`.
     assert {path.stem for path in RENDERED.iterdir()} - {"dev", "production-openshift"} == VARIANTS.keys()
 
 
@@ -223,6 +223,22 @@ def test_chart_has_the_objects_of_the_variant_except_the_namespace(variant: str)
     expected = objects((RENDERED / f"{variant}.yaml").read_text())
     assert expected.pop(f"Namespace/{project()}")
     assert template(*VARIANTS[variant]) == expected
+
+
+@with_helm
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl renders the component")
+def test_plugin_of_the_readme_adds_a_component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```sh\n(mkdir [^`]+?)helm install", (CHART / "README.md").read_text())
+    components = os.path.relpath(ROOT / "manifests" / "components", tmp_path / "changes")
+    block, replaced = re.subn(r'"https://\S+//manifests/components/(\w+)\?ref=v[\w.]+"', rf"{components}/\1", block)
+    assert replaced == 1
+    monkeypatch.setenv("HELM_DATA_HOME", str(tmp_path / "data"))
+    script = f'helm() {{ "{program()}" "$@"; }}\n{block}'
+    subprocess.run(["sh", "-ec", script], cwd=tmp_path, check=True, timeout=60)
+    expected = objects((RENDERED / "production-openshift.yaml").read_text())
+    expected.pop(f"Namespace/{project()}")
+    assert template("--post-renderer=changes") == expected
+    assert template() != expected  # the control
 
 
 @with_helm
