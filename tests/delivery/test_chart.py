@@ -304,6 +304,23 @@ def test_unusual_value_is_used_as_it_is(path: str, value: str, tmp_path: Path) -
 
 
 @with_helm
+def test_annotations_of_the_manifests_stay(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(CHART, tmp_path / "chart"))
+    single = copy / "manifests" / "single.yaml"
+    found = [*yaml.safe_load_all(single.read_text())]
+    for it in found:
+        it["metadata"]["annotations"] = {"mine": "1"}
+        if it["kind"] == "Deployment":
+            it["spec"]["template"]["metadata"]["annotations"] = {"mine": "1"}
+    single.write_text("\n---\n".join(yaml.safe_dump(it) for it in found))
+    values = ["--set=ingress.annotations.theirs=two", f"--set=services.{FIRST}.settings.A=2"]
+    made = objects(helm("template", "it", str(copy), *values).stdout)
+    assert made[f"Ingress/{FIRST}"]["metadata"]["annotations"] == {"mine": "1", "theirs": "two"}
+    annotations = made[f"Deployment/{FIRST}"]["spec"]["template"]["metadata"]["annotations"]
+    assert annotations.keys() == {"mine", "checksum/settings"}
+
+
+@with_helm
 def test_number_that_is_a_setting_is_written_as_a_person_wrote_it(tmp_path: Path) -> None:
     given = {"A": 1000000, "B": True, "C": "1e6", "D": 0.5}
     made = template(values_file(tmp_path, "services.NAME.settings", given))
