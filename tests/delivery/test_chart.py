@@ -66,18 +66,28 @@ def test_chart_has_the_version_of_the_services() -> None:
 # --- the values ---
 
 
-def paths(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the path and the schema of each value. A service has the name NAME in a path."""
-    if not path.startswith("services.NAME.") or path.count(".") < 2:
-        for name, one in schema.get("properties", {}).items():
-            yield from paths(one, f"{path}.{name}".lstrip("."))
-        if path == "services":
-            yield from paths(schema["additionalProperties"], "services.NAME")
-    if path and path != "global" and ("properties" not in schema or path.count(".") == 2):
+def fields(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the path and the schema of each field. A service is NAME in a path, a field of any name is EXAMPLE."""
+    if "$ref" in schema:
+        schema = SCHEMA["definitions"][schema["$ref"].rpartition("/")[2]]
+    if path:
         yield path, schema
+    below = schema.get("properties", {}) | ({"0": schema["items"]} if "items" in schema else {})
+    if schema.get("additionalProperties"):
+        below["NAME" if path == "services" else "EXAMPLE"] = schema["additionalProperties"]
+    for name, one in below.items():
+        yield from fields(one, f"{path}.{name}".lstrip("."))
 
 
-VALUES = [path for path, _ in paths(SCHEMA) if path != "services"]
+def described(path: str, schema: Any) -> bool:
+    """Return whether values.yaml describes the field: each field of a service, and other fields without fields of fixed names."""
+    if path.startswith("services"):
+        return re.fullmatch(r"services\.NAME\.\w+", path) is not None
+    return "properties" not in schema and path != "global" and not re.search(r"\.(0|EXAMPLE)", path)
+
+
+FIELDS = dict(fields(SCHEMA))
+VALUES = [path for path, schema in FIELDS.items() if described(path, schema)]
 
 
 def test_each_value_is_described_with_its_default() -> None:
@@ -116,25 +126,20 @@ def test_each_value_is_set_by_a_unit_test() -> None:
 
 def values_file(folder: Path, path: str, value: Any) -> str:
     for key in reversed(path.replace("NAME", FIRST).split(".")):
-        value = {key: value}
+        value = [value] if key.isdigit() else {key: value}
     (folder / "values.json").write_text(json.dumps(value))
     return f"--values={folder / 'values.json'}"
 
 
-def wrong(schema: Any) -> Any:
-    """Return a value of a type that the schema refuses."""
-    if "$ref" in schema:
-        schema = SCHEMA["definitions"][schema["$ref"].rpartition("/")[2]]
-    return 7 if "enum" in schema or schema.get("type") in ("string", "object", "array", "boolean") else "seven"
-
-
 @with_helm
-@pytest.mark.parametrize(("path", "schema"), [pytest.param(*one, id=one[0]) for one in paths(SCHEMA)])
-def test_value_of_a_wrong_type_is_refused(path: str, schema: Any, tmp_path: Path) -> None:
-    refused = helm("template", "it", str(CHART), values_file(tmp_path, path, wrong(schema)), check=False)
+@pytest.mark.parametrize("path", FIELDS)
+def test_value_of_a_wrong_type_is_refused(path: str, tmp_path: Path) -> None:
+    types = FIELDS[path].get("type", "string")
+    wrong: Any = 7 if not {"number", "integer"} & {*([types] if isinstance(types, str) else types)} else []
+    refused = helm("template", "it", str(CHART), values_file(tmp_path, path, wrong), check=False)
     assert refused.returncode != 0
     place = "/" + path.replace("NAME", FIRST).replace(".", "/")
-    assert re.search(rf"at '{place}': (got number, want|got string, want|value must be one of)", refused.stderr), refused.stderr
+    assert re.search(rf"at '{place}': (got (number|array), want|value must be one of)", refused.stderr), refused.stderr
 
 
 @with_helm
