@@ -97,18 +97,21 @@ def config(one: Namespace) -> dict[str, str]:
 
 
 def production(one: Namespace, *components: str) -> str:
-    """Return the objects of the variant `production` with `components`, for a namespace and with the images of this run."""
+    """Return the objects of the variant `production` with `components`, for a namespace and with the images of this run.
+
+    Give the namespace the labels of this variant, because the chart does not.
+    """
     folders = ", ".join(f"../components/{name}" for name in components)
     text = compose(deployed(), one, f"resources: [../production]\ncomponents: [{folders}]")
     text = re.sub(r"registry\.example\.com/hitcounter@sha256:0{64}", deployed().image, text)
     assert text.count(f"image: {deployed().image}\n") == 1
+    (labels,) = (it["metadata"]["labels"] for it in yaml.safe_load_all(text) if it["kind"] == "Namespace")
+    run(KUBECTL, "label", "--overwrite", "namespace", one.name, *(f"{key}={value}" for key, value in labels.items()))
     return text
 
 
 def check_installation(one: Namespace, text: str, *values: str) -> None:
     """Install the chart with `values`. Fail unless the service counts, and the objects are those of `text`."""
-    (labels,) = (it["metadata"]["labels"] for it in yaml.safe_load_all(text) if it["kind"] == "Namespace")
-    run(KUBECTL, "label", "--overwrite", "namespace", one.name, *(f"{key}={value}" for key, value in labels.items()))
     helm_in(one, "install", str(CHART), *images(), "--set=passwords.create=false", *values, "--wait")
     assert wait_for(one.answered, 60) == (1, 0)
     assert one.kubectl("diff", "--filename=-", input=text) == ""
