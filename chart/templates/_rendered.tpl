@@ -32,3 +32,9 @@
 {{- end }}
 {{- with $values.imagePullSecrets }}{{ $_ := set $pod "imagePullSecrets" . }}{{ end }}
 {{- end }}
+
+{{- /* Add annotations to metadata, in place. Usage: include "annotate" (list METADATA ANNOTATIONS) */ -}}
+{{- define "annotate" -}}
+{{- $metadata := index . 0 }}
+{{- $_ := set $metadata "annotations" (mergeOverwrite ($metadata.annotations | default dict) (index . 1)) }}
+{{- end }}

@@ -66,18 +66,28 @@ def test_chart_has_the_version_of_the_services() -> None:
 # --- the values ---
 
 
-def paths(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the path and the schema of each value. A service has the name NAME in a path."""
-    if not path.startswith("services.NAME.") or path.count(".") < 2:
-        for name, one in schema.get("properties", {}).items():
-            yield from paths(one, f"{path}.{name}".lstrip("."))
-        if path == "services":
-            yield from paths(schema["additionalProperties"], "services.NAME")
-    if path and path != "global" and ("properties" not in schema or path.count(".") == 2):
+def fields(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the path and the schema of each field. A service is NAME in a path, a field of any name is EXAMPLE."""
+    if "$ref" in schema:
+        schema = SCHEMA["definitions"][schema["$ref"].rpartition("/")[2]]
+    if path:
         yield path, schema
+    below = schema.get("properties", {}) | ({"0": schema["items"]} if "items" in schema else {})
+    if schema.get("additionalProperties"):
+        below["NAME" if path == "services" else "EXAMPLE"] = schema["additionalProperties"]
+    for name, one in below.items():
+        yield from fields(one, f"{path}.{name}".lstrip("."))
 
 
-VALUES = [path for path, _ in paths(SCHEMA) if path != "services"]
+def described(path: str, schema: Any) -> bool:
+    """Return whether values.yaml describes the field: each field of a service, and other fields without fields of fixed names."""
+    if path.startswith("services"):
+        return re.fullmatch(r"services\.NAME\.\w+", path) is not None
+    return "properties" not in schema and path != "global" and not re.search(r"\.(0|EXAMPLE)", path)
+
+
+FIELDS = dict(fields(SCHEMA))
+VALUES = [path for path, schema in FIELDS.items() if described(path, schema)]
 
 
 def test_each_value_is_described_with_its_default() -> None:
@@ -116,23 +126,20 @@ def test_each_value_is_set_by_a_unit_test() -> None:
 
 def values_file(folder: Path, path: str, value: Any) -> str:
     for key in reversed(path.replace("NAME", FIRST).split(".")):
-        value = {key: value}
+        value = [value] if key.isdigit() else {key: value}
     (folder / "values.json").write_text(json.dumps(value))
     return f"--values={folder / 'values.json'}"
 
 
-def wrong(schema: Any) -> Any:
-    """Return a value of a type that the schema refuses."""
-    return 7 if "enum" in schema or schema.get("type") in ("string", "object", "array", "boolean") else "seven"
-
-
 @with_helm
-@pytest.mark.parametrize(("path", "schema"), [pytest.param(*one, id=one[0]) for one in paths(SCHEMA)])
-def test_value_of_a_wrong_type_is_refused(path: str, schema: Any, tmp_path: Path) -> None:
-    refused = helm("template", "it", str(CHART), values_file(tmp_path, path, wrong(schema)), check=False)
+@pytest.mark.parametrize("path", FIELDS)
+def test_value_of_a_wrong_type_is_refused(path: str, tmp_path: Path) -> None:
+    types = FIELDS[path].get("type", "string")
+    wrong: Any = 7 if not {"number", "integer"} & {*([types] if isinstance(types, str) else types)} else []
+    refused = helm("template", "it", str(CHART), values_file(tmp_path, path, wrong), check=False)
     assert refused.returncode != 0
     place = "/" + path.replace("NAME", FIRST).replace(".", "/")
-    assert re.search(rf"at '{place}': (got number, want|got string, want|value must be one of)", refused.stderr), refused.stderr
+    assert re.search(rf"at '{place}': (got (number|array), want|value must be one of)", refused.stderr), refused.stderr
 
 
 @with_helm
@@ -149,7 +156,27 @@ def test_value_of_a_wrong_type_is_refused(path: str, schema: Any, tmp_path: Path
         ("store.kind", "outside", "store.kind=outside needs store.host, the host of your Redis"),
         ("store", {"kind": "outside", "host": "redis.example.org"}, "store.kind=outside needs store.cidr"),
         ("store.port", 70000, "at '/store/port': maximum: got 70,000, want 65,535"),
-        ("store.cidr", "example.org", "does not match pattern"),
+        ("store.port", "6379", "at '/store/port': got string, want integer"),
+        ("store.cidr", "example.org", "at '/store/cidr': 'example.org' does not match pattern"),
+        ("store.cidr", "192.0.2.0/33", "at '/store/cidr': '192.0.2.0/33' does not match pattern"),
+        ("store.host", "redis://redis.example.org", "at '/store/host': 'redis://redis.example.org' does not match pattern"),
+        ("store.host", "redis.example.org:6379", "at '/store/host': 'redis.example.org:6379' does not match pattern"),
+        ("store.host", "redis.example.org", "store.host needs store.kind=outside"),
+        ("store", None, "missing property 'store'"),
+        ("store.kind", None, "at '/store': missing property 'kind'"),
+        ("registry", "https://mirror.example.com", "at '/registry': 'https://mirror.example.com' does not match pattern"),
+        ("registry", "/team", "at '/registry': '/team' does not match pattern"),
+        ("services.NAME", None, f"at '/services/{FIRST}': got null, want object"),
+        ("services.NAME.image", "one two", "does not match pattern"),
+        ("services.NAME.image", "https://registry.example.org/it:1", "does not match pattern"),
+        ("services.NAME.image", "registry.example.org/it@sha256:12", "does not match pattern"),
+        ("services.NAME.host", "https://count.example.org", "does not match pattern"),
+        ("services.NAME.host", "count.example.org/path", "does not match pattern"),
+        ("services.NAME.replicas", -1, f"at '/services/{FIRST}/replicas': minimum: got -1, want 0"),
+        ("services.NAME.minReplicas", 99, f"services.{FIRST}: minReplicas is 99, which is more than maxReplicas"),
+        ("services.NAME.settings.LIST", ["x"], f"at '/services/{FIRST}/settings/LIST': got array, want boolean or number"),
+        ("services.NAME.settings.NULL", None, f"at '/services/{FIRST}/settings/NULL': got null, want boolean or number"),
+        ("services.NAME.tlsSecret", "My Secret", "does not match pattern"),
     ],
     ids=lambda value: value if isinstance(value, str) and re.fullmatch(r"[\w.]+", value) else "",
 )
@@ -191,7 +218,7 @@ VARIANTS = {
 
 
 def test_each_variant_of_kustomize_is_compared() -> None:
-    # The variant `dev` needs the sources, which a chart does not have. README.md says that OpenShift needs the manifests.
+    # The variant `dev` needs the sources, which a chart does not have. The plugin of the README makes `production-openshift`.
     assert {path.stem for path in RENDERED.iterdir()} - {"dev", "production-openshift"} == VARIANTS.keys()
 
 
@@ -201,6 +228,22 @@ def test_chart_has_the_objects_of_the_variant_except_the_namespace(variant: str)
     expected = objects((RENDERED / f"{variant}.yaml").read_text())
     assert expected.pop(f"Namespace/{project()}")
     assert template(*VARIANTS[variant]) == expected
+
+
+@with_helm
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl renders the component")
+def test_plugin_of_the_readme_adds_a_component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```sh\n(mkdir [^`]+?)helm install", (CHART / "README.md").read_text())
+    components = os.path.relpath(ROOT / "manifests" / "components", tmp_path / "changes")
+    block, replaced = re.subn(r'"https://\S+//manifests/components/(\w+)\?ref=v[\w.]+"', rf"{components}/\1", block)
+    assert replaced == 1
+    monkeypatch.setenv("HELM_DATA_HOME", str(tmp_path / "data"))
+    script = f'helm() {{ "{program()}" "$@"; }}\n{block}'
+    subprocess.run(["sh", "-ec", script], cwd=tmp_path, check=True, timeout=60)
+    expected = objects((RENDERED / "production-openshift.yaml").read_text())
+    expected.pop(f"Namespace/{project()}")
+    assert template("--post-renderer=changes") == expected
+    assert template() != expected  # the control
 
 
 @with_helm
@@ -245,6 +288,41 @@ def test_hooks_are_passwords_the_smoke_test_and_a_word_about_the_volumes() -> No
 def test_objects_get_the_namespace_of_the_release() -> None:
     text = helm("template", "it", str(CHART), "--namespace=another", "--set=monitoring.enabled=true,store.kind=replicated").stdout
     assert {it["metadata"]["namespace"] for it in objects(text).values()} == {"another"}
+
+
+@with_helm
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *itertools.product(["registry"], ["localhost:5000", "[fd00::5]:5000/team/", "192.0.2.1/a/b"]),
+        *itertools.product(["services.NAME.image", "store.image"], ["it:1.0", f"example.org:5000/a/it:1@sha256:{'1' * 64}"]),
+        *itertools.product(["services.NAME.host"], ["*.example.org", "one-2"]),
+        *itertools.product(["store.host"], ["redis_1", "192.0.2.1", "2001:db8::1"]),
+        *itertools.product(["store.cidr"], ["198.51.100.1/32", "0.0.0.0/0", "2001:db8::/128"]),
+    ],
+)
+def test_unusual_value_is_used_as_it_is(path: str, value: str, tmp_path: Path) -> None:
+    others = STORES["-redis-outside"] if path in ("store.host", "store.cidr") else []
+    file = values_file(tmp_path, path, value)
+    arguments = [re.sub(rf",{path}=[^,]*", "", argument) for argument in others]  # an argument would hide the value of the file
+    assert value.strip("/") in helm("template", "it", str(CHART), *arguments, file).stdout
+
+
+@with_helm
+def test_annotations_of_the_manifests_stay(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(CHART, tmp_path / "chart"))
+    single = copy / "manifests" / "single.yaml"
+    found = [*yaml.safe_load_all(single.read_text())]
+    for it in found:
+        it["metadata"]["annotations"] = {"mine": "1"}
+        if it["kind"] == "Deployment":
+            it["spec"]["template"]["metadata"]["annotations"] = {"mine": "1"}
+    single.write_text("\n---\n".join(yaml.safe_dump(it) for it in found))
+    values = ["--set=ingress.annotations.theirs=two", f"--set=services.{FIRST}.settings.A=2"]
+    made = objects(helm("template", "it", str(copy), *values).stdout)
+    assert made[f"Ingress/{FIRST}"]["metadata"]["annotations"] == {"mine": "1", "theirs": "two"}
+    annotations = made[f"Deployment/{FIRST}"]["spec"]["template"]["metadata"]["annotations"]
+    assert annotations.keys() == {"mine", "checksum/settings"}
 
 
 @with_helm

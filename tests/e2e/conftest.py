@@ -1,5 +1,6 @@
 """These fixtures give tests the deployment of `make deploy` on the cluster, other namespaces, and a second service."""
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,13 @@ import pytest
 
 from nanoservice.testing.waiting import wait_for
 from tests.support import ROOT
-from tests.support.cluster import Deployed, Namespace, deployed, namespace, run
+from tests.support.cluster import KUBECTL, Deployed, Namespace, deployed, namespace, run
+
+# a folder, or the beginning of a URL
+CRDS = os.environ.get("CRDS") or (
+    "https://raw.githubusercontent.com/prometheus-operator/prometheus-operator/v0.93.0/example/prometheus-operator-crd"
+)
+KINDS = "podmonitors", "prometheusrules"
 
 
 @pytest.fixture
@@ -57,3 +64,18 @@ def monitoring() -> Iterator[Namespace]:
             one.kubectl("delete", "pod", "client", "prometheus", "--ignore-not-found")
         else:
             one.delete()
+
+
+@pytest.fixture
+def custom_resources() -> Iterator[None]:
+    """Add the custom resources that monitoring needs. After the test, delete those that the cluster did not have before."""
+    there = run(KUBECTL, "get", "customresourcedefinitions", "--output=name")
+    missing = [f"{kind}.monitoring.coreos.com" for kind in KINDS if f"{kind}.monitoring.coreos.com" not in there]
+    try:
+        for name in missing:
+            run(KUBECTL, "create", f"--filename={CRDS}/monitoring.coreos.com_{name.partition('.')[0]}.yaml")
+            run(KUBECTL, "wait", "--for=condition=Established", f"customresourcedefinition/{name}", "--timeout=30s")
+        yield
+    finally:
+        for name in missing:
+            run(KUBECTL, "delete", "customresourcedefinition", name, "--ignore-not-found")

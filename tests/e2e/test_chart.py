@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
 
 from nanoservice.testing.waiting import wait_for
+from tests.e2e.test_variants import redis_outside, renew_certificate, set_password
 from tests.support import ROOT
 from tests.support.cluster import KUBECTL, Deployed, Namespace, compose, deployed, namespace, run
 from tests.support.helm import helm
@@ -71,6 +73,9 @@ async def test_upgrade_and_rollback_fail_no_request(empty: Namespace, cluster: D
         # A setting is in the same ConfigMap, so only the checksum replaces the pods.
         await step(helm_in, empty, "upgrade", str(CHART), *values, "--set=services.hitcounter.settings.LANES=2")
         revisions.append(await step(config, empty))
+        # A rollback must not bring back the passwords of its revision, which Redis no longer accepts.
+        await step(empty.make, "secret-rotate")
+        rotated = await step(empty.get, "secret", "redis-users")
         await step(helm_in, empty, "rollback", "1", "--wait")
         revisions.append(await step(config, empty))
     print(f"\n{load.statuses()}")
@@ -79,7 +84,7 @@ async def test_upgrade_and_rollback_fail_no_request(empty: Namespace, cluster: D
     assert [one.get("LANES") for one in revisions] == ["3", None, "2", "3"]
     after = await step(empty.get, "secret", "redis-users")
     assert after["metadata"]["uid"] == passwords["metadata"]["uid"]
-    assert after["data"] == passwords["data"]
+    assert after["data"] == rotated["data"] != passwords["data"]
 
 
 def config(one: Namespace) -> dict[str, str]:
@@ -91,17 +96,48 @@ def config(one: Namespace) -> dict[str, str]:
     return dict(found[0])
 
 
-def test_installed_objects_are_those_of_kustomize(empty: Namespace, cluster: Deployed) -> None:
-    text = compose(cluster, empty, "resources: [../production]")
-    text = re.sub(r"registry\.example\.com/hitcounter@sha256:0{64}", cluster.image, text)
-    assert text.count(f"image: {cluster.image}\n") == 1
+def production(one: Namespace, *components: str) -> str:
+    """Return the objects of the variant `production` with `components`, for a namespace and with the images of this run.
+
+    Give the namespace the labels of this variant, because the chart does not.
+    """
+    folders = ", ".join(f"../components/{name}" for name in components)
+    text = compose(deployed(), one, f"resources: [../production]\ncomponents: [{folders}]")
+    text = re.sub(r"registry\.example\.com/hitcounter@sha256:0{64}", deployed().image, text)
+    assert text.count(f"image: {deployed().image}\n") == 1
     (labels,) = (it["metadata"]["labels"] for it in yaml.safe_load_all(text) if it["kind"] == "Namespace")
-    run(KUBECTL, "label", "--overwrite", "namespace", empty.name, *(f"{key}={value}" for key, value in labels.items()))
-    empty.make("secret")
-    helm_in(empty, "install", str(CHART), *images(), "--set=passwords.create=false", "--wait")
-    assert empty.kubectl("diff", "--filename=-", input=text) == ""
+    run(KUBECTL, "label", "--overwrite", "namespace", one.name, *(f"{key}={value}" for key, value in labels.items()))
+    return text
+
+
+def check_installation(one: Namespace, text: str, *values: str) -> None:
+    """Install the chart with `values`. Fail unless the service counts, and the objects are those of `text`."""
+    helm_in(one, "install", str(CHART), *images(), "--set=passwords.create=false", *values, "--wait")
+    assert wait_for(one.answered, 60) == (1, 0)
+    assert one.kubectl("diff", "--filename=-", input=text) == ""
     with pytest.raises(AssertionError, match="-  progressDeadlineSeconds: 120"):  # the control
-        empty.kubectl("diff", "--filename=-", input=text.replace("progressDeadlineSeconds: 120", "progressDeadlineSeconds: 121"))
+        one.kubectl("diff", "--filename=-", input=text.replace("progressDeadlineSeconds: 120", "progressDeadlineSeconds: 121"))
+
+
+def test_installed_objects_are_those_of_kustomize(empty: Namespace) -> None:
+    empty.make("secret")
+    check_installation(empty, production(empty))
+
+
+@pytest.mark.usefixtures("custom_resources")
+def test_installed_objects_with_tls_and_monitoring_are_those_of_kustomize(empty: Namespace) -> None:
+    empty.make("secret")
+    renew_certificate(empty, trustme.CA())
+    text = production(empty, "redis-tls", "monitoring")
+    check_installation(empty, text, "--set=store.tls=true,monitoring.enabled=true")
+
+
+def test_installed_objects_with_a_redis_outside_are_those_of_kustomize(empty: Namespace, cluster: Deployed) -> None:
+    with redis_outside(cluster) as (address, password):
+        set_password(empty, password)
+        text = production(empty, "redis-outside").replace('REDIS_TLS: "true"', 'REDIS_TLS: "false"')
+        text = text.replace("redis.example.com", address).replace("192.0.2.0/24", f"{address}/32")
+        check_installation(empty, text, f"--set=store.kind=outside,store.host={address},store.cidr={address}/32")
 
 
 def test_smoke_test_counts_and_uninstall_keeps_the_data_and_says_so(empty: Namespace) -> None:
@@ -120,12 +156,21 @@ def test_smoke_test_counts_and_uninstall_keeps_the_data_and_says_so(empty: Names
     assert empty.counts() == (hits + 1, posts)
 
 
-def test_smoke_test_fails_without_redis(empty: Namespace) -> None:
-    helm_in(empty, "install", str(CHART), *images(), "--set=expose=none,autoscaling=false", "--wait")
+def test_smoke_test_fails_without_redis_until_a_forced_upgrade(empty: Namespace) -> None:
+    values = [*images(), "--set=expose=none,autoscaling=false", "--wait"]
+    helm_in(empty, "install", str(CHART), *values)
     empty.kubectl("scale", "statefulset/redis", "--replicas=0")
     empty.kubectl("wait", "--for=delete", "pod/redis-0", "--timeout=60s")
     with pytest.raises(AssertionError, match="HTTP Error 503"):
         helm_in(empty, "test")
+    # The option replaces what kubectl has changed. Without the option, an upgrade and a rollback stop there.
+    empty.kubectl("set", "resources", "deployment/hitcounter", "--limits=memory=300Mi")
+    for command, *arguments in ["upgrade", str(CHART), *values], ["rollback", "1"]:
+        with pytest.raises(AssertionError, match=r'conflict with "kubectl-set".*\.resources\.limits\.memory'):
+            helm_in(empty, command, *arguments)
+    helm_in(empty, "upgrade", str(CHART), *values, "--force-conflicts")
+    assert "300Mi" not in json.dumps(empty.get("deployment", "hitcounter")["spec"])
+    assert re.search("Phase: +Succeeded", helm_in(empty, "test"))
 
 
 def test_chart_takes_over_what_make_deploy_made(cluster: Deployed) -> None:

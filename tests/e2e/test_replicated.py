@@ -18,6 +18,7 @@ import trustme
 
 from nanoservice.testing.waiting import wait_for
 from tests.e2e.test_changes import scale
+from tests.e2e.test_chart import CHART, check_installation, helm_in, images, production
 from tests.e2e.test_crashes import REDIS, blows
 from tests.support.cluster import KUBECTL, Deployed, Namespace, compose, deployed, install, run
 from tests.support.nodes import (
@@ -304,6 +305,25 @@ def test_tls_component_encrypts_replication_and_survives_a_hand_over(replicated:
         script = 'timeout 3 valkey-cli -h redis-1 -p "$1" PING 2>&1 || true'
         said = other.kubectl("exec", "redis-0", "--container=redis", "--", "sh", "-c", script, "sh", port)
         assert not re.search("NOAUTH|PONG", said)  # without TLS, no server and no Sentinel answers
+
+
+def test_chart_installs_three_servers_with_the_objects_of_kustomize(other: Namespace) -> None:
+    other.make("secret")
+    check_installation(other, production(other, "redis-replicated"), "--set=store.kind=replicated")
+    assert len(set(nodes_of(other.pods(REDIS)))) == 3
+
+
+@pytest.mark.slow
+def test_chart_moves_from_one_server_to_three(other: Namespace) -> None:
+    """The test follows the steps in chart/README.md."""
+    helm_in(other, "install", str(CHART), *images(), "--wait")
+    assert wait_for(other.answered, 60) == (1, 0)
+    helm_in(other, "upgrade", str(CHART), *images(), "--set=store.kind=replicated")
+    other.kubectl("delete", "pod", "redis-0")
+    for what in "statefulset/redis", "deployment/hitcounter":
+        other.await_rollout(what)
+    assert wait_for(other.answered, 60) == (2, 0)
+    assert other.kubectl("diff", "--filename=-", input=production(other, "redis-replicated")) == ""
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import json
 import shutil
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -102,7 +104,10 @@ def test_second_service_is_one_file(cluster: Deployed, other: Namespace) -> None
             assert f"{kind}/{one} created" in said
 
 
-def test_redis_outside_is_used_and_no_other_address_is_allowed(cluster: Deployed, other: Namespace) -> None:
+@contextmanager
+def redis_outside(cluster: Deployed) -> Iterator[tuple[str, str]]:
+    """Run a Redis without TLS in a namespace of its own. Yield its address, and the password of its user `hitcounter`."""
+    password = "of-the-provider"
     with namespace("outside") as outside:
         pod = {
             "apiVersion": "v1",
@@ -117,7 +122,7 @@ def test_redis_outside_is_used_and_no_other_address_is_allowed(cluster: Deployed
                         "name": "redis",
                         "image": cluster.valkey,
                         "command": ["valkey-server", "--protected-mode", "no", "--dir", "/tmp"],
-                        "args": ["--user", "hitcounter", "on", ">of-the-provider", "~*", "+@all"],
+                        "args": ["--user", "hitcounter", "on", f">{password}", "~*", "+@all"],
                         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
                     }
                 ],
@@ -125,10 +130,18 @@ def test_redis_outside_is_used_and_no_other_address_is_allowed(cluster: Deployed
         }
         outside.apply(json.dumps(pod))
         outside.kubectl("wait", "--for=condition=Ready", "pod/redis-0", "--timeout=60s")
-        address = outside.get("pod", "redis-0")["status"]["podIP"]
+        yield outside.get("pod", "redis-0")["status"]["podIP"], password
 
-        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hitcounter-redis"}, "stringData": {}}
-        other.apply(json.dumps(secret | {"stringData": {"password": "of-the-provider"}}))
+
+def set_password(namespace: Namespace, password: str) -> None:
+    """Write the password of a Redis outside into the secret that the service reads."""
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hitcounter-redis"}}
+    namespace.apply(json.dumps(secret | {"stringData": {"password": password}}))
+
+
+def test_redis_outside_is_used_and_no_other_address_is_allowed(cluster: Deployed, other: Namespace) -> None:
+    with redis_outside(cluster) as (address, password):
+        set_password(other, password)
         text = compose(
             cluster,
             other,
