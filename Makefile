@@ -315,7 +315,7 @@ $(DEBIAN)/bundle/done: scripts/debian.sh
 test-bundle: $(VENV)/installed $(DEBIAN)/bundle/done ## run the tests of the bundle, with the registry REGISTRY; some need root
 	@sh scripts/engines.sh >/dev/null
 	@$(HAS_WHEELS)
-	@BUNDLE_TOOLS=$(abspath $(DEBIAN)/bundle/bin) $(PYTEST_SLOW) -m bundle tests/delivery
+	@BUNDLE_TOOLS=$(abspath $(DEBIAN)/bundle/bin) $(PYTEST_SLOW) -n 2 --dist loadfile -m bundle tests/delivery
 
 test-publish: $(VENV)/installed ## run the tests that publish into the registry REGISTRY, on the first engine that is found
 	@[ "$$REGISTRY" ] \

@@ -156,7 +156,7 @@ push() { # REGISTRY [python | docker]
   python=${PYTHON:-python3}
   tool=${2:-}
   if [ ! "$tool" ]; then
-    if has "$python"; then tool=python; else tool=docker; fi
+    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then tool=python; else tool=docker; fi
   fi
   for layout in $(layouts); do
     case $tool in
@@ -266,7 +266,7 @@ deploy() { # [REGISTRY], for the chosen variant
 
 show_diff() { # show what would change; the exit status is that of kubectl: 0 if nothing would change, or 1
   if [ "$variant" = chart ]; then
-    run_helm template | k diff --server-side --force-conflicts --filename=-
+    run_helm template --no-hooks | k diff --server-side --force-conflicts --filename=-
   else
     write_manifests
     k diff --server-side --force-conflicts --kustomize="$work"

@@ -22,7 +22,9 @@ from tests.support.traffic import counts, reachable, step, traffic
 pytestmark = pytest.mark.cluster
 
 PORT = 30181  # `make deploy` uses the service's own port of the node
-HIGHER = "99.0.0"
+# Each run has another higher version, and so another image. The kubelet remembers which images it has pulled, and pulls such an
+# image again if a pod names it differently, even if it was loaded under that name.
+HIGHER = f"99.0.{secrets.randbelow(10**6)}"
 NOWHERE = f"nowhere.example.com/not-{RUN}"  # no registry has images under this name
 REGISTRY = f"{os.environ.get('REGISTRY', '').strip()}/{RUN}"
 
@@ -103,6 +105,30 @@ def pulls(namespace: Namespace) -> dict[str, list[str]]:
     return found
 
 
+def test_chart_and_images_that_were_loaded_need_no_registry(empty: Namespace, tmp_path: Path, bundles: list[Bundle]) -> None:
+    if not shutil.which("ctr"):
+        pytest.skip("only on a node can images be loaded into the node's containerd")
+    _, higher = bundles
+    image = f"{NOWHERE}/hitcounter@{higher.digest}"
+    with namespace("pull", "privileged") as other:  # the control: before the images are loaded, no node can get them
+        other.kubectl("run", "pull", f"--image={image}")
+        wait_for(lambda: "Failed" in pulls(other), 60)
+    higher.installed(empty, "load", "ctr")
+    (tmp_path / "values.yaml").write_text("{expose: none, autoscaling: false}\n")
+    given: dict[str, Any] = {"VARIANT": "chart", "VALUES": str(tmp_path / "values.yaml")}
+    said = higher.installed(empty, "deploy", **given)
+    assert said == f"kubectl --namespace={empty.name} port-forward service/hitcounter 8080:80\n"
+    hits, _ = empty.counts()
+    assert image in images(empty)
+    assert "Pulling" not in pulls(empty)
+    assert all("already present on machine" in message for message in pulls(empty)["Pulled"])
+    # The namespace remembers the variant.
+    del given["VARIANT"]
+    assert higher.install(empty, "diff", **given)[0] == 0
+    higher.installed(empty, "upgrade", **given)
+    assert empty.counts()[0] == hits + 1
+
+
 async def test_upgrade_and_rollback_from_a_registry_fail_no_request(
     empty: Namespace, cluster: Deployed, bundles: list[Bundle]
 ) -> None:
@@ -139,28 +165,3 @@ async def test_upgrade_and_rollback_from_a_registry_fail_no_request(
     load.check(before, await counts(url))
     assert all(f"{REGISTRY}/" in message for messages in pulls(empty).values() for message in messages)
     assert len(pulls(empty)["Pulling"]) >= 2
-
-
-def test_chart_and_images_that_were_loaded_need_no_registry(empty: Namespace, tmp_path: Path, bundles: list[Bundle]) -> None:
-    if not shutil.which("ctr"):
-        pytest.skip("only on a node can images be loaded into the node's containerd")
-    _, higher = bundles
-    image = f"{NOWHERE}/hitcounter@{higher.digest}"
-    with namespace("pull", "privileged") as other:  # the control: before the images are loaded, no node can get them
-        other.kubectl("run", "pull", f"--image={image}")
-        wait_for(lambda: "Failed" in pulls(other), 60)
-    higher.installed(empty, "load", "ctr")
-    (tmp_path / "values.yaml").write_text("{expose: none, autoscaling: false}\n")
-    given: dict[str, Any] = {"VARIANT": "chart", "VALUES": str(tmp_path / "values.yaml")}
-    said = higher.installed(empty, "deploy", **given)
-    assert said == f"kubectl --namespace={empty.name} port-forward service/hitcounter 8080:80\n"
-    hits, _ = empty.counts()
-    assert image in images(empty)
-    assert "Pulling" not in pulls(empty)
-    assert all("already present on machine" in message for message in pulls(empty)["Pulled"])
-    # The namespace remembers the variant.
-    del given["VARIANT"]
-    assert higher.install(empty, "diff", **given)[0] == 0
-    higher.installed(empty, "upgrade", **given)
-    assert empty.counts()[0] == hits + 1
-
