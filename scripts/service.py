@@ -92,6 +92,7 @@ BEFORE_PROJECT = [
     r"/charts/",
     r"buildx (?:rm|create)(?: --\S+)* ",
     r"RUN = f\"",
+    r"(?=\S+-airgap)",
     r"^ *\"?name\"?: \"?(?=\S+\n(?:build:|  labels:\n    app.kubernetes.io/part-of|\n# |description:|  \"build\"))",
 ]
 PROJECT = f"(?m:(?P<before>{'|'.join(BEFORE_PROJECT)}))"

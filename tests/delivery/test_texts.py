@@ -123,6 +123,40 @@ def test_every_alert_leads_to_a_heading_of_the_runbook_and_is_on_the_page_about_
     assert table == [(name, links[name], rule["labels"]["severity"]) for name, rule in alerts.items()]
 
 
+AIR_GAP = ROOT / "docs" / "air-gap.md"
+INSTALL = ROOT / "scripts" / "bundle" / "install.sh"
+
+
+def test_commands_on_the_page_about_air_gaps_are_those_of_install_sh() -> None:
+    head = INSTALL.read_text().partition("\nset -eu\n")[0]
+    variables = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", head.partition("reads these variables:\n")[2]))
+    text = AIR_GAP.read_text()
+    commands = re.findall(r"((?:[A-Z_]+=(?:\"[^\"]*\"|\S+) +)*)sh install\.sh ([a-z]+)", text)
+    assert {command for _, command in commands} == set(re.findall(r"^# .*sh install\.sh (\w+)", head, re.MULTILINE))
+    assert {name for before, _ in commands for name in re.findall(r"([A-Z_]+)=", before)} <= variables
+    variants = set(re.findall(r"VARIANT=(\S+) ", text)) | set(re.findall(r"`(production-[\w-]+)`", text))
+    assert variants - {"chart"} <= {file.stem for file in (ROOT / "manifests" / "rendered").glob("*.yaml")}
+    scripts = re.findall(r"\bsh (scripts/[\w./-]+\.sh)", text)
+    assert scripts
+    assert not [name for name in scripts if not (ROOT / name).exists()]
+
+
+def test_messages_on_the_page_about_air_gaps_are_those_of_install_sh() -> None:
+    """A message is a text in backquotes: after "You see", or in the first column of the last table."""
+    text = AIR_GAP.read_text()
+    rows = re.findall(r"^\| (`.+?) \|", text.partition("\n| message |")[2].partition("\n\n")[0], re.MULTILINE)
+    seen = [line for line in text.splitlines() if re.search(r"\b[Yy]ou see .*`", line)]
+    messages = {message for line in [*rows, *seen] for message in re.findall(r"`([^`\n]+)`", line) if " " in message}
+    # These are messages of ssh-keygen and kubectl.
+    messages = {it for it in messages if not it.startswith(("Good ", "Write ", "no matches ", "partitioned "))}
+    sources = [INSTALL, INSTALL.parent / "push.py", *(ROOT / "scripts").glob("lib/*.sh"), ROOT / "scripts" / "secret-rotate.sh"]
+    code = "".join(path.read_text() for path in sources)
+    assert len(rows) > 10
+    for message in messages:
+        for part in re.split(r"\S*\.\.\.|\S*\d\S*|\(production\)", message):  # compare only the parts between names and versions
+            assert part.strip() in code, message
+
+
 async def test_metrics_of_the_runbook_are_measured(served: Served) -> None:
     content = (ROOT / "docs" / "operations.md").read_text()
     named = re.findall(r"^\| `([a-z]+_[a-z_]+)` \|", content, re.MULTILINE)
