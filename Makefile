@@ -410,7 +410,7 @@ bundle: $(VENV)/can-run ## build all images, and write dist/NAME-VERSION-airgap.
 	@$(MAKE) --no-print-directory image-multiarch sbom
 	@sh scripts/bundle.sh
 
-bundle-bases: $(VENV)/can-run ## write dist/NAME-VERSION-airgap-bases.tar, the images from which the bundle's images can be rebuilt
+bundle-bases: $(VENV)/can-run ## write dist/NAME-VERSION-airgap-bases.tar, the images that a rebuild of the bundle's images needs
 	@BASES=1 sh scripts/bundle.sh
 
 release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...

@@ -112,10 +112,12 @@ def platform_of(config: dict[str, Any]) -> str:
 
 
 def read(file: Path, default: Any) -> Any:
+    """Return the JSON content of a file, or `default` if the file does not exist."""
     return json.loads(file.read_text()) if file.exists() else default
 
 
 def write(file: Path, content: Any) -> None:
+    """Write JSON, the same bytes each time."""
     file.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -32,6 +32,7 @@ from tests.support.services import project
 pytestmark = pytest.mark.registry
 
 SBOM = f"{SERVICE}.spdx.json"
+BUNDLE = f"{project()}-{VERSION}-airgap.tar"
 
 
 def make(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -193,9 +194,10 @@ def test_manifests_of_a_release_name_the_image_by_digest() -> None:
 
 def test_files_from_an_earlier_run_are_not_in_a_release(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published().dist / "release", tmp_path / "dist" / "release"))
+    assert (folder / BUNDLE).exists()
     (folder / "left.yaml").write_text("from another time\n")
     assert make("release-files", DIST=str(tmp_path / "dist"), REGISTRIES=published().registries[0]).returncode == 0
-    assert {file.name for file in folder.iterdir()} == {file.name for file in (published().dist / "release").iterdir()}
+    assert {file.name for file in folder.iterdir()} == {file.name for file in (published().dist / "release").iterdir()} - {BUNDLE}
 
 
 def test_files_that_commands_make_are_not_in_the_repository() -> None:

@@ -65,8 +65,9 @@ class Island:
         self._folder = folder
         self._tools = tools
         self._stack = contextlib.ExitStack()
+        script = "ip link set lo up && echo up && exec sleep 900"
         self._holder = self._stack.enter_context(
-            subprocess.Popen(["unshare", "--net", "sh", "-c", "ip link set lo up && echo up && exec sleep 900"], stdout=subprocess.PIPE)
+            subprocess.Popen(["unshare", "--net", "sh", "-c", script], stdout=subprocess.PIPE)
         )
         self._stack.callback(self._holder.kill)
         assert self._holder.stdout
