@@ -80,7 +80,8 @@ UNTOUCHED = re.compile(
 # Behind one of these texts, the word is the project's name. Elsewhere, the same word is the name of a service.
 BEFORE_PROJECT = [
     r"\bnamespace(?:=\"?|: ?\"?|/| )",
-    r"NAMESPACE(?:=| \?= ?)",
+    r"NAMESPACE(?:=| \?= ?|:-)",
+    r"namespace in the cluster; the default is ",
     r"part-of(?:\"?: ?\"?|=)",
     r"--field-manager=",
     r"^module ",
