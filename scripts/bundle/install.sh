@@ -189,8 +189,8 @@ push() { # REGISTRY [python | docker]
   # The lines of other registries stay.
   { [ ! -f pushed.txt ] || awk -v registry="$registry" '{ it = $0; sub("/[^/]*$", "", it) } it != registry' pushed.txt; } >"$work/new"
   cat "$work/pushed" >>"$work/new"
-  cat "$work/new" >pushed.txt
   cat "$work/pushed"
+  cat "$work/new" >pushed.txt
 }
 
 # --- the cluster ---

@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nanoservice import __version__ as VERSION
 from tests.delivery.test_deploy_played import played
 from tests.support import ROOT
+from tests.support.bundle import copy, name_of
 from tests.support.images import scratch
 from tests.support.services import names, project
 
@@ -84,9 +86,9 @@ def bundle(tmp_path: Path) -> Path:
     return folder
 
 
-def first(folder: Path) -> dict[str, str]:
-    """Return an environment in which the programs in a folder come first."""
-    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+def first(folder: Path) -> str:
+    """Return a PATH on which the programs in a folder come first."""
+    return f"{folder}:{os.environ['PATH']}"
 
 
 def install(folder: Path, *arguments: str, cwd: Path | None = None, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -187,7 +189,7 @@ def test_change_is_refused_before_anything_is_used(bundle: Path, tmp_path: Path,
     assert install(bundle, "verify").returncode == 0  # the control
     made(bundle)
     for command in (["verify"], ["load", "docker"]):
-        ended = install(bundle, *command, **first(tmp_path))
+        ended = install(bundle, *command, PATH=first(tmp_path))
         assert ended.returncode == 1
         assert said in ended.stdout.splitlines()
     assert not Path(f"{docker}.told").exists()
@@ -208,7 +210,7 @@ def test_files_below_bases_have_checksums_of_their_own(bundle: Path) -> None:
 @pytest.mark.parametrize("tool", ["awk", "find", "sha256sum"])
 def test_check_that_cannot_run_does_not_pass(bundle: Path, tmp_path: Path, tool: str) -> None:
     played(tmp_path, tool, "echo broken >&2; exit 1")
-    ended = install(bundle, "verify", **first(tmp_path))
+    ended = install(bundle, "verify", PATH=first(tmp_path))
     assert ended.returncode == 1
     assert "broken" in ended.stdout
     assert "all files are" not in ended.stdout
@@ -279,7 +281,7 @@ def test_registry_that_is_not_the_beginning_of_an_images_name_is_refused(bundle:
     docker = played(tmp_path, "docker", "cat >/dev/null")
     commands = [["push", registry, "docker"], ["push", registry]] + ([["deploy", registry]] if registry.strip("/") else [])
     for command in commands:
-        ended = install(bundle, *command, KUBECTL=kubectl, **first(tmp_path))
+        ended = install(bundle, *command, KUBECTL=kubectl, PATH=first(tmp_path))
         assert (ended.returncode, "REGISTRY must be HOST[:PORT][/PATH]" in ended.stdout) == (1, True), ended.stdout
     assert not Path(f"{docker}.told").exists()
     assert not Path(f"{kubectl}.told").exists() or "apply" not in Path(f"{kubectl}.told").read_text()
@@ -290,10 +292,10 @@ KEEPS = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/kustomization
 ANSWERS = """case "$*" in *version*) printf '{"serverVersion": {"minor": "30"}}' ;; esac"""
 
 
-def deployed(bundle: Path, folder: Path, *arguments: str, **environ: str) -> list[dict[str, str]]:
+def deployed(bundle: Path, folder: Path, *arguments: str) -> list[dict[str, str]]:
     """Deploy on a fake cluster, and return the images of the kustomization."""
     kubectl = played(folder, "kubectl", KEEPS + ANSWERS)
-    ended = install(bundle, "deploy", *arguments, KUBECTL=kubectl, **environ)
+    ended = install(bundle, "deploy", *arguments, KUBECTL=kubectl)
     assert ended.returncode == 0, ended.stdout
     images: list[dict[str, str]] = yaml.safe_load((folder / "kubectl.yaml").read_text())["images"]
     return images
@@ -303,7 +305,7 @@ def deployed(bundle: Path, folder: Path, *arguments: str, **environ: str) -> lis
 def test_digests_of_another_registry_stay_and_are_not_used(bundle: Path, tmp_path: Path, registry: str, alike: str) -> None:
     played(tmp_path, "docker", DOCKER)
     for one in (registry, alike, registry, f"{registry}/"):
-        ended = install(bundle, "push", one, "docker", **first(tmp_path))
+        ended = install(bundle, "push", one, "docker", PATH=first(tmp_path))
         assert ended.returncode == 0, ended.stdout
     lines = (bundle / "pushed.txt").read_text().splitlines()
     assert sorted(lines) == sorted(f"{one}/{base}@sha256:{'a' * 64}" for one in (registry, alike) for base in (*names(), "v"))
@@ -322,7 +324,7 @@ def test_digests_of_another_registry_stay_and_are_not_used(bundle: Path, tmp_pat
 
 def test_push_by_docker_that_names_no_digest_is_not_taken_for_a_push(bundle: Path, tmp_path: Path) -> None:
     played(tmp_path, "docker", "case $1 in load) cat >/dev/null ;; esac")
-    ended = install(bundle, "push", "r.example", "docker", **first(tmp_path))
+    ended = install(bundle, "push", "r.example", "docker", PATH=first(tmp_path))
     assert (ended.returncode, "does not say with which digest" in ended.stdout) == (1, True)
     assert not (bundle / "pushed.txt").exists()
 
@@ -376,16 +378,21 @@ def test_difference_is_not_claimed_if_helm_fails(bundle: Path, tmp_path: Path) -
 def test_password_of_the_registry_arrives_whole_and_in_no_argument(bundle: Path, tmp_path: Path, password: str) -> None:
     keeps = 'for word; do case $word in --from-file=*/.docker*) cp -p "${word#*=}" "$0.json" ;; esac; done\n'
     kubectl = played(tmp_path, "kubectl", keeps + ANSWERS)
-    (tmp_path / "tmp").mkdir()
-    environ = {"KUBECTL": kubectl, "REGISTRY_USERNAME": "me", "REGISTRY_PASSWORD": password, "TMPDIR": str(tmp_path / "tmp")}
-    ended = install(bundle, "deploy", "r.example:5/team", **environ)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+
+    def deploy(password: str) -> "subprocess.CompletedProcess[str]":
+        environ = {"KUBECTL": kubectl, "REGISTRY_USERNAME": "me", "REGISTRY_PASSWORD": password, "TMPDIR": str(temporary)}
+        return install(bundle, "deploy", "r.example:5/team", cwd=None, **environ)
+
+    ended = deploy(password)
     assert ended.returncode == 0, ended.stdout
     written = json.loads((tmp_path / "kubectl.json").read_text())
     assert written == {"auths": {"r.example:5": {"username": "me", "password": password}}}
     assert (tmp_path / "kubectl.json").stat().st_mode & 0o777 == 0o600
     assert not password or password not in Path(f"{kubectl}.told").read_text()
-    assert not list((tmp_path / "tmp").iterdir())
-    ended = install(bundle, "deploy", "r.example:5/team", **environ | {"REGISTRY_PASSWORD": f"{password}\nx"})
+    assert not list(temporary.iterdir())
+    ended = deploy(f"{password}\nx")
     assert (ended.returncode, "has a line end" in ended.stdout) == (1, True)
 
 
@@ -405,3 +412,101 @@ def test_modes_of_the_files_do_not_change_the_archive(tmp_path: Path) -> None:
             assert {it.name.rpartition("/")[2]: it.mode for it in tar} == {"SHA256SUMS": 0o644, "script": 0o755, "text": 0o644}
         written.append(folder.with_suffix(".tar").read_bytes())
     assert len(set(written)) == 1
+
+
+class Making:
+    """A copy of the repository in which bundle.sh runs, with fake programs in place of oras, kubectl and helm."""
+
+    _ORAS = """case "$*" in
+      resolve*) cat "$0.digest" ;;
+      "manifest fetch --output"*) cp "$0.layout/blobs/sha256/$(cut -c 8- "$0.digest")" "$4" ;;
+      copy*) for word; do :; done; mkdir -p "${word%:*}"; cp -R "$0.layout/." "${word%:*}" ;;
+    esac"""
+
+    def __init__(self, folder: Path) -> None:
+        self.sources = copy(folder / "sources")
+        self.dist = folder / "dist"
+        self.wheels = folder / "wheels"
+        self.programs = folder / "programs"
+        for it in (self.dist, self.wheels, self.programs):
+            it.mkdir()
+        oras = played(self.programs, "oras", self._ORAS)
+        Path(f"{oras}.digest").write_text(image(Path(f"{oras}.layout")))
+        package = f'mkdir -p "$3" && tar -cf "$3/{project()}-{VERSION}.tgz" -C "$4" values.yaml'
+        self.environ = {
+            **os.environ,
+            "ORAS": oras,
+            "HELM": played(self.programs, "helm", package),
+            "KUBECTL": played(self.programs, "kubectl", "echo 'kind: List'"),
+            "DIST": str(self.dist),
+            "WHEELS": str(self.wheels),
+            "VENV": sys.prefix,
+            "PLATFORMS": "linux/amd64",
+            "REGISTRIES": "",
+        }
+        for name in names():
+            digest = image(self.sources / f"{name}.oci")
+            (self.sources / f"{name}.oci" / "index.json").write_text(json.dumps({"manifests": [{"digest": digest}]}))
+            (self.dist / f"{name}.spdx.json").write_text("{}")
+
+    def run(self, **environ: str) -> "subprocess.CompletedProcess[str]":
+        """Run bundle.sh, with its error output in its output."""
+        return subprocess.run(
+            ["sh", "scripts/bundle.sh"],
+            cwd=self.sources,
+            env={**self.environ, **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
+
+
+def test_bundle_has_what_git_knows_and_what_is_locked(tmp_path: Path) -> None:
+    making = Making(tmp_path)
+    for name in (".env.local", "secret.txt", "caf\u00e9.md"):
+        (making.sources / name).write_text("x")
+    subprocess.run(["git", "add", "caf\u00e9.md"], cwd=making.sources, check=True)
+    (making.wheels / "old.whl").write_text("a wheel that is in no lock")
+    (making.wheels / ".DS_Store").write_text("x")
+    (making.wheels / "new.whl").write_text("a wheel")
+    with (making.sources / "requirements.txt").open("a") as lock:
+        lock.write(f"# sha256:{hashlib.sha256(b'a wheel').hexdigest()}\n")
+    ended = making.run()
+    assert ended.returncode == 0, ended.stdout
+    file = making.dist / f"{name_of(making.sources)}.tar"
+    with tarfile.open(file) as tar:
+        inside = {it.partition("/")[2] for it in tar.getnames()}
+    assert {"source/Containerfile", "source/caf\u00e9.md", "wheels/new.whl", "install.sh", "SHA256SUMS"} <= inside
+    assert not {it for it in inside if it.endswith((".env.local", "secret.txt", "old.whl", ".DS_Store"))}
+    assert sorted(it.name for it in making.dist.iterdir()) == sorted([file.name, *(f"{name}.spdx.json" for name in names())])
+    # The bundle that is there stays if the next one cannot be made.
+    before = file.read_bytes()
+    played(making.programs, "kubectl", "exit 1")
+    assert making.run().returncode != 0
+    assert file.read_bytes() == before
+    assert sorted(it.name for it in making.dist.iterdir()) == sorted([file.name, *(f"{name}.spdx.json" for name in names())])
+
+
+def test_bundle_without_sources_is_not_made(tmp_path: Path) -> None:
+    making = Making(tmp_path)
+    said = "the bundle has the sources that git knows, and git knows none here"
+    played(making.programs, "git", "exit 127")
+    ended = making.run(PATH=first(making.programs))
+    assert (ended.returncode, said in ended.stdout) == (1, True), ended.stdout
+    shutil.rmtree(making.sources / ".git")  # as in an archive of the sources, which may also be in another repository
+    for inside in (False, True):
+        if inside:
+            subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+        ended = making.run()
+        assert (ended.returncode, said in ended.stdout) == (1, True), ended.stdout
+
+
+def test_bases_that_cannot_be_read_are_not_left_out(tmp_path: Path) -> None:
+    making = Making(tmp_path)
+    ended = making.run(BASES="1", BUILDKIT="", PYTHON_IMAGE="r.example/python:3@sha256:0", BASE_IMAGE="r.example/base:1@sha256:0")
+    assert ended.returncode == 0, ended.stdout
+    oras = played(making.programs, "oras", 'case "$*" in *base*) exit 1 ;; esac\n' + Making._ORAS)
+    assert oras == making.environ["ORAS"]
+    ended = making.run(BASES="1", BUILDKIT="", PYTHON_IMAGE="r.example/base:1@sha256:0", BASE_IMAGE="r.example/python:3@sha256:0")
+    assert (ended.returncode, "r.example/base:1@sha256:0 cannot be read" in ended.stdout) == (1, True), ended.stdout
