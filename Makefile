@@ -406,6 +406,7 @@ release-files: sbom ## write the release's files to dist/release/: manifests, ch
 	@sh scripts/release-files.sh
 
 bundle: $(VENV)/can-run ## build all images, and write dist/NAME-VERSION-airgap.tar for clusters without internet
+	@[ ! "$$SIGNING_KEY" ] || ssh-keygen -l -f "$$SIGNING_KEY" >/dev/null
 	@[ -d "$(WHEELS)" ] || $(MAKE) --no-print-directory wheels
 	@$(MAKE) --no-print-directory image-multiarch sbom
 	@sh scripts/bundle.sh

@@ -13,7 +13,6 @@ linux/amd64,linux/arm64, only these are copied, and the index gets another diges
 import hashlib
 import json
 import os
-import stat
 import sys
 import tarfile
 from pathlib import Path
@@ -144,8 +143,10 @@ def write_archive(folder: Path, name: str, file: Path) -> None:
             entry = tarfile.TarInfo(f"{name}/{path.relative_to(folder).as_posix()}")
             entry.size = path.stat().st_size
             entry.mtime = TIME
-            entry.mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644
             with path.open("rb") as content:
+                # The file's own mode depends on the file system: on a share of Windows each file is executable.
+                entry.mode = 0o755 if content.read(2) == b"#!" else 0o644
+                content.seek(0)
                 tar.addfile(entry, content)
 
 

@@ -41,17 +41,24 @@ pull() { # FOLDER NAME SOURCE: copy the image SOURCE from a registry into the OC
 default() { sed -n "s/^ARG $1=//p" Containerfile; } # ARG: print the default of an argument of the Containerfile
 
 name=$(sed -n 's/^name: //p' chart/Chart.yaml)-$version-airgap
-work=$(mktemp -d)
+# The folder is in DIST, because only within one file system a file appears whole or not at all.
+mkdir -p "$DIST"
+work=$(mktemp -d "$DIST/.bundle.XXXXXX")
 remove_work_at_exit
 root=$work/$name
 if [ "${BASES:-}" ]; then
   file=$DIST/$name-bases.tar top=$name/bases
   mkdir -p "$root"
   for image in "${PYTHON_IMAGE:-$(default PYTHON)}" "${BASE_IMAGE:-$(default BASE)}" "$BUILDKIT"; do
-    [ ! "$image" ] || echo "${image%@*}@$(pull "$root" "${image%@*}" "$image")"
+    [ "$image" ] || continue
+    digest=$(pull "$root" "${image%@*}" "$image")
+    echo "${image%@*}@$digest"
   done
 else
   file=$DIST/$name.tar top=$name
+  git -c core.quotePath=false ls-files >"$work/sources" || true
+  grep -qx Containerfile "$work/sources" \
+  || fail "the bundle has the sources that git knows, and git knows none here (see above): git init && git add --all"
   mkdir -p "$root/manifests" "$root/images" "$work/release"
   REGISTRIES=${REGISTRIES:-registry.example.com}
   RELEASE=
@@ -71,14 +78,18 @@ else
   sh "${0%/*}/manifests.sh" "$root/manifests"
   DIST=$work sh "${0%/*}/chart-package.sh"
   cp "$work"/release/*.tgz "$root"
-  cp -R "$WHEELS" "$root/wheels"
-  git ls-files | while read -r path; do
-    [ ! -f "$path" ] || { mkdir -p "$root/source/$(dirname "$path")" && cp -p "$path" "$root/source/$path"; } || exit
-  done || exit
+  mkdir "$root/wheels"
+  for wheel in "$WHEELS"/*.whl; do
+    hash=$(sha256 "$wheel" | cut -c 1-64)
+    # WHEELS may also have wheels of an older lock.
+    ! grep -qF "sha256:$hash" requirements.txt requirements-dev.txt || cp "$wheel" "$root/wheels"
+  done
+  while read -r path; do
+    [ ! -f "$path" ] || { mkdir -p "$root/source/$(dirname "$path")" && cp "$path" "$root/source/$path"; }
+  done <"$work/sources"
   cp scripts/bundle/* "$root"
 fi
 "$VENV/bin/python" scripts/bundle.py archive "$root" "$top" "$work/bundle.tar"
-mkdir -p "$DIST"
 rm -f "$file.sig"
 mv "$work/bundle.tar" "$file"
 if [ "${SIGNING_KEY:-}" ]; then

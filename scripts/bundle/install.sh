@@ -17,12 +17,14 @@
 #   VARIANT     a file of manifests/ without `.yaml`, such as production (the default) or minikube; or chart, which needs Helm
 #   VALUES      with VARIANT=chart, a file with values of the chart
 #   BUNDLE      for `verify`, the bundle's file; the default is beside this folder
-#   REGISTRY_USERNAME, REGISTRY_PASSWORD  the user of the registry, for `push`; for `deploy`, of the nodes that pull from it
+#   REGISTRY_USERNAME, REGISTRY_PASSWORD  the user of the registry, for `push` by Python (for `push` by Docker: docker login); for
+#               `deploy`, of the nodes that pull from it
 #   REGISTRY_CA  a file with the certificate of the registry's own certificate authority, for `push` by Python
 #   KUBECTL, HELM, CTR, PYTHON  the commands to use
 # source/docs/air-gap.md has all steps.
 set -eu
 unset CDPATH
+start=$PWD
 cd "$(dirname "$0")"
 folder=$PWD
 name=${folder##*/}
@@ -46,58 +48,68 @@ sums() { # FILE...: print the checksum and the name of each FILE
   if has sha256sum; then sha256sum "$@"; else shasum -a 256 "$@"; fi
 }
 
-changed() { # FOLDER PREFIX: print each file that is changed or missing, or that SHA256SUMS does not have
-  (
-    cd "$1"
-    # `push` writes pushed.txt. The folder bases/ is of another file, and has its own checksums.
-    find . ! -type d ! -path ./SHA256SUMS ! -path ./pushed.txt ! -path './bases/*' | sed 's|^\./||' >"$work/files"
-    # shellcheck disable=SC2046 # each name is an argument; no name of a bundle has a blank
-    sums $(grep -v '[[:blank:]]' "$work/files") >"$work/sums" 2>"$work/errors" || true
-    awk -v folder="$2" '
-      { name = substr($0, 67) }
-      FILENAME == ARGV[1] { wanted[name] = $1; next }
-      FILENAME == ARGV[2] { is[name] = $1; next }
-      { there[$0] }
-      END {
-        for (name in wanted) {
-          if (!(name in there)) print folder name " is missing"
-          else if (is[name] != wanted[name]) print folder name " is changed"
-        }
-        for (name in there) if (!(name in wanted)) print folder name " is not of this bundle"
-      }' SHA256SUMS "$work/sums" "$work/files" | sort
-  )
-}
-
 check_files() { # fail unless each file of the bundle is as it was made
   { has sha256sum || has shasum; } || fail "sha256sum or shasum is needed"
-  for prefix in "" bases/; do
-    part=./$prefix
-    [ -d "$part" ] || continue
-    [ -f "${part}SHA256SUMS" ] || fail "${prefix}SHA256SUMS is missing: unpack the bundle again"
-    found=$(changed "$part" "$prefix")
-    [ ! "$found" ] || { echo "$found" >&2; fail "this is not the bundle as it was made (see above): copy it again"; }
-  done
+  [ -f SHA256SUMS ] || fail "SHA256SUMS is missing beside install.sh: unpack the bundle again"
+  cp SHA256SUMS "$work/wanted"
+  # The folder bases/ is of another file, and has its own checksums.
+  if [ -d bases ]; then
+    [ -f bases/SHA256SUMS ] || fail "bases/SHA256SUMS is missing: unpack the bundle again"
+    sed 's|  |  bases/|' bases/SHA256SUMS >>"$work/wanted"
+  fi
+  # A symbolic link or a pipe in place of a file is a change. `push` writes pushed.txt.
+  find . ! -type d ! \( -type f \( -path ./SHA256SUMS -o -path ./bases/SHA256SUMS -o -path ./pushed.txt \) \) >"$work/there" \
+  || fail "not all folders can be read (see above)"
+  # Checksums are read from regular files only: a pipe would block. No name of a bundle has a blank.
+  find . -type f | grep '^\./[^[:blank:]]*$' >"$work/files"
+  # shellcheck disable=SC2046 # each name is an argument
+  (set -f; sums $(cat "$work/files")) >"$work/sums" || true
+  awk '
+    FILENAME == ARGV[1] { wanted[substr($0, 67)] = $1; next }
+    FILENAME == ARGV[2] { is[substr($0, 69)] = $1; next }
+    { name = $0; sub("^[.]/", "", name) }
+    # A name with a line end looks like two names. If both are names of the bundle, they are there twice.
+    there[name]++ == 1 { print name " is there twice" }
+    END {
+      for (name in wanted) {
+        if (!(name in there)) print name " is missing"
+        else if (is[name] != wanted[name]) print name " is changed"
+      }
+      for (name in there) if (!(name in wanted)) print name " is not of this bundle"
+    }' "$work/wanted" "$work/sums" "$work/there" >"$work/found" || fail "the files cannot be checked (see above)"
+  [ ! -s "$work/found" ] || {
+    sort "$work/found" >&2
+    fail "this is not the bundle as it was made (see above): unpack it again into a new folder"
+  }
 }
 
-fingerprint() { # KEY: print the fingerprint of a public key, or KEY itself if it is a fingerprint
+fingerprints() { # KEY: print the fingerprints of the public keys in a file, or KEY itself if it is a fingerprint
   case $1 in SHA256:*) echo "$1"; return ;; esac
-  [ -f "$1" ] || fail "$1 is neither a file nor a fingerprint (SHA256:...)"
-  ssh-keygen -l -f "$1" | cut -d ' ' -f 2
+  key=$1
+  [ -f "$key" ] || key=$start/$1
+  [ -f "$key" ] || fail "$1 is neither a file nor a fingerprint (SHA256:...)"
+  ssh-keygen -l -f "$key" >"$work/keys" || fail "$1 has no public key (see above)"
+  cut -d ' ' -f 2 "$work/keys"
 }
 
 check_signature() { # KEY FILE: fail unless FILE is signed by KEY, and the bundle in this folder is from FILE
   [ -f "$2" ] || fail "$2 is missing: copy it beside this folder, or name it: BUNDLE=..."
   [ -f "$2.sig" ] || fail "$2.sig, the signature, is missing: copy it beside $2"
-  wanted=$(fingerprint "$1")
+  wanted=$(fingerprints "$1") || exit
   said=$(ssh-keygen -Y check-novalidate -n file -s "$2.sig" <"$2" 2>&1) || fail "$2 is not the file that was signed: $said"
-  [ "${said##* }" = "$wanted" ] || fail "$2 is signed by another key: $said, and not by $wanted"
+  # The message ends with the fingerprint.
+  is=${said##* }
+  echo "$wanted" | grep -qxF -e "$is" || fail "$2 is signed by another key: $said, and not by $wanted"
   tar -xOf "$2" "$name/$3" | cmp -s - "$3" || fail "this folder is not from $2: unpack that file again"
-  echo "$2 is signed by $wanted"
+  echo "$2 is signed by $is"
 }
 
 verify() { # [KEY]
+  # An empty KEY can be a variable that is not set: sh install.sh verify "$KEY".
+  [ $# = 0 ] || [ "$1" ] || usage
   check_files
   echo "all files are as the bundle's checksums say"
+  [ ! -f pushed.txt ] || echo "pushed.txt was not checked: it has the digests of the images that \`push\` pushed"
   bundle=${BUNDLE:-../$name.tar}
   if [ "${1:-}" ] && has ssh-keygen; then
     check_signature "$1" "$bundle" SHA256SUMS
@@ -147,12 +159,21 @@ push_by_docker() { # LAYOUT REGISTRY: load the images into Docker, push them, an
     there=$2/${image##*/}
     docker tag "$image" "$there" && docker push "$there" >"$work/said" || { cat "$work/said" >&2; exit 1; }
     # Docker's classic image store packs the layers again, and pushes only one platform. So the digest is another one.
-    echo "${there%:*}@$(sed -n 's/.* digest: \(sha256:[0-9a-f]*\) .*/\1/p' "$work/said")"
+    digest=$(sed -n 's/.* digest: \(sha256:[0-9a-f]*\) .*/\1/p' "$work/said")
+    [ "$digest" ] || fail "docker does not say with which digest $there arrived"
+    echo "${there%:*}@$digest"
   done
+}
+
+check_registry() { # REGISTRY: fail unless REGISTRY can be the beginning of an image's name
+  printf %s "$1" | tr '\n' ' ' \
+  | grep -Eqx '([0-9A-Za-z_][0-9A-Za-z_.-]*|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?(/[a-z0-9._/-]*[a-z0-9])?' \
+  || fail "REGISTRY must be HOST[:PORT][/PATH], with PATH in lower case, without https:// and without a password"
 }
 
 push() { # REGISTRY [python | docker]
   registry=${1%/}
+  check_registry "$registry"
   python=${PYTHON:-python3}
   tool=${2:-}
   if [ ! "$tool" ]; then
@@ -165,9 +186,11 @@ push() { # REGISTRY [python | docker]
       *) usage ;;
     esac >>"$work/pushed" || fail "the images are not all in $registry (see above); run this again"
   done
-  { [ ! -f pushed.txt ] || grep -v "^$registry/[^/]*\$" pushed.txt || true; cat "$work/pushed"; } >"$work/new"
-  cat "$work/new" >pushed.txt
+  # The lines of other registries stay.
+  { [ ! -f pushed.txt ] || awk -v registry="$registry" '{ it = $0; sub("/[^/]*$", "", it) } it != registry' pushed.txt; } >"$work/new"
+  cat "$work/pushed" >>"$work/new"
   cat "$work/pushed"
+  cat "$work/new" >pushed.txt
 }
 
 # --- the cluster ---
@@ -176,8 +199,10 @@ image_in() { # REGISTRY IMAGE: print the name of IMAGE (NAME@DIGEST) in REGISTRY
   base=${2%@*}
   there=$1/${base##*/}
   # The line in pushed.txt, if there is one, has the digest with which the image arrived there.
-  line=$(grep "^$there@sha256:[0-9a-f]*\$" pushed.txt 2>/dev/null) || line=$there@${2#*@}
-  echo "$line"
+  digest=
+  [ ! -f pushed.txt ] || digest=$(awk -F @ -v there="$there" '
+    NF == 2 && $1 == there && length($2) == 71 && $2 ~ /^sha256:[0-9a-f]+$/ { print $2; exit }' pushed.txt)
+  echo "$there@${digest:-${2#*@}}"
 }
 
 use_source() { # prepare the functions that the scripts of the repository share, for the cluster
@@ -203,8 +228,9 @@ choose() { # COMMAND [REGISTRY]: set variant and registry, from the arguments or
   variant=${VARIANT:-${4:-production}}
   registry=${2:-${5:-}}
   registry=${registry%/}
-  [ "$variant" = chart ] || [ -f "$folder/manifests/$variant.yaml" ] \
-  || fail "VARIANT=$variant: the variants are chart $(cd "$folder/manifests" && ls | sed 's/\.yaml$//' | paste -s -d ' ' -)"
+  [ ! "$registry" ] || check_registry "$registry"
+  variants="chart $(cd "$folder/manifests" && ls | sed 's/\.yaml$//' | paste -s -d ' ' -)"
+  case " $variants " in *" $variant "*) ;; *) fail "VARIANT=$variant: the variants are $variants" ;; esac
 }
 
 images() { # print each image in a line: NAME-IN-THE-MANIFESTS NAME@DIGEST
@@ -214,10 +240,13 @@ images() { # print each image in a line: NAME-IN-THE-MANIFESTS NAME@DIGEST
   done <"$folder/images.txt"
 }
 
-write_manifests() { # write a kustomization of the chosen variant into the folder `work`
-  cp "$folder/manifests/$variant.yaml" "$work"
+write_manifests() { # write a kustomization of the chosen variant into the folder work/deploy
+  mkdir "$work/deploy"
+  cp "$folder/manifests/$variant.yaml" "$work/deploy"
+  # Kustomize accepts components only by relative path.
+  cp -R manifests/components "$work"
   images | sed 's/\(.*\) \(.*\)@\(.*\)/  - {name: "\1", newName: "\2", digest: "\3"}/' >"$work/images"
-  kustomization "$variant.yaml" <"$work/images" >"$work/kustomization.yaml"
+  kustomization "$variant.yaml" <"$work/images" >"$work/deploy/kustomization.yaml"
 }
 
 run_helm() { # COMMAND...: run Helm with the bundle's chart and the chosen images
@@ -232,6 +261,9 @@ run_helm() { # COMMAND...: run Helm with the bundle's chart and the chosen image
 }
 
 pull_secret() { # let the pods pull with REGISTRY_USERNAME and REGISTRY_PASSWORD
+  case $REGISTRY_USERNAME${REGISTRY_PASSWORD:-} in
+    *[[:cntrl:]]*) fail "REGISTRY_USERNAME or REGISTRY_PASSWORD has a line end or another control character" ;;
+  esac
   escape='s/[\\"]/\\&/g'
   user=$(printf %s "$REGISTRY_USERNAME" | sed "$escape") password=$(printf %s "${REGISTRY_PASSWORD:-}" | sed "$escape")
   # A file has the password, because `ps` shows every command line to every user.
@@ -256,7 +288,7 @@ deploy() { # [REGISTRY], for the chosen variant
   else
     sh scripts/secret.sh >&2
     write_manifests
-    k apply --server-side --force-conflicts --kustomize="$work" >&2
+    k apply --server-side --force-conflicts --kustomize="$work/deploy" >&2
   fi
   for it in $(k get statefulsets,deployments --selector=app.kubernetes.io/part-of=hitcounter --output=name); do wait_for "$it"; done
   k annotate namespace "$NAMESPACE" --overwrite installed-bundle="$version $variant${registry:+ $registry}" >&2
@@ -266,15 +298,22 @@ deploy() { # [REGISTRY], for the chosen variant
 
 show_diff() { # show what would change; the exit status is that of kubectl: 0 if nothing would change, or 1
   if [ "$variant" = chart ]; then
-    run_helm template --no-hooks | k diff --server-side --force-conflicts --filename=-
+    run_helm template --no-hooks >"$work/rendered" || fail "Helm does not succeed (see above)"
+    k diff --server-side --force-conflicts --filename="$work/rendered"
   else
     write_manifests
-    k diff --server-side --force-conflicts --kustomize="$work"
+    k diff --server-side --force-conflicts --kustomize="$work/deploy"
   fi
 }
 
 # --- the commands ---
 
+# The script runs in its own folder, and its user perhaps not. So make the user's paths absolute, except commands on PATH.
+for variable in BUNDLE VALUES REGISTRY_CA KUBECTL HELM PYTHON; do
+  eval "path=\${$variable:-}"
+  case $variable:$path in *: | *:/* | KUBECTL:"${path#*/}" | HELM:"${path#*/}" | PYTHON:"${path#*/}") continue ;; esac
+  eval "$variable=\$start/\$path"
+done
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 trap 'exit 129' HUP
@@ -288,9 +327,6 @@ case "$command:$#" in
   push:[12]) check_files; push "$@" ;;
   deploy:[01] | upgrade:[01] | diff:[01])
     check_files
-    rm -rf "$work"
-    # Kustomize accepts components only by relative path, so this folder is beside them.
-    work=$(mktemp -d "$folder/source/manifests/.deploy.XXXXXX")
     use_source
     choose "$command" "$@"
     case $command in

@@ -2,6 +2,9 @@
 # The functions read KUBECTL, NAMESPACE, REGISTRY and SKAFFOLD_KUBE_CONTEXT. Skaffold sets SKAFFOLD_KUBE_CONTEXT if Skaffold uses
 # another cluster than kubectl's current cluster.
 
+case ${NAMESPACE:-} in
+  *[!a-z0-9-]*) fail "NAMESPACE=$NAMESPACE: a namespace has only lower-case letters, digits and hyphens" ;;
+esac
 export KUBECTL_KUBERC=false # kubectl would take options from the user's kuberc, such as a confirmation of each `kubectl delete`
 command -v "${KUBECTL:=kubectl}" >/dev/null || fail "kubectl is needed: https://kubernetes.io/docs/tasks/tools/"
 
