@@ -3,8 +3,8 @@
 Usage: bundle.py image IMAGES NAME LAYOUT DIGEST PLATFORMS
        bundle.py archive FOLDER NAME FILE
 
-`image` copies the image DIGEST of the OCI layout LAYOUT into the OCI layout IMAGES, under the name NAME, such as
-registry.example.com/hitcounter:0.1.0, and prints its digest. If the image is an index with more platforms than PLATFORMS, such as
+`image` copies the image DIGEST of the OCI layout LAYOUT into the OCI layout IMAGES, and prints its digest. NAME is its name, such
+as registry.example.com/service:0.1.0. If the image is an index with more platforms than PLATFORMS, such as
 linux/amd64,linux/arm64, only these are copied, and the index gets another digest.
 
 `archive` writes FOLDER/SHA256SUMS, and then FILE, a tar archive in which FOLDER is called NAME.

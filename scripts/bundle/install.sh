@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install this bundle on a cluster without internet. Each command can be run again. Each command first checks the files.
 # Usage: sh install.sh verify [KEY]
-#          check all files, and with KEY also who signed the bundle. KEY is the file of a public key, or a fingerprint (SHA256:...).
+#          check all files, and with KEY also who signed the bundle; KEY is the file of a public key or a fingerprint (SHA256:...)
 #        sh install.sh load [docker | ctr]
 #          load the images into Docker or containerd of this machine, for example on each node of the cluster
 #        sh install.sh push REGISTRY [python | docker]
@@ -186,8 +186,9 @@ push() { # REGISTRY [python | docker]
       *) usage ;;
     esac >>"$work/pushed" || fail "the images are not all in $registry (see above); run this again"
   done
+  touch pushed.txt
   # The lines of other registries stay.
-  { [ ! -f pushed.txt ] || awk -v registry="$registry" '{ it = $0; sub("/[^/]*$", "", it) } it != registry' pushed.txt; } >"$work/new"
+  awk -v registry="$registry" '{ it = $0; sub("/[^/]*$", "", it) } it != registry' pushed.txt >"$work/new"
   cat "$work/pushed" >>"$work/new"
   cat "$work/pushed"
   cat "$work/new" >pushed.txt
@@ -236,7 +237,9 @@ choose() { # COMMAND [REGISTRY]: set variant and registry, from the arguments or
 images() { # print each image in a line: NAME-IN-THE-MANIFESTS NAME@DIGEST
   while read -r line; do
     image=${line#*=}
-    if [ "$registry" ]; then echo "${image%@*} $(cd "$folder" && image_in "$registry" "$image")"; else echo "${image%@*} $image"; fi
+    there=$image
+    [ ! "$registry" ] || there=$(cd "$folder" && image_in "$registry" "$image")
+    echo "${image%@*} $there"
   done <"$folder/images.txt"
 }
 
@@ -290,7 +293,11 @@ deploy() { # [REGISTRY], for the chosen variant
     write_manifests
     k apply --server-side --force-conflicts --kustomize="$work/deploy" >&2
   fi
-  for it in $(k get statefulsets,deployments --selector=app.kubernetes.io/part-of=hitcounter --output=name); do wait_for "$it"; done
+  workloads=$(k get statefulsets,deployments --selector=app.kubernetes.io/part-of=hitcounter --output=name)
+  for it in $workloads; do
+    (wait_for "$it") || fail "the pods that were ready before still run." \
+      "To go back, run \`sh install.sh upgrade\` in the folder of the bundle that was deployed before"
+  done
   k annotate namespace "$NAMESPACE" --overwrite installed-bundle="$version $variant${registry:+ $registry}" >&2
   # shellcheck disable=SC2046 # each service is an argument
   print_urls $(services)

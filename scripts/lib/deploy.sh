@@ -1,4 +1,5 @@
-# This file has functions that deploy rendered or unrendered manifests. A script sources it after lib/cluster.sh and lib/services.sh.
+# This file has functions that deploy manifests and print the services' URLs. A script sources it after lib/cluster.sh and
+# lib/services.sh.
 
 wait_for() { # KIND/NAME: wait until the pods of KIND/NAME are ready, for at most 180 s
   k rollout status "$1" --timeout=180s >&2 || {
@@ -8,14 +9,15 @@ wait_for() { # KIND/NAME: wait until the pods of KIND/NAME are ready, for at mos
   }
 }
 
-kustomization() { # RESOURCE: print a kustomization that deploys RESOURCE in this namespace. The input has the entries of `images`.
+kustomization() { # RESOURCE: print a kustomization that deploys RESOURCE in this namespace; the input has the entries of `images`
   # It adds the components that the cluster needs, and changes nothing else.
   printf '%s\n' "apiVersion: kustomize.config.k8s.io/v1beta1" "kind: Kustomization" "namespace: \"$NAMESPACE\"" \
     "resources: [$1]" "images:"
   cat
   echo "components:"
   for component in $(needed_components); do
-    echo "make: this cluster needs the component $component, which this command adds; add it to manifests/production, too" >&2
+    case $1 in *-"$component.yaml") continue ;; esac # the rendered variant has this component
+    echo "${program:-make}: this cluster needs the component $component, which this command adds; add it to manifests/production, too" >&2
     # Skaffold deploys manifests/minikube without this script, so the component may be there already.
     grep -q "^[^#]*/components/$component" manifests/minikube/kustomization.yaml \
     || echo "  - ../components/$component"

@@ -341,6 +341,18 @@ def test_deploy_writes_nothing_into_the_bundle(bundle: Path, tmp_path: Path) -> 
     assert install(bundle, "verify").returncode == 0
 
 
+@pytest.mark.parametrize(("variant", "added"), [("production", True), ("production-openshift", False)])
+def test_component_is_not_added_to_a_variant_that_has_it(bundle: Path, tmp_path: Path, variant: str, added: bool) -> None:
+    shutil.copy(bundle / "manifests" / "production.yaml", bundle / "manifests" / "production-openshift.yaml")
+    sums = (bundle / "SHA256SUMS").read_text().splitlines(keepends=True)
+    sums += [line.replace("/production.yaml", "/production-openshift.yaml") for line in sums if "/production.yaml" in line]
+    (bundle / "SHA256SUMS").write_text("".join(sums))
+    openshift = 'case "$*" in *api-versions*) echo security.openshift.io/v1 ;; esac\n'
+    kubectl = played(tmp_path, "kubectl", openshift + KEEPS + ANSWERS)
+    assert install(bundle, "deploy", KUBECTL=kubectl, VARIANT=variant).returncode == 0
+    assert ("components/openshift" in (tmp_path / "kubectl.yaml").read_text()) == added
+
+
 @pytest.mark.parametrize("variant", ["../manifests/production", "production.yaml", "", "x y"])
 def test_variant_that_does_not_exist_is_named(bundle: Path, tmp_path: Path, variant: str) -> None:
     kubectl = played(tmp_path, "kubectl", ANSWERS)
