@@ -414,6 +414,17 @@ def test_password_of_the_registry_arrives_whole_and_in_no_argument(bundle: Path,
 # --- how it is made ---
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("a b", "a blank or backslash"), ("a\\b", "a blank or backslash"), ("a" * 101, "too long")]
+)
+def test_path_that_a_bundle_cannot_have_is_named(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_text("x")
+    command = [sys.executable, "scripts/bundle.py", "archive", str(tmp_path / "in"), NAME, str(tmp_path / "out.tar")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stderr.count("\n"), said in ended.stderr) == (1, 1, True), ended.stderr
+
+
 def test_modes_of_the_files_do_not_change_the_archive(tmp_path: Path) -> None:
     written = []
     for mode in (0o600, 0o644, 0o777):
