@@ -13,6 +13,7 @@ linux/amd64,linux/arm64, only these are copied, and the index gets another diges
 import hashlib
 import json
 import os
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -132,6 +133,9 @@ def write_sums(folder: Path) -> None:
     """Write the checksum of each file of a folder into SHA256SUMS."""
     sums = folder / "SHA256SUMS"
     sums.unlink(missing_ok=True)
+    for it in files(folder):
+        if re.search(r"[\s\\]", it.relative_to(folder).as_posix()):
+            raise SystemExit(f"make: {it.relative_to(folder)}: a bundle cannot have a file with a blank or backslash in its path")
     lines = [f"{hashlib.sha256(it.read_bytes()).hexdigest()}  {it.relative_to(folder).as_posix()}\n" for it in files(folder)]
     sums.write_text("".join(lines))
 
@@ -147,7 +151,10 @@ def write_archive(folder: Path, name: str, file: Path) -> None:
                 # The file's own mode depends on the file system: on a share of Windows each file is executable.
                 entry.mode = 0o755 if content.read(2) == b"#!" else 0o644
                 content.seek(0)
-                tar.addfile(entry, content)
+                try:
+                    tar.addfile(entry, content)
+                except ValueError as error:  # the path is too long for the oldest format of tar, which every tar reads
+                    raise SystemExit(f"make: {entry.name}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@
 #        sh install.sh diff [REGISTRY]
 #          show what `deploy` or `upgrade` would change in the cluster
 # The script reads these variables:
-#   NAMESPACE   the namespace in the cluster; the default is hitcounter
+#   NAMESPACE   the namespace in the cluster; the default is the project's name
 #   VARIANT     a file of manifests/ without `.yaml`, such as production (the default) or minikube; or chart, which needs Helm
 #   VALUES      with VARIANT=chart, a file with values of the chart
 #   BUNDLE      for `verify`, the bundle's file; the default is beside this folder
@@ -138,10 +138,21 @@ stream() { # FOLDER: print the images of an OCI layout as an archive for `docker
   tar -chf - -C "$work/layout" blobs index.json oci-layout manifest.json
 }
 
+docker_answers() { # succeed if Docker answers within 30 s
+  docker version >/dev/null 2>&1 &
+  asked=$!
+  { sleep 30; kill "$asked"; } >/dev/null 2>&1 &
+  limit=$!
+  answered=0
+  wait "$asked" || answered=1
+  kill "$limit" 2>/dev/null || true
+  return $answered
+}
+
 load() { # [docker | ctr]
   tool=${1:-}
   if [ ! "$tool" ]; then
-    if docker version >/dev/null 2>&1; then tool=docker; else tool=ctr; fi
+    if docker_answers; then tool=docker; else tool=ctr; fi
   fi
   for layout in $(layouts); do
     case $tool in
@@ -207,8 +218,9 @@ image_in() { # REGISTRY IMAGE: print the name of IMAGE (NAME@DIGEST) in REGISTRY
 }
 
 use_source() { # prepare the functions that the scripts of the repository share, for the cluster
-  export KUBECTL="${KUBECTL:-kubectl}" NAMESPACE="${NAMESPACE:-hitcounter}" REGISTRY=
   cd "$folder/source"
+  project=$(sed -n 's/^  name: //p' manifests/namespace/namespace.yaml)
+  export KUBECTL="${KUBECTL:-kubectl}" NAMESPACE="${NAMESPACE:-$project}" REGISTRY=
   . scripts/lib/base.sh
   . scripts/lib/cluster.sh
   . scripts/lib/services.sh

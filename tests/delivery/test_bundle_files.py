@@ -329,6 +329,15 @@ def test_push_by_docker_that_names_no_digest_is_not_taken_for_a_push(bundle: Pat
     assert not (bundle / "pushed.txt").exists()
 
 
+def test_docker_that_does_not_answer_is_not_waited_for(bundle: Path, tmp_path: Path) -> None:
+    played(tmp_path, "docker", f"exec '{shutil.which('sleep')}' 60")
+    played(tmp_path, "sleep", "")  # the time limit is over at once
+    ctr = played(tmp_path, "ctr", "cat >/dev/null")
+    ended = install(bundle, "load", PATH=first(tmp_path))
+    assert ended.returncode == 0, ended.stdout
+    assert "images import" in Path(f"{ctr}.told").read_text()
+
+
 # --- the cluster ---
 
 
@@ -379,6 +388,12 @@ def test_relative_paths_are_those_of_the_caller(bundle: Path, tmp_path: Path) ->
     assert f"--values={tmp_path}/my values.yaml --set=services.{names()[0]}.image=" in (tmp_path / "helm.told").read_text()
 
 
+def test_namespace_has_the_projects_name_by_default(bundle: Path, tmp_path: Path) -> None:
+    kubectl = played(tmp_path, "kubectl", KEEPS + ANSWERS)
+    assert install(bundle, "deploy", KUBECTL=kubectl, NAMESPACE="").returncode == 0
+    assert yaml.safe_load((tmp_path / "kubectl.yaml").read_text())["namespace"] == project()
+
+
 def test_difference_is_not_claimed_if_helm_fails(bundle: Path, tmp_path: Path) -> None:
     kubectl, helm = played(tmp_path, "kubectl", ANSWERS), played(tmp_path, "helm", "exit 1")
     ended = install(bundle, "diff", KUBECTL=kubectl, HELM=helm, VARIANT="chart")
@@ -409,6 +424,17 @@ def test_password_of_the_registry_arrives_whole_and_in_no_argument(bundle: Path,
 
 
 # --- how it is made ---
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("a b", "a blank or backslash"), ("a\\b", "a blank or backslash"), ("a" * 101, "too long")]
+)
+def test_path_that_a_bundle_cannot_have_is_named(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_text("x")
+    command = [sys.executable, "scripts/bundle.py", "archive", str(tmp_path / "in"), NAME, str(tmp_path / "out.tar")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stderr.count("\n"), said in ended.stderr) == (1, 1, True), ended.stderr
 
 
 def test_modes_of_the_files_do_not_change_the_archive(tmp_path: Path) -> None:
@@ -522,3 +548,14 @@ def test_bases_that_cannot_be_read_are_not_left_out(tmp_path: Path) -> None:
     assert oras == making.environ["ORAS"]
     ended = making.run(BASES="1", BUILDKIT="", PYTHON_IMAGE="r.example/base:1@sha256:0", BASE_IMAGE="r.example/python:3@sha256:0")
     assert (ended.returncode, "r.example/base:1@sha256:0 cannot be read" in ended.stdout) == (1, True), ended.stdout
+
+
+@SSH_KEYGEN
+def test_signing_key_that_cannot_be_read_is_named_before_anything_is_built(tmp_path: Path) -> None:
+    engine = played(tmp_path, "docker", "exit 1")
+    given = [f"VENV={sys.prefix}", f"ENGINE={engine}", f"WHEELS={tmp_path}", f"DIST={tmp_path}", "SIGNING_KEY=no-such-key"]
+    command = ["make", f"--old-file={sys.prefix}/can-run", "bundle", *given]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert ended.returncode != 0
+    assert "no-such-key" in ended.stderr
+    assert not Path(f"{engine}.told").exists()
