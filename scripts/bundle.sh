@@ -87,7 +87,7 @@ else
   while read -r path; do
     [ ! -f "$path" ] || { mkdir -p "$root/source/$(dirname "$path")" && cp "$path" "$root/source/$path"; }
   done <"$work/sources"
-  cp scripts/bundle/* "$root"
+  cp scripts/bundle/install.sh scripts/bundle/push.py "$root"
 fi
 "$VENV/bin/python" scripts/bundle.py archive "$root" "$top" "$work/bundle.tar"
 rm -f "$file.sig"

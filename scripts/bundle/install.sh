@@ -11,7 +11,7 @@
 #        sh install.sh upgrade [REGISTRY]
 #          deploy this bundle in place of the one that is deployed; the registry and the variant stay the same
 #        sh install.sh diff [REGISTRY]
-#          show what `deploy` or `upgrade` would change in the cluster
+#          show what `upgrade` would change; the exit status is 0 if nothing would change, 1 if something would, or else 2
 # The script reads these variables:
 #   NAMESPACE   the namespace in the cluster; the default is the project's name
 #   VARIANT     a file of manifests/ without `.yaml`, such as production (the default) or minikube; or chart, which needs Helm
@@ -32,7 +32,7 @@ program=install.sh
 
 fail() { # MESSAGE...: print MESSAGE and exit with status 1
   echo "$program: $*" >&2
-  exit 1
+  exit "${failed:-1}"
 }
 
 usage() { # print the comment at the head of this script, and exit with 64, the status for wrong usage in sysexits.h
@@ -85,8 +85,8 @@ check_files() { # fail unless each file of the bundle is as it was made
 
 fingerprints() { # KEY: print the fingerprints of the public keys in a file, or KEY itself if it is a fingerprint
   case $1 in SHA256:*) echo "$1"; return ;; esac
-  key=$1
-  [ -f "$key" ] || key=$start/$1
+  # A path is never relative to this folder: a key that travels in the bundle proves nothing.
+  case $1 in /*) key=$1 ;; *) key=$start/$1 ;; esac
   [ -f "$key" ] || fail "$1 is neither a file nor a fingerprint (SHA256:...)"
   ssh-keygen -l -f "$key" >"$work/keys" || fail "$1 has no public key (see above)"
   cut -d ' ' -f 2 "$work/keys"
@@ -236,7 +236,7 @@ choose() { # COMMAND [REGISTRY]: set variant and registry, from the arguments or
   fi
   # shellcheck disable=SC2086 # the words are: version, variant and registry
   set -- "$1" "${2:-}" $installed
-  [ "$1" != upgrade ] || [ "${3:-}" ] || fail "no bundle is deployed in the namespace $NAMESPACE: sh install.sh deploy"
+  [ "$1" = deploy ] || [ "${3:-}" ] || fail "no bundle is deployed in the namespace $NAMESPACE: sh install.sh deploy"
   from=${3:-}
   variant=${VARIANT:-${4:-production}}
   registry=${2:-${5:-}}
@@ -260,12 +260,17 @@ write_manifests() { # write a kustomization of the chosen variant into the folde
   cp "$folder/manifests/$variant.yaml" "$work/deploy"
   # Kustomize accepts components only by relative path.
   cp -R manifests/components "$work"
-  images | sed 's/\(.*\) \(.*\)@\(.*\)/  - {name: "\1", newName: "\2", digest: "\3"}/' >"$work/images"
+  images >"$work/named"
+  sed 's/\(.*\) \(.*\)@\(.*\)/  - {name: "\1", newName: "\2", digest: "\3"}/' "$work/named" >"$work/images"
   kustomization "$variant.yaml" <"$work/images" >"$work/deploy/kustomization.yaml"
 }
 
-run_helm() { # COMMAND...: run Helm with the bundle's chart and the chosen images
-  set -- "$@" "$(sed -n 's/^name: //p' chart/Chart.yaml)" "$folder"/*.tgz --namespace="$NAMESPACE" ${VALUES:+--values="$VALUES"}
+run_helm() { # COMMAND...: run Helm with the bundle's chart, the chosen images, and VALUES or the values of the release
+  release=$(sed -n 's/^name: //p' chart/Chart.yaml)
+  values=${VALUES:-$work/values.yaml}
+  [ "${VALUES:-}" ] || "${HELM:-helm}" get values "$release" --namespace="$NAMESPACE" --output=yaml >"$values" 2>"$work/said" \
+  || grep -q 'release: not found' "$work/said" || { cat "$work/said" >&2; return 1; }
+  set -- "$@" "$release" "$folder"/*.tgz --namespace="$NAMESPACE" --values="$values"
   while read -r line; do
     key=${line%%=*}
     image=$(images | grep "^$(echo "${line#*=}" | cut -d @ -f 1) ")
@@ -285,7 +290,8 @@ pull_secret() { # let the pods pull with REGISTRY_USERNAME and REGISTRY_PASSWORD
   (umask 077; printf '{"auths": {"%s": {"username": "%s", "password": "%s"}}}' "${registry%%/*}" "$user" "$password" \
     >"$work/.dockerconfigjson")
   k create secret generic registry --type=kubernetes.io/dockerconfigjson --from-file="$work/.dockerconfigjson" \
-    --dry-run=client --output=yaml | k apply --server-side --force-conflicts --filename=- >&2
+    --dry-run=client --output=yaml >"$work/secret.yaml"
+  k apply --server-side --force-conflicts --filename="$work/secret.yaml" >&2
   # Pods without a service account of their own take the pull secrets of this one.
   k apply --server-side --force-conflicts --filename=- >&2 <<END
 apiVersion: v1
@@ -295,7 +301,11 @@ imagePullSecrets: [{name: registry}]
 END
 }
 
-deploy() { # [REGISTRY], for the chosen variant
+deploy() { # deploy the chosen variant with the images in the chosen registry
+  if [ "$variant" = chart ]; then
+    components=$(needed_components | paste -s -d ' ' -)
+    [ ! "$components" ] || fail "this cluster needs what the chart has not ($components): use another variant, such as production"
+  fi
   make_namespace
   if [ "$registry" ] && [ "${REGISTRY_USERNAME:-}" ]; then pull_secret; fi
   if [ "$variant" = chart ]; then
@@ -307,15 +317,17 @@ deploy() { # [REGISTRY], for the chosen variant
   fi
   workloads=$(k get statefulsets,deployments --selector=app.kubernetes.io/part-of=hitcounter --output=name)
   for it in $workloads; do
-    (wait_for "$it") || fail "the pods that were ready before still run." \
-      "To go back, run \`sh install.sh upgrade\` in the folder of the bundle that was deployed before"
+    (wait_for "$it") || {
+      [ ! "$from" ] || fail "the pods of $from still run; to go back, run \`sh install.sh upgrade\` in the folder of its bundle"
+      exit 1
+    }
   done
   k annotate namespace "$NAMESPACE" --overwrite installed-bundle="$version $variant${registry:+ $registry}" >&2
   # shellcheck disable=SC2046 # each service is an argument
   print_urls $(services)
 }
 
-show_diff() { # show what would change; the exit status is that of kubectl: 0 if nothing would change, or 1
+show_diff() { # show what would change; the exit status is that of kubectl
   if [ "$variant" = chart ]; then
     run_helm template --no-hooks >"$work/rendered" || fail "Helm does not succeed (see above)"
     k diff --server-side --force-conflicts --filename="$work/rendered"
@@ -345,6 +357,7 @@ case "$command:$#" in
   load:[01]) check_files; load "$@" ;;
   push:[12]) check_files; push "$@" ;;
   deploy:[01] | upgrade:[01] | diff:[01])
+    if [ "$command" = diff ]; then failed=2; fi # kubectl's status 1 means that something would change
     check_files
     use_source
     choose "$command" "$@"

@@ -6,9 +6,9 @@
 set -eu
 unset CDPATH # if CDPATH is set, `cd` may enter another folder of the same name
 
-fail() { # MESSAGE...: print MESSAGE and exit with status 1
+fail() { # MESSAGE...: print MESSAGE and exit with status 1; install.sh sets `program` and `failed`, a name and another status
   echo "${program:-make}: $*" >&2
-  exit 1
+  exit "${failed:-1}"
 }
 
 usage() { # print the comment at the head of the script, and exit with 64, the status for wrong usage in sysexits.h

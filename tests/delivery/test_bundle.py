@@ -357,6 +357,17 @@ def test_wrong_usage_prints_the_commands(arguments: list[str]) -> None:
     assert "Usage: sh install.sh verify [KEY]" in ended.stdout
 
 
+@pytest.mark.parametrize("shell", ["dash", "busybox", "bash"])
+def test_deploy_runs_in_each_shell(tmp_path: Path, shell: str) -> None:
+    """A script stands in for kubectl; tests/e2e deploys on a real cluster."""
+    answer = """case "$*" in *version*) printf '{"serverVersion": {"minor": "30"}}' ;; esac"""
+    (tmp_path / "kubectl").write_text(f'#!/bin/sh\necho "$*" >>"$0.told"\n{answer}\n')
+    (tmp_path / "kubectl").chmod(0o755)
+    ended = install("deploy", "r.example/team", shell=shell, KUBECTL=str(tmp_path / "kubectl"))
+    assert ended.returncode == 0, ended.stdout
+    assert "apply --server-side --force-conflicts --kustomize=" in (tmp_path / "kubectl.told").read_text()
+
+
 def test_deploy_says_that_it_needs_kubectl() -> None:
     ended = install("deploy", KUBECTL="no-such-kubectl")
     assert (ended.returncode, ended.stdout) == (1, "install.sh: kubectl is needed: https://kubernetes.io/docs/tasks/tools/\n")

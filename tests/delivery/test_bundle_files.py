@@ -253,6 +253,22 @@ def test_signature_is_checked_with_any_kind_of_key_from_any_folder(bundle: Path,
     assert "none.pub has no public key" in install(bundle, "verify", "none.pub", cwd=tmp_path, BUNDLE="a b.tar").stdout
 
 
+@SSH_KEYGEN
+def test_key_that_is_in_the_bundle_is_not_taken_for_the_callers(bundle: Path, tmp_path: Path) -> None:
+    own, foreign = key(tmp_path), key(tmp_path, "rsa")
+    shutil.copy(f"{foreign}.pub", bundle / "trusted.pub")
+    shutil.copy(f"{own}.pub", tmp_path / "trusted.pub")
+    sums = bundle / "SHA256SUMS"
+    digest = hashlib.sha256((bundle / "trusted.pub").read_bytes()).hexdigest()
+    sums.write_text(f"{sums.read_text()}{digest}  trusted.pub\n")
+    file = bundle.with_suffix(".tar")
+    with tarfile.open(file, "w") as tar:
+        tar.add(bundle, bundle.name)
+    sign(file, foreign)
+    ended = install(bundle, "verify", "trusted.pub", cwd=tmp_path)
+    assert (ended.returncode, "is signed by another key" in ended.stdout) == (1, True), ended.stdout
+
+
 def test_empty_key_is_wrong_usage_and_not_a_missing_check(bundle: Path) -> None:
     assert install(bundle, "verify", "").returncode == 64
 
@@ -290,6 +306,10 @@ def test_registry_that_is_not_the_beginning_of_an_images_name_is_refused(bundle:
 DOCKER = f"case $1 in load) cat >/dev/null ;; push) echo '1: digest: sha256:{'a' * 64} size: 1' ;; esac"
 KEEPS = 'for word; do case $word in --kustomize=*) cp "${word#*=}"/kustomization.yaml "$0.yaml" ;; esac; done; '
 ANSWERS = """case "$*" in *version*) printf '{"serverVersion": {"minor": "30"}}' ;; esac"""
+
+
+# A cluster on which a bundle is deployed.
+INSTALLED = f"{ANSWERS.removesuffix('esac')} *installed-bundle*) echo 0.0.1 chart ;; *'get namespace'*) echo there {project()} ;; esac"
 
 
 def deployed(bundle: Path, folder: Path, *arguments: str) -> list[dict[str, str]]:
@@ -365,7 +385,7 @@ def test_component_is_not_added_to_a_variant_that_has_it(bundle: Path, tmp_path:
 @pytest.mark.parametrize("variant", ["../manifests/production", "production.yaml", "", "x y"])
 def test_variant_that_does_not_exist_is_named(bundle: Path, tmp_path: Path, variant: str) -> None:
     kubectl = played(tmp_path, "kubectl", ANSWERS)
-    ended = install(bundle, "diff", KUBECTL=kubectl, VARIANT=variant)
+    ended = install(bundle, "deploy", KUBECTL=kubectl, VARIANT=variant)
     if variant:
         assert (ended.returncode, "the variants are chart production\n" in ended.stdout) == (1, True), ended.stdout
     else:
@@ -394,10 +414,31 @@ def test_namespace_has_the_projects_name_by_default(bundle: Path, tmp_path: Path
     assert yaml.safe_load((tmp_path / "kubectl.yaml").read_text())["namespace"] == project()
 
 
+def test_values_of_the_release_are_used_again(bundle: Path, tmp_path: Path) -> None:
+    kubectl = played(tmp_path, "kubectl", INSTALLED)
+    keeps = 'for word; do case $word in --values=*) cat "${word#*=}" >"$0.values" ;; esac; done'
+    helm = played(tmp_path, "helm", f'case $1 in get) echo "expose: none" ;; esac; {keeps}')
+    assert install(bundle, "upgrade", KUBECTL=kubectl, HELM=helm).returncode == 0
+    assert (tmp_path / "helm.values").read_text() == "expose: none\n"
+    played(tmp_path, "helm", f'case $1 in get) echo "Error: release: not found" >&2; exit 1 ;; esac; {keeps}')
+    assert install(bundle, "upgrade", KUBECTL=kubectl, HELM=helm).returncode == 0
+    assert (tmp_path / "helm.values").read_text() == ""
+    played(tmp_path, "helm", f'case $1 in get) echo "Error: no cluster" >&2; exit 1 ;; esac; {keeps}')
+    assert install(bundle, "upgrade", KUBECTL=kubectl, HELM=helm).returncode == 1
+
+
+def test_chart_is_not_deployed_without_a_component_that_the_cluster_needs(bundle: Path, tmp_path: Path) -> None:
+    openshift = 'case "$*" in *api-versions*) echo security.openshift.io/v1 ;; esac\n'
+    kubectl, helm = played(tmp_path, "kubectl", openshift + ANSWERS), played(tmp_path, "helm", "")
+    ended = install(bundle, "deploy", KUBECTL=kubectl, HELM=helm, VARIANT="chart")
+    assert (ended.returncode, "needs what the chart has not (openshift)" in ended.stdout) == (1, True), ended.stdout
+    assert not Path(f"{helm}.told").exists()
+
+
 def test_difference_is_not_claimed_if_helm_fails(bundle: Path, tmp_path: Path) -> None:
-    kubectl, helm = played(tmp_path, "kubectl", ANSWERS), played(tmp_path, "helm", "exit 1")
+    kubectl, helm = played(tmp_path, "kubectl", INSTALLED), played(tmp_path, "helm", "exit 1")
     ended = install(bundle, "diff", KUBECTL=kubectl, HELM=helm, VARIANT="chart")
-    assert (ended.returncode, "Helm does not succeed" in ended.stdout) == (1, True)
+    assert (ended.returncode, "Helm does not succeed" in ended.stdout) == (2, True), ended.stdout
     assert "diff" not in Path(f"{kubectl}.told").read_text()
 
 
