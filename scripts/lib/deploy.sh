@@ -17,7 +17,8 @@ kustomization() { # RESOURCE: print a kustomization that deploys RESOURCE in thi
   echo "components:"
   for component in $(needed_components); do
     case $1 in *-"$component.yaml") continue ;; esac # the rendered variant has this component
-    echo "${program:-make}: this cluster needs the component $component, which this command adds; add it to manifests/production, too" >&2
+    echo "${program:-make}: this cluster needs the component $component, which this command adds;" \
+      "add it to manifests/production, too" >&2
     # Skaffold deploys manifests/minikube without this script, so the component may be there already.
     grep -q "^[^#]*/components/$component" manifests/minikube/kustomization.yaml \
     || echo "  - ../components/$component"
@@ -29,7 +30,7 @@ make_namespace() { # make the namespace if it does not exist; secret.sh needs it
   || sed "s/^  name: .*/  name: \"$NAMESPACE\"/" manifests/namespace/namespace.yaml | k create --filename=- >&2
 }
 
-print_urls() { # NAME...: print the URL of each service, or a command if there is no URL; with several services also their names
+print_urls() { # NAME...: print the URL of each service, or a command if it has no URL; with several services also their names
   # A node may have two addresses, of IPv4 and IPv6. A user who may not read the nodes gets a command instead of a URL.
   addresses=$(k get nodes --output=jsonpath='{.items[0].status.addresses[?(@.type=="InternalIP")].address}') || addresses=
   address=${addresses%% *}
