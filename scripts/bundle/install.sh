@@ -160,7 +160,7 @@ push_by_docker() { # LAYOUT REGISTRY: load the images into Docker, push them, an
     docker tag "$image" "$there" && docker push "$there" >"$work/said" || { cat "$work/said" >&2; exit 1; }
     # Docker's classic image store compresses the layers again, and pushes one platform only, so the image gets another digest.
     digest=$(sed -n 's/.* digest: \(sha256:[0-9a-f]*\) .*/\1/p' "$work/said")
-    [ "$digest" ] || fail "docker does not say with which digest $there arrived"
+    [ "$digest" ] || fail "docker does not print the digest of $there"
     echo "${there%:*}@$digest"
   done
 }
@@ -184,7 +184,7 @@ push() { # REGISTRY [python | docker]
       python) "$python" push.py "$layout" "$registry" ;;
       docker) push_by_docker "$layout" "$registry" ;;
       *) usage ;;
-    esac >>"$work/pushed" || fail "the images are not all in $registry (see above); run this again"
+    esac >>"$work/pushed" || fail "the images are not all in $registry (see above); run this command again"
   done
   touch pushed.txt
   # The lines of other registries stay.
@@ -295,7 +295,7 @@ deploy() { # [REGISTRY], for the chosen variant
   fi
   workloads=$(k get statefulsets,deployments --selector=app.kubernetes.io/part-of=hitcounter --output=name)
   for it in $workloads; do
-    (wait_for "$it") || fail "the pods that were ready before still run." \
+    (wait_for "$it") || fail "the services' pods that were ready before still run." \
       "To go back, run \`sh install.sh upgrade\` in the folder of the bundle that was deployed before"
   done
   k annotate namespace "$NAMESPACE" --overwrite installed-bundle="$version $variant${registry:+ $registry}" >&2
