@@ -420,7 +420,7 @@ release-sums: ## print the digest of dist/release/SHA256SUMS, as sums=...
 release-files-compare: ## fail if the digest of dist/release/SHA256SUMS is not SUMS, or if a file has another checksum
 	@sh scripts/release-files-compare.sh
 
-publish: ## publish the images of SERVICE.oci/ with their contents, and the chart, in REGISTRIES; read all back
+publish: ## publish the images of SERVICE.oci/, their lists of contents and the chart in REGISTRIES
 	@sh scripts/each.sh publish.sh
 	@sh scripts/chart-publish.sh
 

@@ -3,9 +3,9 @@
 Usage: bundle.py image IMAGES NAME LAYOUT DIGEST PLATFORMS
        bundle.py archive FOLDER NAME FILE
 
-`image` copies the image DIGEST of the OCI layout LAYOUT into the OCI layout IMAGES, and prints its digest. NAME is its name, such
-as registry.example.com/service:0.1.0. If the image is an index with more platforms than PLATFORMS, such as
-linux/amd64,linux/arm64, only these are copied, and the index gets another digest.
+`image` copies the image DIGEST of the OCI layout LAYOUT into the OCI layout IMAGES, and prints the digest of the copy. NAME is
+the image's name, such as registry.example.com/service:0.1.0. PLATFORMS is a list such as linux/amd64,linux/arm64. If the image
+is an index with more platforms, the copy has only PLATFORMS, and another digest.
 
 `archive` writes FOLDER/SHA256SUMS, and then FILE, a tar archive in which FOLDER is called NAME.
 """
@@ -72,11 +72,11 @@ def add_image(images: Path, name: str, layout: Path, digest: str, platforms: lis
     if missing := sorted(set(platforms) - set(found)):
         print(f"make: {name} has no image for {', '.join(missing)}", file=sys.stderr)
     digest = write_blob(images, content)
-    # Without a media type in the manifest, it is one of OCI's.
+    # A manifest or an index without a media type is one of OCI.
     media_type = root.get("mediaType") or INDEXES[0].replace("index", "index" if "manifests" in root else "manifest")
     repository = name.rpartition(":")[0]
     for reference, tag in (f"{repository}@{digest}", None), (name, name.rpartition(":")[2]):
-        # containerd and Docker give the image this name. A pod names it by digest, `docker push` by tag.
+        # containerd and Docker give the image this name. A pod names the image by digest, and `docker push` by tag.
         annotations = {"io.containerd.image.name": reference}
         if tag:
             annotations["org.opencontainers.image.ref.name"] = tag
@@ -117,7 +117,7 @@ def read(file: Path, default: Any) -> Any:
 
 
 def write(file: Path, content: Any) -> None:
-    """Write JSON, the same bytes each time."""
+    """Write JSON. The same content gives the same bytes."""
     file.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -141,7 +141,7 @@ def write_sums(folder: Path) -> None:
 
 
 def write_archive(folder: Path, name: str, file: Path) -> None:
-    """Write a tar archive, in which nothing depends on the machine: not the order, owners, times or permissions."""
+    """Write a tar archive. Its order, owners, times and permissions do not depend on the machine."""
     with tarfile.open(file, "w", format=tarfile.USTAR_FORMAT) as tar:
         for path in files(folder):
             entry = tarfile.TarInfo(f"{name}/{path.relative_to(folder).as_posix()}")

@@ -1,12 +1,12 @@
 #!/bin/sh
-# Write DIST/NAME-VERSION-airgap.tar, one file that has all that a cluster without internet needs: the images of all services and
-# of Valkey, manifests, chart, sources, wheels, lists of contents, and install.sh. Each run writes the same bytes.
+# Write DIST/NAME-VERSION-airgap.tar, one file with everything that a cluster without internet needs: the images of all services
+# and of Valkey, manifests, chart, sources, wheels, lists of contents, and install.sh. Each run writes the same bytes.
 # With BASES=1, write DIST/NAME-VERSION-airgap-bases.tar instead: the images that a build of the services' images needs.
 # Usage: bundle.sh
 # The script reads ORAS, KUBECTL, HELM, PLATFORMS, WHEELS, VENV, VALKEY, BUILDKIT, and the variables of lib/release.sh.
-# It reads the image of each service from SERVICE.oci/, and its list of contents from DIST/. The first of REGISTRIES is in the
-# images' names; the default is registry.example.com. If SIGNING_KEY names a private key of OpenSSH, the script signs the file.
-# If MIRROR is set, the script reads the images of other projects from this registry, such as MIRROR/valkey/valkey.
+# It reads each service's image from SERVICE.oci/, and each service's list of contents from DIST/. The images' names begin with
+# the first of REGISTRIES; the default is registry.example.com. If SIGNING_KEY names a private key of OpenSSH, the script signs
+# the file. If MIRROR is set, the script reads the images of other projects from this registry, such as MIRROR/valkey/valkey.
 . "${0%/*}/lib/base.sh"
 [ $# = 0 ] || usage
 . "${0%/*}/lib/oras.sh"
@@ -27,7 +27,7 @@ pull() { # FOLDER NAME SOURCE: copy the image SOURCE from a registry into the OC
   file=$work/pulled/blobs/sha256/${digest#sha256:}
   "$ORAS" manifest fetch --output "$work/root" "$source" >/dev/null || fail "$source cannot be read (see above)"
   if grep -q '"manifests"' "$work/root"; then
-    # The index may have more platforms, which nobody needs.
+    # The index may have more platforms. The bundle leaves them out.
     for platform in $(echo "$PLATFORMS" | tr , ' '); do
       quietly "$ORAS" copy --no-tty --platform="$platform" --to-oci-layout "$source" "$work/pulled:${platform##*/}"
     done
@@ -41,7 +41,7 @@ pull() { # FOLDER NAME SOURCE: copy the image SOURCE from a registry into the OC
 default() { sed -n "s/^ARG $1=//p" Containerfile; } # ARG: print the default of an argument of the Containerfile
 
 name=$(sed -n 's/^name: //p' chart/Chart.yaml)-$version-airgap
-# The folder is in DIST, because only within one file system a file appears whole or not at all.
+# The folder is in DIST, because `mv` replaces a file atomically only within one file system.
 mkdir -p "$DIST"
 work=$(mktemp -d "$DIST/.bundle.XXXXXX")
 remove_work_at_exit
@@ -93,7 +93,7 @@ fi
 rm -f "$file.sig"
 mv "$work/bundle.tar" "$file"
 if [ "${SIGNING_KEY:-}" ]; then
-  # A signature by Ed25519 has the same bytes each time.
+  # An Ed25519 signature of the same file has the same bytes each time.
   quietly ssh-keygen -Y sign -f "$SIGNING_KEY" -n file "$file"
 fi
 sha256 "$file"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Publish the release's chart in the first of REGISTRIES, as REGISTRY/charts/hitcounter:VERSION, and read it back. A chart that is
-# published already is not pushed again. Write the chart's name and digest into DIST/chart, for chart-sign.sh.
+# Publish the release's chart in the first of REGISTRIES, as REGISTRY/charts/hitcounter:VERSION, and read it back. Do not push a
+# chart that the registry already has. Write the chart's name and digest into DIST/chart, for chart-sign.sh.
 # Usage: chart-publish.sh
 # The script reads HELM, ORAS and the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"
@@ -21,5 +21,5 @@ published=$(resolve "$charts/$name")
 [ "$published" ] || quietly "$HELM" push $http "$file" "oci://$charts"
 published=$(resolve "$charts/$name")
 quietly "$HELM" pull $http --destination "$work" "oci://$charts/$name@$published"
-cmp "$work"/*.tgz "$file" || fail "$charts/$name:$version is another chart already: a version never changes; publish another"
+cmp "$work"/*.tgz "$file" || fail "$charts/$name:$version is another chart already: a version never changes; publish a new one"
 echo "$charts/$name@$published" | tee "$DIST/chart"

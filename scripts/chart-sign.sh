@@ -1,5 +1,5 @@
 #!/bin/sh
-# Sign the chart that chart-publish.sh has published with cosign, in the name of the person or workflow that runs the script.
+# Sign with cosign the chart that chart-publish.sh has published, in the name of the person or workflow that runs the script.
 # Usage: chart-sign.sh
 # The script reads the variables of lib/release.sh.
 . "${0%/*}/lib/base.sh"

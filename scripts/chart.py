@@ -66,7 +66,7 @@ def manifests() -> dict[str, list[str]]:
     """Return a dict from the name of a file of the chart to the objects in this file."""
     production, minikube = rendered("production"), rendered("minikube")
     found = {name: rendered(variant) for name, variant in STORES.items()}
-    # The image is another one, too, but a value sets the image.
+    # The Deployments of the two variants differ only in the image, which a value sets.
     found["node-port"] = [it for it in minikube if it not in production and kind(it) != "Deployment"]
     found["monitoring"] = [it for it in rendered("production-monitoring") if it not in production]
     found["smoke-test"] = [smoke_test(production), *(it for it in found["node-port"] if kind(it) == "NetworkPolicy")]
@@ -86,7 +86,7 @@ def smoke_test(production: list[str]) -> str:
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes texts of more than one line as such."""
+    """Writes a text of more than one line as a literal block."""
 
 
 Dumper.add_representer(

@@ -9,7 +9,7 @@
 #        sh install.sh deploy [REGISTRY]
 #          deploy the services and Valkey with the images in REGISTRY, or with the images that were loaded; print the URLs
 #        sh install.sh upgrade [REGISTRY]
-#          deploy this bundle in place of the one that is deployed; the registry and the variant stay the same
+#          deploy this bundle in place of the deployed bundle; the registry and the variant stay the same
 #        sh install.sh diff [REGISTRY]
 #          show what `upgrade` would change; the exit status is 0 if nothing would change, 1 if something would, or else 2
 # The script reads these variables:
@@ -17,9 +17,9 @@
 #   VARIANT     a file of manifests/ without `.yaml`, such as production (the default) or minikube; or chart, which needs Helm
 #   VALUES      with VARIANT=chart, a file with values of the chart
 #   BUNDLE      for `verify`, the bundle's file; the default is beside this folder
-#   REGISTRY_USERNAME, REGISTRY_PASSWORD  the user of the registry, for `push` by Python (for `push` by Docker: docker login); for
-#               `deploy`, of the nodes that pull from it
-#   REGISTRY_CA  a file with the certificate of the registry's own certificate authority, for `push` by Python
+#   REGISTRY_USERNAME, REGISTRY_PASSWORD  for `push` by Python, the user who pushes (`push` by Docker needs docker login); for
+#               `deploy`, the user with whom the nodes pull
+#   REGISTRY_CA  for `push` by Python, a file with the certificate of the registry's private CA
 #   KUBECTL, HELM, CTR, PYTHON  the commands to use
 # source/docs/air-gap.md has all steps.
 set -eu
@@ -48,11 +48,11 @@ sums() { # FILE...: print the checksum and the name of each FILE
   if has sha256sum; then sha256sum "$@"; else shasum -a 256 "$@"; fi
 }
 
-check_files() { # fail unless each file of the bundle is as it was made
+check_files() { # fail unless the folder has exactly the files of the bundle, unchanged
   { has sha256sum || has shasum; } || fail "sha256sum or shasum is needed"
   [ -f SHA256SUMS ] || fail "SHA256SUMS is missing beside install.sh: unpack the bundle again"
   cp SHA256SUMS "$work/wanted"
-  # The folder bases/ is of another file, and has its own checksums.
+  # The folder bases/ comes from the second file, and has checksums of its own.
   if [ -d bases ]; then
     [ -f bases/SHA256SUMS ] || fail "bases/SHA256SUMS is missing: unpack the bundle again"
     sed 's|  |  bases/|' bases/SHA256SUMS >>"$work/wanted"
@@ -68,7 +68,7 @@ check_files() { # fail unless each file of the bundle is as it was made
     FILENAME == ARGV[1] { wanted[substr($0, 67)] = $1; next }
     FILENAME == ARGV[2] { is[substr($0, 69)] = $1; next }
     { name = $0; sub("^[.]/", "", name) }
-    # A name with a line end looks like two names. If both are names of the bundle, they are there twice.
+    # A name with a line end looks like two names. If both are names in the bundle, `find` lists them twice.
     there[name]++ == 1 { print name " is there twice" }
     END {
       for (name in wanted) {
@@ -169,9 +169,9 @@ push_by_docker() { # LAYOUT REGISTRY: load the images into Docker, push them, an
   sed -n 's/.*"io.containerd.image.name": "\([^"@]*\)".*/\1/p' "$1/index.json" | while read -r image; do
     there=$2/${image##*/}
     docker tag "$image" "$there" && docker push "$there" >"$work/said" || { cat "$work/said" >&2; exit 1; }
-    # Docker's classic image store packs the layers again, and pushes only one platform. So the digest is another one.
+    # Docker's classic image store compresses the layers again, and pushes one platform only, so the image gets another digest.
     digest=$(sed -n 's/.* digest: \(sha256:[0-9a-f]*\) .*/\1/p' "$work/said")
-    [ "$digest" ] || fail "docker does not say with which digest $there arrived"
+    [ "$digest" ] || fail "docker does not print the digest of $there"
     echo "${there%:*}@$digest"
   done
 }
@@ -195,7 +195,7 @@ push() { # REGISTRY [python | docker]
       python) "$python" push.py "$layout" "$registry" ;;
       docker) push_by_docker "$layout" "$registry" ;;
       *) usage ;;
-    esac >>"$work/pushed" || fail "the images are not all in $registry (see above); run this again"
+    esac >>"$work/pushed" || fail "the images are not all in $registry (see above); run this command again"
   done
   touch pushed.txt
   # The lines of other registries stay.
@@ -210,14 +210,14 @@ push() { # REGISTRY [python | docker]
 image_in() { # REGISTRY IMAGE: print the name of IMAGE (NAME@DIGEST) in REGISTRY
   base=${2%@*}
   there=$1/${base##*/}
-  # The line in pushed.txt, if there is one, has the digest with which the image arrived there.
+  # If pushed.txt has a line for the image, this line has the image's digest in the registry.
   digest=
   [ ! -f pushed.txt ] || digest=$(awk -F @ -v there="$there" '
     NF == 2 && $1 == there && length($2) == 71 && $2 ~ /^sha256:[0-9a-f]+$/ { print $2; exit }' pushed.txt)
   echo "$there@${digest:-${2#*@}}"
 }
 
-use_source() { # prepare the functions that the scripts of the repository share, for the cluster
+use_source() { # enter source/, load the functions of its scripts, and check that a cluster answers
   cd "$folder/source"
   project=$(sed -n 's/^  name: //p' manifests/namespace/namespace.yaml)
   export KUBECTL="${KUBECTL:-kubectl}" NAMESPACE="${NAMESPACE:-$project}" REGISTRY=
@@ -280,19 +280,19 @@ run_helm() { # COMMAND...: run Helm with the bundle's chart, the chosen images, 
   "${HELM:-helm}" "$@"
 }
 
-pull_secret() { # let the pods pull with REGISTRY_USERNAME and REGISTRY_PASSWORD
+pull_secret() { # let the nodes pull the pods' images with REGISTRY_USERNAME and REGISTRY_PASSWORD
   case $REGISTRY_USERNAME${REGISTRY_PASSWORD:-} in
     *[[:cntrl:]]*) fail "REGISTRY_USERNAME or REGISTRY_PASSWORD has a line end or another control character" ;;
   esac
   escape='s/[\\"]/\\&/g'
   user=$(printf %s "$REGISTRY_USERNAME" | sed "$escape") password=$(printf %s "${REGISTRY_PASSWORD:-}" | sed "$escape")
-  # A file has the password, because `ps` shows every command line to every user.
+  # Give kubectl the password in a file, because `ps` shows every command line to every user.
   (umask 077; printf '{"auths": {"%s": {"username": "%s", "password": "%s"}}}' "${registry%%/*}" "$user" "$password" \
     >"$work/.dockerconfigjson")
   k create secret generic registry --type=kubernetes.io/dockerconfigjson --from-file="$work/.dockerconfigjson" \
     --dry-run=client --output=yaml >"$work/secret.yaml"
   k apply --server-side --force-conflicts --filename="$work/secret.yaml" >&2
-  # Pods without a service account of their own take the pull secrets of this one.
+  # Pods that name no service account use this service account, and its pull secrets.
   k apply --server-side --force-conflicts --filename=- >&2 <<END
 apiVersion: v1
 kind: ServiceAccount
@@ -318,7 +318,8 @@ deploy() { # deploy the chosen variant with the images in the chosen registry
   workloads=$(k get statefulsets,deployments --selector=app.kubernetes.io/part-of=hitcounter --output=name)
   for it in $workloads; do
     (wait_for "$it") || {
-      [ ! "$from" ] || fail "the pods of $from still run; to go back, run \`sh install.sh upgrade\` in the folder of its bundle"
+      [ ! "$from" ] || fail "the services' pods of $from still run." \
+        "To go back, run \`sh install.sh upgrade\` in the folder of its bundle"
       exit 1
     }
   done
@@ -327,7 +328,7 @@ deploy() { # deploy the chosen variant with the images in the chosen registry
   print_urls $(services)
 }
 
-show_diff() { # show what would change; the exit status is that of kubectl
+show_diff() { # show what `upgrade` changes; exit with the status of kubectl, which is 0 if nothing changes, and 1 otherwise
   if [ "$variant" = chart ]; then
     run_helm template --no-hooks >"$work/rendered" || fail "Helm does not succeed (see above)"
     k diff --server-side --force-conflicts --filename="$work/rendered"
@@ -339,7 +340,7 @@ show_diff() { # show what would change; the exit status is that of kubectl
 
 # --- the commands ---
 
-# The script runs in its own folder, and its user perhaps not. So make the user's paths absolute, except commands on PATH.
+# The script has left the user's folder, so make the relative paths in these variables absolute, except commands on PATH.
 for variable in BUNDLE VALUES REGISTRY_CA KUBECTL HELM PYTHON; do
   eval "path=\${$variable:-}"
   case $variable:$path in *: | *:/* | KUBECTL:"${path#*/}" | HELM:"${path#*/}" | PYTHON:"${path#*/}") continue ;; esac

@@ -1,4 +1,4 @@
-"""Push the images of an OCI layout into a registry, and keep their digests. This needs Python's standard library alone.
+"""Push the images of an OCI layout into a registry, and keep their digests. The program needs only Python's standard library.
 
 Usage: python3 push.py LAYOUT REGISTRY
   LAYOUT    a folder with oci-layout, index.json and blobs/sha256/
@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, Callable, Iterator, NamedTuple
 from urllib.parse import urlencode, urljoin, urlsplit
 from urllib.request import parse_http_list, parse_keqv_list
 
-CONNECT_SECONDS, ANSWER_SECONDS = 20, 120  # the limits of each wait
+CONNECT_SECONDS, ANSWER_SECONDS = 20, 120  # the time limits of each wait
 PAUSES = (1, 2, 4)  # seconds before each further try, after a connection broke
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ADVICE = {
@@ -103,7 +103,7 @@ def images(layout: Path) -> dict[tuple[str, str], tuple[list[Any], list[str]]]:
 
 
 def walk(layout: Path, descriptor: Any) -> Iterator[tuple[Any, Path, bool]]:
-    """Yield each descriptor of an image after those that it refers to, with its file, and whether that is a manifest or index."""
+    """Yield the descriptor of each part of an image, its file, and whether it is a manifest or an index. The image comes last."""
     path = checked(layout, descriptor["digest"])
     document = json.loads(path.read_bytes())
     for child in document.get("manifests", []):
@@ -115,7 +115,7 @@ def walk(layout: Path, descriptor: Any) -> Iterator[tuple[Any, Path, bool]]:
 
 @functools.lru_cache(maxsize=None)
 def checked(layout: Path, digest: str) -> Path:
-    """Return the path of a blob whose checksum is right."""
+    """Return the path of a blob, or raise PushError if the checksum is wrong."""
     path = layout / "blobs" / "sha256" / digest[len("sha256:") :]
     checksum = hashlib.sha256()
     try:
@@ -133,7 +133,7 @@ def checked(layout: Path, digest: str) -> Path:
 
 
 class Repository:
-    """The repository for the images of one name."""
+    """A repository of the registry, which has the images of one name."""
 
     def __init__(self, registry: str, base: str) -> None:
         self.host, _, path = registry.partition("/")
@@ -193,7 +193,7 @@ class Repository:
     def ask(
         self, method: str, url: str, headers: dict[str, str] | None = None, body: BinaryIO | None = None, expected: int = 0
     ) -> Answer:
-        """Send a request. Follow redirects of GET and HEAD. Only the registry itself gets the user's credentials."""
+        """Send a request. Follow redirects of GET and HEAD. Another host that a redirect names gets no credentials."""
         challenged = False
         for _ in range(5):
             ours = origin(url) == origin(self.url)
@@ -211,7 +211,7 @@ class Repository:
         raise PushError(f"{self.host} redirects too often")
 
     def authorize(self, answer: Answer) -> None:
-        """Set `authorization` as the challenge in an answer demands."""
+        """Set `authorization` to the credentials that the challenge in an answer demands."""
         self.authorization = ""
         for challenge in answer.headers.get_all("WWW-Authenticate", []):
             scheme, _, parameters = challenge.partition(" ")
@@ -264,13 +264,13 @@ class Repository:
             connection.close()
 
     def refusal(self, answer: Answer) -> PushError:
-        """Return a message that says what was answered, and what to do."""
+        """Return an error that says what the server answered, and what to do."""
         try:
             said = "; ".join(f"{error['code']}: {error.get('message')}" for error in json.loads(answer.body)["errors"])
         except MALFORMED:
             said = {
                 "text/plain": answer.body.decode(errors="replace"),
-                "text/html": "This is a page, not a registry's answer: is REGISTRY right, and no proxy in between?",
+                "text/html": "This is a page, not a registry's answer. Check REGISTRY, and that no proxy answers",
             }.get(answer.headers.get_content_type(), "")
         advice = ADVICE.get(min(answer.status, 500), "")
         if answer.status == 401 and not self.basic:
@@ -287,7 +287,7 @@ def origin(url: str) -> tuple[str, str, int]:
 
 
 def credentials(host: str) -> tuple[str, str]:
-    """Return the header for HTTP's Basic authentication. Without a password, return "" and what the user can do."""
+    """Return the value of the header Authorization for Basic authentication, or "" and advice if there is no password."""
     user, password = os.environ.get("REGISTRY_USERNAME"), os.environ.get("REGISTRY_PASSWORD")
     advice = "Set REGISTRY_USERNAME and REGISTRY_PASSWORD"
     if user and password:

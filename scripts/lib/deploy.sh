@@ -31,7 +31,7 @@ make_namespace() { # make the namespace if it does not exist; secret.sh needs it
   || sed "s/^  name: .*/  name: \"$NAMESPACE\"/" manifests/namespace/namespace.yaml | k create --filename=- >&2
 }
 
-print_urls() { # NAME...: print the URL of each service, or a command if there is no URL; with several services also their names
+print_urls() { # NAME...: print the URL of each service, or a command if it has no URL; with several services also their names
   # A node may have two addresses, of IPv4 and IPv6. A user who may not read the nodes gets a command instead of a URL.
   addresses=$(k get nodes --output=jsonpath='{.items[0].status.addresses[?(@.type=="InternalIP")].address}') || addresses=
   address=${addresses%% *}

@@ -99,7 +99,7 @@ def install(*arguments: str, shell: str = "dash", at: Path | None = None, **envi
     )
 
 
-# --- what is in it ---
+# --- the content of the bundle ---
 
 
 def test_two_copies_give_the_same_bundle_and_signature() -> None:
@@ -153,7 +153,7 @@ def test_sources_and_wheels_are_those_of_the_repository() -> None:
     assert set(wheels) <= locked
 
 
-# --- what was changed ---
+# --- changed files ---
 
 
 def flipped(file: Path) -> bytes:
@@ -204,7 +204,7 @@ def test_missing_and_additional_files_are_refused(shell: str) -> None:
     assert ended.returncode == 0, ended.stdout
 
 
-# --- who made it ---
+# --- the signature ---
 
 
 def fingerprint(file: Path) -> str:
@@ -236,7 +236,7 @@ def test_signature_of_another_file_is_refused(tmp_path: Path) -> None:
     ended = install("verify", given, BUNDLE=str(changed))
     assert ended.returncode == 1
     assert f"{changed} is not the file that was signed" in ended.stdout
-    # The folder may be from another file, with checksums that fit.
+    # The folder may be from another bundle, and fit the checksums of this other bundle.
     signed = tmp_path / "signed.tar"
     with tarfile.open(signed, "w") as tar:
         (tmp_path / "sums").write_text("another\n")
@@ -258,7 +258,7 @@ def test_verify_says_that_it_cannot_check_the_signature_without_ssh_keygen(tmp_p
     assert "there is no ssh-keygen" in ended.stderr
 
 
-# --- where the images go ---
+# --- loading and pushing images ---
 
 
 def test_network_has_no_route(island: Island) -> None:
@@ -315,10 +315,10 @@ def test_images_are_pushed_into_an_empty_registry(request: pytest.FixtureRequest
         (unpacked() / "pushed.txt").unlink(missing_ok=True)
 
 
-# --- building it there ---
+# --- building the images from the bundle ---
 
 
-def test_image_that_is_rebuilt_from_the_bundle_is_the_bundles(tmp_path: Path) -> None:
+def test_image_that_is_rebuilt_from_the_bundle_has_the_same_digest(tmp_path: Path) -> None:
     bases = make("bundle-bases", copy(tmp_path / "sources"), tmp_path / "dist", BUILDKIT="")
     there = unpack(made(), tmp_path)
     assert unpack(bases, tmp_path) == there
@@ -341,7 +341,7 @@ def test_image_that_is_rebuilt_from_the_bundle_is_the_bundles(tmp_path: Path) ->
         bundled = Layout.__new__(Layout)
         bundled.__dict__.update(_blobs=there / "images" / "blobs" / "sha256", digest=digest)
         assert built.manifests() == bundled.manifests()
-    # A file of the second archive that was changed is found, too.
+    # install.sh also finds a changed file of the second archive.
     file = there / "bases" / "index.json"
     with replaced(file, flipped(file)):
         assert "bases/index.json is changed" in install("verify", at=there).stdout

@@ -105,7 +105,7 @@ def install(folder: Path, *arguments: str, cwd: Path | None = None, **environ: s
     )
 
 
-# --- what was changed ---
+# --- changed files ---
 
 Change = Callable[[Path], object]
 
@@ -156,7 +156,7 @@ def text(change: Callable[[bytes], bytes]) -> Change:
     return edit
 
 
-# For each change: how it is made, and a line that install.sh prints.
+# For each change: a function that makes the change, and a line that install.sh prints.
 CHANGES: dict[str, tuple[Change, str]] = {
     "changed": (flip, "images.txt is changed"),
     "missing": (lambda folder: (folder / "images.txt").unlink(), "images.txt is missing"),
@@ -216,7 +216,7 @@ def test_check_that_cannot_run_does_not_pass(bundle: Path, tmp_path: Path, tool:
     assert "all files are" not in ended.stdout
 
 
-# --- who made it ---
+# --- the signature ---
 
 
 def key(folder: Path, kind: str = "ed25519") -> Path:
@@ -285,7 +285,7 @@ def test_bases_that_nobody_signed_are_refused(bundle: Path, tmp_path: Path) -> N
     assert (ended.returncode, "-bases.tar is missing" in ended.stdout) == (1, True)
 
 
-# --- where the images go ---
+# --- registries ---
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def deployed(bundle: Path, folder: Path, *arguments: str) -> list[dict[str, str]
 
 
 @pytest.mark.parametrize(("registry", "alike"), [("r.example:5/t", "rxexample:5/t"), ("[::1]:5000", "[::2]:5000")])
-def test_digests_of_another_registry_stay_and_are_not_used(bundle: Path, tmp_path: Path, registry: str, alike: str) -> None:
+def test_digests_in_another_registry_stay_and_are_not_used(bundle: Path, tmp_path: Path, registry: str, alike: str) -> None:
     played(tmp_path, "docker", DOCKER)
     for one in (registry, alike, registry, f"{registry}/"):
         ended = install(bundle, "push", one, "docker", PATH=first(tmp_path))
@@ -342,10 +342,10 @@ def test_digests_of_another_registry_stay_and_are_not_used(bundle: Path, tmp_pat
     assert [it["digest"] for it in deployed(bundle, tmp_path, registry)] == wanted
 
 
-def test_push_by_docker_that_names_no_digest_is_not_taken_for_a_push(bundle: Path, tmp_path: Path) -> None:
+def test_push_by_docker_without_a_digest_fails(bundle: Path, tmp_path: Path) -> None:
     played(tmp_path, "docker", "case $1 in load) cat >/dev/null ;; esac")
     ended = install(bundle, "push", "r.example", "docker", PATH=first(tmp_path))
-    assert (ended.returncode, "does not say with which digest" in ended.stdout) == (1, True)
+    assert (ended.returncode, "does not print the digest of" in ended.stdout) == (1, True)
     assert not (bundle / "pushed.txt").exists()
 
 
@@ -435,7 +435,7 @@ def test_chart_is_not_deployed_without_a_component_that_the_cluster_needs(bundle
     assert not Path(f"{helm}.told").exists()
 
 
-def test_difference_is_not_claimed_if_helm_fails(bundle: Path, tmp_path: Path) -> None:
+def test_diff_fails_if_helm_fails(bundle: Path, tmp_path: Path) -> None:
     kubectl, helm = played(tmp_path, "kubectl", INSTALLED), played(tmp_path, "helm", "exit 1")
     ended = install(bundle, "diff", KUBECTL=kubectl, HELM=helm, VARIANT="chart")
     assert (ended.returncode, "Helm does not succeed" in ended.stdout) == (2, True), ended.stdout
@@ -464,7 +464,7 @@ def test_password_of_the_registry_arrives_whole_and_in_no_argument(bundle: Path,
     assert (ended.returncode, "has a line end" in ended.stdout) == (1, True)
 
 
-# --- how it is made ---
+# --- making the bundle ---
 
 
 @pytest.mark.parametrize(
@@ -559,7 +559,7 @@ def test_bundle_has_what_git_knows_and_what_is_locked(tmp_path: Path) -> None:
     assert {"source/Containerfile", "source/caf\u00e9.md", "wheels/new.whl", "install.sh", "SHA256SUMS"} <= inside
     assert not {it for it in inside if it.endswith((".env.local", "secret.txt", "old.whl", ".DS_Store"))}
     assert sorted(it.name for it in making.dist.iterdir()) == sorted([file.name, *(f"{name}.spdx.json" for name in names())])
-    # The bundle that is there stays if the next one cannot be made.
+    # An existing bundle stays if the next bundle cannot be made.
     before = file.read_bytes()
     played(making.programs, "kubectl", "exit 1")
     assert making.run().returncode != 0

@@ -67,7 +67,7 @@ def test_chart_has_the_version_of_the_services() -> None:
 
 
 def fields(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the path and the schema of each field. A service is NAME in a path, a field of any name is EXAMPLE."""
+    """Yield the path and the schema of each field. In a path, NAME stands for a service, and EXAMPLE for a field of any name."""
     if "$ref" in schema:
         schema = SCHEMA["definitions"][schema["$ref"].rpartition("/")[2]]
     if path:
@@ -80,7 +80,7 @@ def fields(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def described(path: str, schema: Any) -> bool:
-    """Return whether values.yaml describes the field: each field of a service, and other fields without fields of fixed names."""
+    """Return whether values.yaml has to describe the field. Of a service, only the first level of fields is described."""
     if path.startswith("services"):
         return re.fullmatch(r"services\.NAME\.\w+", path) is not None
     return "properties" not in schema and path != "global" and not re.search(r"\.(0|EXAMPLE)", path)
@@ -269,7 +269,7 @@ def test_values_that_choose_a_variant_can_be_combined(store: str, monitoring: bo
 
 
 @with_helm
-def test_hooks_are_passwords_the_smoke_test_and_a_word_about_the_volumes() -> None:
+def test_hooks_are_passwords_the_smoke_test_and_a_message_about_the_volumes() -> None:
     others = template()
     text = helm("template", "it", str(CHART), f"--namespace={project()}").stdout
     made = {name: it for name, it in objects(text).items() if name not in others}
@@ -326,7 +326,7 @@ def test_annotations_of_the_manifests_stay(tmp_path: Path) -> None:
 
 
 @with_helm
-def test_number_that_is_a_setting_is_written_as_a_person_wrote_it(tmp_path: Path) -> None:
+def test_setting_that_is_a_number_is_not_reformatted(tmp_path: Path) -> None:
     given = {"A": 1000000, "B": True, "C": "1e6", "D": 0.5}
     made = template(values_file(tmp_path, "services.NAME.settings", given))
     (config,) = (it for name, it in made.items() if name.startswith(f"ConfigMap/{FIRST}-"))
@@ -381,7 +381,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_package_is_the_same_on_another_machine(packed: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     for name in ("chart", "scripts", "nanoservice"):
-        shutil.copytree(ROOT / name, root / name, copy_function=shutil.copy)  # the copies have the time of now
+        shutil.copytree(ROOT / name, root / name, copy_function=shutil.copy)  # the copies have the present time
     shutil.copy(ROOT / "CHANGELOG.md", root)
     old = os.umask(0o077)
     try:

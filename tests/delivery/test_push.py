@@ -131,7 +131,7 @@ def relative(location: str) -> str:
 
 
 def push(layout: Layout, registry: str, *, before: str = "", **environ: str) -> "subprocess.CompletedProcess[str]":
-    """Run push.py with Python's standard library alone. No output may have the password. `before` is a command for a shell."""
+    """Run push.py with only Python's standard library, after the shell command `before`. Fail if its output has a password."""
     command = [sys.executable, "-I", "-S", str(ROOT / "scripts" / "bundle" / "push.py"), str(layout.folder), registry]
     given = {"HOME": str(layout.folder.parent), "SSL_CERT_FILE": "", **environ}
     shell = ["sh", "-c", f'{before}\nexec "$@"', "sh", *command]
@@ -150,7 +150,7 @@ def pushed(layout: Layout, registry: str, **environ: str) -> None:
 
 
 def refused(layout: Layout, registry: str, **environ: str) -> str:
-    """Push, and fail unless that is refused with one line that does not name an image. Return this line."""
+    """Push, and fail unless push.py refuses to, and prints no image. Return the last line of its error output."""
     ended = push(layout, registry, **environ)
     assert (ended.returncode, ended.stdout) == (1, ""), ended.stderr
     last = ended.stderr.splitlines()[-1]
@@ -291,7 +291,7 @@ def test_ca_of_openssl_is_accepted(layout: Layout, tmp_path: Path) -> None:
         pushed(layout, registry.host, REGISTRY_CA=str(tmp_path / "ca.pem"))
 
 
-def test_registry_that_cannot_be_reached(layout: Layout, plain: Registry, team: str) -> None:
+def test_registry_that_cannot_be_reached_is_named(layout: Layout, plain: Registry, team: str) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -301,7 +301,7 @@ def test_registry_that_cannot_be_reached(layout: Layout, plain: Registry, team: 
     pushed(layout, f"{plain.host}/{team}")
 
 
-def test_name_that_is_not_allowed(layout: Layout, plain: Registry, team: str) -> None:
+def test_registry_name_that_is_not_allowed_is_refused(layout: Layout, plain: Registry, team: str) -> None:
     for name in (f"https://{plain.host}/{team}", f"{plain.host}/Team", f"{USER}:{PASSWORD}@{plain.host}", ""):
         assert "REGISTRY must be HOST[:PORT][/PATH]" in refused(layout, name)
     for host in ("127.0.0.1:65536", "[1:2]"):
@@ -310,7 +310,7 @@ def test_name_that_is_not_allowed(layout: Layout, plain: Registry, team: str) ->
     pushed(layout, f"{plain.host}/{team}")
 
 
-def test_password_of_docker(layout: Layout, secured: Registry, ca: Path, team: str, tmp_path: Path) -> None:
+def test_password_of_docker_login_is_used(layout: Layout, secured: Registry, ca: Path, team: str, tmp_path: Path) -> None:
     registry, config = f"{secured.host}/{team}", tmp_path / ".docker" / "config.json"
     config.parent.mkdir()
     for content, says in (
@@ -352,7 +352,9 @@ def tls(authority: trustme.CA) -> ssl.SSLContext:
     return context
 
 
-def test_token(layout: Layout, authority: trustme.CA, ca: Path, tls: ssl.SSLContext, team: str, tmp_path: Path) -> None:
+def test_token_of_the_token_server_is_used(
+    layout: Layout, authority: trustme.CA, ca: Path, tls: ssl.SSLContext, team: str, tmp_path: Path
+) -> None:
     tokens = TokenServer(authority, tmp_path, BASIC)
     files = certificate(authority, tmp_path)
     with Server(OTHER_ADDRESS, tokens, tls) as server:
@@ -392,7 +394,7 @@ def test_token_server_without_tls_gets_no_password(
 
 
 def test_other_hosts_get_no_password(layout: Layout, plain: Registry, ca: Path, tls: ssl.SSLContext, team: str) -> None:
-    """The registry sends all uploads, and the questions for blobs, to another host."""
+    """The registry redirects all uploads, and all HEAD requests for blobs, to another host."""
 
     def registry(request: Handler) -> None:
         if request.headers["Authorization"] != BASIC:
@@ -415,7 +417,7 @@ def test_other_hosts_get_no_password(layout: Layout, plain: Registry, ca: Path, 
 def test_upload_to_an_address_without_tls_is_refused(
     layout: Layout, plain: Registry, ca: Path, tls: ssl.SSLContext, team: str
 ) -> None:
-    """A registry that does not know of the TLS in front of it answers with such addresses. A relative address is the control."""
+    """A registry behind a proxy with TLS may answer with addresses without TLS. A relative address is the control."""
     with Server(OTHER_ADDRESS, lambda request: request.pass_on(plain)) as other:
         for start in (f"http://{other.host}", ""):
 
@@ -432,8 +434,10 @@ def test_upload_to_an_address_without_tls_is_refused(
 
 
 @pytest.mark.parametrize("broken, works", [(2, True), (100, False)])
-def test_connection_that_breaks(layout: Layout, plain: Registry, team: str, broken: int, works: bool) -> None:
-    """The proxy reads half of an upload and closes the connection. It does that to the first `broken` uploads."""
+def test_upload_is_tried_again_if_the_connection_breaks(
+    layout: Layout, plain: Registry, team: str, broken: int, works: bool
+) -> None:
+    """The proxy closes the connection after half of an upload, for each of the first `broken` uploads."""
 
     def proxy(request: Handler) -> None:
         uploads = [each for each in server.seen if each.method == "PUT" and "/blobs/" in each.path]
@@ -460,7 +464,7 @@ def test_connection_that_breaks(layout: Layout, plain: Registry, team: str, brok
         (507, "answered 507 .*A full disk is a common cause"),
     ],
 )
-def test_answer_of_a_proxy(plain: Registry, team: str, tmp_path: Path, status: int, says: str) -> None:
+def test_answer_of_a_proxy_is_reported_with_advice(plain: Registry, team: str, tmp_path: Path, status: int, says: str) -> None:
     """The proxy answers each upload of a layer with a page, and reads none of the layer. Without this page, the push succeeds."""
     layout = Layout(tmp_path / "layout", 8_000_000)  # more than a kernel buffers
 
@@ -479,7 +483,7 @@ def test_answer_of_a_proxy(plain: Registry, team: str, tmp_path: Path, status: i
 
 
 @pytest.mark.parametrize("part, says", [("blobs", "stored sha256:.* as sha256:0"), ("manifests", "answers with another digest")])
-def test_registry_that_keeps_other_bytes(layout: Layout, plain: Registry, team: str, part: str, says: str) -> None:
+def test_registry_that_keeps_other_bytes_is_refused(layout: Layout, plain: Registry, team: str, part: str, says: str) -> None:
     """The proxy answers with another digest, or with other bytes, than those that the registry has."""
 
     def proxy(request: Handler) -> None:
@@ -497,8 +501,8 @@ def test_registry_that_keeps_other_bytes(layout: Layout, plain: Registry, team: 
         pushed(layout, f"{server.host}/{team}")
 
 
-def test_blob_is_never_in_memory(plain: Registry, team: str, tmp_path: Path) -> None:
-    """A layer of 200 MB is sent by a process that may have 150 MB of memory."""
+def test_blob_is_never_whole_in_memory(plain: Registry, team: str, tmp_path: Path) -> None:
+    """A process that may use 150 MB of memory sends a layer of 200 MB."""
     layout = Layout(tmp_path / "layout")
     layer = layout.blob(bytes(200_000_000), "application/vnd.oci.image.layer.v1.tar")
     config = layout.blob(b"{}", f"{MANIFEST}+config")

@@ -1,4 +1,4 @@
-"""Bundles are deployed without internet, upgraded and rolled back. No pod pulls an image from anywhere else."""
+"""Bundles are deployed, upgraded and rolled back without internet. Nodes pull only from the registry with the bundle's images."""
 
 import asyncio
 import os
@@ -21,8 +21,8 @@ from tests.support.traffic import counts, reachable, step, traffic
 pytestmark = pytest.mark.cluster
 
 PORT = 30181  # `make deploy` uses the service's own port of the node
-# Each run has another higher version, and so another image. The kubelet remembers which images it has pulled, and pulls such an
-# image again if a pod names it differently, even if it was loaded under that name.
+# Each run has a different higher version, and so a different image. The kubelet remembers the name under which it pulled an
+# image. If a pod gives this image another name, the kubelet pulls it again, even if it was loaded under the other name.
 HIGHER = f"99.0.{secrets.randbelow(10**6)}"
 NOWHERE = f"nowhere.example.com/not-{RUN}"  # no registry has images under this name
 REGISTRY = f"{os.environ.get('REGISTRY', '').strip()}/{RUN}"
@@ -48,7 +48,7 @@ spec:
 
 @dataclass
 class Bundle:
-    """A bundle that is unpacked, and the digest of the service's image in it."""
+    """An unpacked bundle, and the digest of the service's image in this bundle."""
 
     folder: Path
     digest: str
@@ -109,7 +109,7 @@ def test_chart_and_images_that_were_loaded_need_no_registry(empty: Namespace, tm
         pytest.skip("only on a node can images be loaded into the node's containerd")
     _, higher = bundles
     image = f"{NOWHERE}/hitcounter@{higher.digest}"
-    with namespace("pull", "privileged") as other:  # the control: before the images are loaded, no node can get them
+    with namespace("pull", "privileged") as other:  # the control: before `load`, no node can get the image
         other.kubectl("run", "pull", f"--image={image}")
         wait_for(lambda: "Failed" in pulls(other), 60)
     higher.installed(empty, "load", "ctr")

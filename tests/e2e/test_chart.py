@@ -163,7 +163,7 @@ def test_smoke_test_fails_without_redis_until_a_forced_upgrade(empty: Namespace)
     empty.kubectl("wait", "--for=delete", "pod/redis-0", "--timeout=60s")
     with pytest.raises(AssertionError, match="HTTP Error 503"):
         helm_in(empty, "test")
-    # The option replaces what kubectl has changed. Without the option, an upgrade and a rollback stop there.
+    # With --force-conflicts, an upgrade replaces a field that kubectl has changed. Without it, upgrades and rollbacks fail.
     empty.kubectl("set", "resources", "deployment/hitcounter", "--limits=memory=300Mi")
     for command, *arguments in ["upgrade", str(CHART), *values], ["rollback", "1"]:
         with pytest.raises(AssertionError, match=r'conflict with "kubectl-set".*\.resources\.limits\.memory'):

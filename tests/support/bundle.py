@@ -1,4 +1,4 @@
-"""Make bundles for clusters without internet, and run their install.sh, also on a machine without any route."""
+"""Make bundles for clusters without internet, and run their install.sh in a network without any route."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from tests.support.services import project
 
 
 def copy(folder: Path, version: str = VERSION) -> Path:
-    """Copy the repository into `folder`, as git knows it, with another version. Return the folder."""
+    """Copy the files that git knows into `folder`, and change the version. Return the folder."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     for name in names:
         if name and (ROOT / name).exists():
@@ -59,7 +59,7 @@ def unpack(file: Path, folder: Path) -> Path:
 
 
 class Island:
-    """A network without any route, in which only the loopback address answers, and what runs there."""
+    """A network without any route, in which only the loopback address answers, and the servers in this network."""
 
     def __init__(self, folder: Path, tools: Path) -> None:
         self._folder = folder
@@ -105,7 +105,7 @@ class Island:
         return log
 
     def docker(self, name: str, containerd_store: bool) -> str:
-        """Start a Docker without images, and return the value of DOCKER_HOST."""
+        """Start a Docker daemon without images, and return the value of DOCKER_HOST for it."""
         folder = self._folder / name
         folder.mkdir()
         host = f"unix://{folder}/socket"
@@ -117,7 +117,7 @@ class Island:
         return host
 
     def containerd(self) -> str:
-        """Start a containerd without images, and return the value of CONTAINERD_ADDRESS."""
+        """Start a containerd without images, and return the value of CONTAINERD_ADDRESS for it."""
         folder = self._folder / "containerd"
         folder.mkdir()
         address = f"{folder}/socket"

@@ -40,13 +40,13 @@ def program(name: str) -> str:
 
 @dataclass
 class Registry:
-    """A registry that runs."""
+    """A running registry."""
 
     host: str
     log: Path
 
     def requests(self, repository: str) -> list[tuple[str, str, int]]:
-        """Return method, path and status of each request to the repository, in the order in which they ended."""
+        """Return method, path and status of each request to the repository, in the order of their ends."""
         found = re.findall(r'"([A-Z]+) (/v2/\S*) HTTP/1.1" (\d+) ', self.log.read_text())
         return [(method, path, int(status)) for method, path, status in found if path.startswith(f"/v2/{repository}/")]
 
@@ -177,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @dataclass
 class TokenServer:
-    """The answers of a token server whose tokens the registry accepts. `scopes` has what clients asked for."""
+    """The answers of a token server whose tokens the registry accepts. `scopes` has the scopes that clients asked for."""
 
     authority: trustme.CA
     folder: Path
