@@ -309,7 +309,8 @@ ANSWERS = """case "$*" in *version*) printf '{"serverVersion": {"minor": "30"}}'
 
 
 # A cluster on which a bundle is deployed.
-INSTALLED = f"{ANSWERS.removesuffix('esac')} *installed-bundle*) echo 0.0.1 chart ;; *'get namespace'*) echo there {project()} ;; esac"
+NAMESPACE = f"*installed-bundle*) echo 0.0.1 chart ;; *'get namespace'*) echo there {project()} ;;"
+INSTALLED = f"{ANSWERS.removesuffix('esac')} {NAMESPACE} esac"
 
 
 def deployed(bundle: Path, folder: Path, *arguments: str) -> list[dict[str, str]]:
