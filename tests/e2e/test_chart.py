@@ -175,6 +175,8 @@ def test_smoke_test_fails_without_redis_until_a_forced_upgrade(empty: Namespace)
 
 def test_chart_takes_over_what_make_deploy_made(cluster: Deployed) -> None:
     one = cluster.namespace
+    one.make("deploy", seconds=300)  # an earlier test may have changed the objects with kubectl
+    wait_for(lambda: len(one.get("pods")) == 2, 90, "no old pod is left")
     hits, posts = one.counts()
 
     def uids(*kinds: str) -> dict[str, Any]:
