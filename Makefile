@@ -134,7 +134,7 @@ lint: $(VENV)/installed ## check the style of code, scripts, YAML and workflows
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/yamllint --strict .
 	@$(SHELLCHECK) --shell=sh --external-sources --source-path=SCRIPTDIR \
-	    scripts/*.sh scripts/lib/*.sh manifests/*/*.sh compose/*.sh
+	    scripts/*.sh scripts/*/*.sh manifests/*/*.sh compose/*.sh
 	@$(SHELLCHECK) --shell=bash .ci/run .ci/steps .ci/buildah .ci/devcontainer/check
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema=vendor.compose-spec compose.yaml

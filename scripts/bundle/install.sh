@@ -168,7 +168,10 @@ push_by_docker() { # LAYOUT REGISTRY: load the images into Docker, push them, an
   stream "$1" | docker load >&2 || fail "the images cannot be loaded into Docker (see above)"
   sed -n 's/.*"io.containerd.image.name": "\([^"@]*\)".*/\1/p' "$1/index.json" | while read -r image; do
     there=$2/${image##*/}
-    docker tag "$image" "$there" && docker push "$there" >"$work/said" || { cat "$work/said" >&2; exit 1; }
+    if ! { docker tag "$image" "$there" && docker push "$there" >"$work/said"; }; then
+      cat "$work/said" >&2
+      exit 1
+    fi
     # Docker's classic image store compresses the layers again, and pushes one platform only, so the image gets another digest.
     digest=$(sed -n 's/.* digest: \(sha256:[0-9a-f]*\) .*/\1/p' "$work/said")
     [ "$digest" ] || fail "docker does not print the digest of $there"
@@ -242,7 +245,11 @@ choose() { # COMMAND [REGISTRY]: set variant and registry, from the arguments or
   registry=${2:-${5:-}}
   registry=${registry%/}
   [ ! "$registry" ] || check_registry "$registry"
-  variants="chart $(cd "$folder/manifests" && ls | sed 's/\.yaml$//' | paste -s -d ' ' -)"
+  variants=chart
+  for file in "$folder"/manifests/*.yaml; do
+    file=${file##*/}
+    variants="$variants ${file%.yaml}"
+  done
   case " $variants " in *" $variant "*) ;; *) fail "VARIANT=$variant: the variants are $variants" ;; esac
 }
 
@@ -342,6 +349,7 @@ show_diff() { # show what `upgrade` changes; exit with the status of kubectl, wh
 
 # The script has left the user's folder, so make the relative paths in these variables absolute, except commands on PATH.
 for variable in BUNDLE VALUES REGISTRY_CA KUBECTL HELM PYTHON; do
+  path=
   eval "path=\${$variable:-}"
   case $variable:$path in *: | *:/* | KUBECTL:"${path#*/}" | HELM:"${path#*/}" | PYTHON:"${path#*/}") continue ;; esac
   eval "$variable=\$start/\$path"

@@ -15,14 +15,14 @@ kustomization() { # RESOURCE: print a kustomization that deploys RESOURCE in thi
     "resources: [$1]" "images:"
   cat
   echo "components:"
+  base=${1##*/} base=${base%.yaml}
   for component in $(needed_components); do
     case $1 in *-"$component.yaml") continue ;; esac # the rendered variant has this component
     advice="; add it to manifests/production, too"
     if [ "${program:-}" ]; then advice=; fi # a bundle's files must stay as they are
     echo "${program:-make}: this cluster needs the component $component, which this command adds$advice" >&2
-    # Skaffold deploys manifests/minikube without this script, so the component may be there already.
-    grep -q "^[^#]*/components/$component" manifests/minikube/kustomization.yaml \
-    || echo "  - ../components/$component"
+    # Skaffold and GitOps deploy a variant without this script, so the variant may have the component already.
+    grep -q "^[^#]*/components/$component" "manifests/${base%%-*}/kustomization.yaml" || echo "  - ../components/$component"
   done
 }
 
