@@ -471,7 +471,6 @@ def test_three_commands_make_the_repository_the_team_s_own(repository: Path) -> 
     assert re.findall(r"^(\w+) +(\d+)", script("services.sh", cwd=repository).stdout, re.MULTILINE) == [("orders", "8080")]
     assert "${ORDERS_PORT:-8080}" in (repository / "compose.yaml").read_text()
     assert yaml.safe_load((repository / "compose.yaml").read_text())["name"] == "shop"
-    assert "NAMESPACE:-shop}" in (repository / "scripts" / "bundle" / "install.sh").read_text()
     assert "sh install.sh" in (page := (repository / "docs" / "air-gap.md").read_text())
     assert set(re.findall(r"[\w.-]+-airgap", page)) == {"shop-0.1.0-airgap"}
     entries = repository / "scripts" / "template" / "entries"  # a service that is made later gets the new names, too
