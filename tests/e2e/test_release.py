@@ -15,8 +15,9 @@ pytestmark = pytest.mark.cluster
 
 @pytest.mark.skipif(not REGISTRY, reason="a release is pulled from a registry: make e2e REGISTRY=...")
 def test_manifests_of_a_release_run_the_image_that_was_published(tmp_path: Path) -> None:
-    image = f"{published().repositories[0]}@{published().digest}"
-    shutil.copy(published().dist / "release" / "production.yaml", tmp_path)
+    release = published("build", "publish")
+    image = f"{release.repositories[0]}@{release.digest}"
+    shutil.copy(release.dist / "release" / "production.yaml", tmp_path)
     with namespace("release") as one:
         lines = [f"namespace: {one.name}", "resources: [production.yaml]"]
         if valkey := os.environ.get("VALKEY"):  # some clusters can pull only from their own registry

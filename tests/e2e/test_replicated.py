@@ -307,6 +307,7 @@ def test_tls_component_encrypts_replication_and_survives_a_hand_over(replicated:
         assert not re.search("NOAUTH|PONG", said)  # without TLS, no server and no Sentinel answers
 
 
+@pytest.mark.slow
 def test_chart_installs_three_servers_with_the_objects_of_kustomize(other: Namespace) -> None:
     other.make("secret")
     check_installation(other, production(other, "redis-replicated"), "--set=store.kind=replicated")

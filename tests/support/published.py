@@ -37,8 +37,8 @@ class Published:
 
 
 @functools.cache
-def published() -> Published:
-    """Run the commands of all jobs of a release, in order, except the commands that this machine cannot run."""
+def published(*jobs: str) -> Published:
+    """Run the commands of all jobs of a release, or of these `jobs`, in order, except those that this machine cannot run."""
     folder = Path(tempfile.mkdtemp(prefix="published-"))
     layout, dist, output = folder / f"{SERVICE}.oci", folder / "dist", folder / "output"
     run = f"{REGISTRY}/tests-{secrets.token_hex(4)}"
@@ -54,7 +54,9 @@ def published() -> Published:
     }
     said = {}
     for one in runs(RELEASE):
-        if not one.here or one.line == "make wheels":  # `make wheels` needs the internet: run it before the tests
+        if not one.here or (jobs and one.job not in jobs):
+            continue
+        if one.line == "make wheels":  # this needs the internet: run it before the tests
             continue
         environ = {name: text.replace("ghcr.io/$", f"{run}/ghcr.io/$") for name, text in one.environ}
         said[one.line] = execute(
