@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.delivery.test_bundle_files import ANSWERS
+from tests.delivery.test_deploy_played import played
 from tests.support import ROOT
 from tests.support.bundle import Island, copy, make, name_of, replaced, unpack
 from tests.support.images import Layout, layout, scratch
@@ -338,9 +340,7 @@ def test_image_that_is_rebuilt_from_the_bundle_has_the_same_digest(tmp_path: Pat
             SERVICE=name,
         )
         assert built.digest == digest
-        bundled = Layout.__new__(Layout)
-        bundled.__dict__.update(_blobs=there / "images" / "blobs" / "sha256", digest=digest)
-        assert built.manifests() == bundled.manifests()
+        assert built.manifests() == Layout(there / "images", digest).manifests()
     # install.sh also finds a changed file of the second archive.
     file = there / "bases" / "index.json"
     with replaced(file, flipped(file)):
@@ -360,10 +360,7 @@ def test_wrong_usage_prints_the_commands(arguments: list[str]) -> None:
 @pytest.mark.parametrize("shell", ["dash", "busybox", "bash"])
 def test_deploy_runs_in_each_shell(tmp_path: Path, shell: str) -> None:
     """A script stands in for kubectl; tests/e2e deploys on a real cluster."""
-    answer = """case "$*" in *version*) printf '{"serverVersion": {"minor": "30"}}' ;; esac"""
-    (tmp_path / "kubectl").write_text(f'#!/bin/sh\necho "$*" >>"$0.told"\n{answer}\n')
-    (tmp_path / "kubectl").chmod(0o755)
-    ended = install("deploy", "r.example/team", shell=shell, KUBECTL=str(tmp_path / "kubectl"))
+    ended = install("deploy", "r.example/team", shell=shell, KUBECTL=played(tmp_path, "kubectl", ANSWERS))
     assert ended.returncode == 0, ended.stdout
     assert "apply --server-side --force-conflicts --kustomize=" in (tmp_path / "kubectl.told").read_text()
 

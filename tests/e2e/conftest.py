@@ -1,7 +1,6 @@
 """These fixtures give tests the deployment of `make deploy` on the cluster, other namespaces, and a second service."""
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanoservice.testing.waiting import wait_for
-from tests.support import ROOT
+from tests.support import bundle
 from tests.support.cluster import KUBECTL, Deployed, Namespace, deployed, namespace, run
 
 # a folder, or the beginning of a URL
@@ -40,12 +39,7 @@ def other() -> Iterator[Namespace]:
 @pytest.fixture(scope="session")
 def two_services(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a copy of the repository that has a second service, `likes`. Do not change this copy."""
-    copy = tmp_path_factory.mktemp("copy")
-    for name in run("git", "ls-files", "-z").split("\0"):
-        if name and (ROOT / name).exists():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
-    run("git", "init", "--quiet", str(copy))
+    copy = bundle.copy(tmp_path_factory.mktemp("copy"))
     run(sys.executable, str(copy / "scripts" / "service.py"), "add", "likes")
     return copy
 

@@ -7,11 +7,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nanoservice import __version__ as VERSION
+from nanoservice.testing.waiting import wait_for
 from tests.support import ROOT
 from tests.support.images import WHEELS
 from tests.support.services import project
@@ -63,7 +63,7 @@ class Island:
 
     def __init__(self, folder: Path, tools: Path) -> None:
         self._folder = folder
-        self._tools = tools
+        self._environ = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(folder)}
         self._stack = contextlib.ExitStack()
         script = "ip link set lo up && echo up && exec sleep 900"
         self._holder = self._stack.enter_context(
@@ -81,7 +81,7 @@ class Island:
 
     def run(self, *command: str, cwd: Path | None = None, **environ: str) -> "subprocess.CompletedProcess[str]":
         """Run a command in this network, with its error output in its output."""
-        given = {"PATH": f"{self._tools}:{os.environ['PATH']}", "HOME": str(self._folder), **environ}
+        given = self._environ | environ
         return subprocess.run(
             self._inside(*command), cwd=cwd, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180
         )
@@ -90,18 +90,14 @@ class Island:
         """Start a server, wait until it is ready, and return the file with its output."""
         log = self._folder / f"{name}.log"
         with log.open("w") as file:
-            server = subprocess.Popen(
-                self._inside(*command),
-                stdout=file,
-                stderr=file,
-                env={"PATH": f"{self._tools}:{os.environ['PATH']}", "HOME": str(self._folder)},
-            )
+            server = subprocess.Popen(self._inside(*command), stdout=file, stderr=file, env=self._environ)
         self._stack.callback(_stop, server)
-        until = time.monotonic() + 60
-        while not ready():
+
+        def works() -> bool:
             assert server.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.2)
+            return ready()
+
+        wait_for(works, 60, f"{name} answers: see {log}")
         return log
 
     def docker(self, name: str, containerd_store: bool) -> str:

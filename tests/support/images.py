@@ -34,11 +34,11 @@ class BuildError(Exception):
 
 
 class Layout:
-    """An image in an OCI layout."""
+    """An image in an OCI layout: the first image of the layout, or the image that has a digest."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, digest: str | None = None) -> None:
         self._blobs = folder / "blobs" / "sha256"
-        self.digest: str = json.loads((folder / "index.json").read_text())["manifests"][0]["digest"]
+        self.digest: str = digest or json.loads((folder / "index.json").read_text())["manifests"][0]["digest"]
 
     @functools.cached_property
     def _manifest(self) -> Any:
