@@ -53,11 +53,15 @@ class Network(Tasks):
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
         self._server = await asyncio.start_server(self._serve, self.host, self.port)
         return self
 
     def abort(self) -> None:
-        """Close all connections, and lose the bytes that are under way."""
+        """Close all connections soon, and lose the bytes that are under way. Any thread may call this."""
+        self._loop.call_soon_threadsafe(self._abort)
+
+    def _abort(self) -> None:
         for writer in self._writers:
             writer.transport.abort()
 

@@ -15,7 +15,7 @@ from nanoservice.config import Config
 from nanoservice.errors import UnavailableError
 from nanoservice.redis import Store
 from nanoservice.sentinel import PRIMARY_NAME
-from nanoservice.testing.replicated import Peer, Replicated
+from nanoservice.testing.replicated import Network, Peer, Replicated
 from nanoservice.testing.served import Served, serving
 from nanoservice.testing.valkey import Valkey, free_port
 from nanoservice.testing.waiting import SLACK, eventually
@@ -200,3 +200,15 @@ async def test_search_ends_when_its_callers_are_gone(store: Replicated, silent: 
         async with asyncio.timeout(0.05):
             await it.connection().connect()
     await eventually(lambda: asyncio.all_tasks() == before, 1 * SLACK)
+
+
+async def test_a_thread_can_abort_the_connections_of_a_network(valkey: Valkey) -> None:
+    asyncio.get_running_loop().set_debug(True)  # The loop now refuses calls from other threads.
+    async with asyncio.timeout(2 * SLACK), Network("127.0.0.1", valkey.port) as network:
+        reader, writer = await asyncio.open_connection(network.host, network.port)
+        writer.write(b"PING\r\n")
+        assert await reader.readline() == b"+PONG\r\n"
+        await asyncio.to_thread(network.abort)
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.close()
