@@ -88,7 +88,7 @@ service: $(VENV)/installed ## make the service NAME, or add what an existing ser
 remove: $(VENV)/installed ## remove the service NAME: its files, and its entry in each list; needs git and kubectl
 	@$(BIN)/python scripts/service.py remove "$(NAME)"
 
-rename-project: $(VENV)/installed ## call namespace, labels, Compose project and images' folder NAME; needs git and kubectl
+rename-project: $(VENV)/installed ## rename namespace, labels, Compose project and images' folder to NAME; needs git and kubectl
 	@$(BIN)/python scripts/service.py rename-project "$(NAME)"
 
 # Run the tests in four processes: while a test of one process waits, tests of the other processes run.
@@ -380,7 +380,7 @@ e2e-nodes: $(VENV)/installed ## test drains, the autoscaler and lost nodes, on t
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m "nodes and not slow" tests/e2e
 
-e2e-nodes-slow: $(VENV)/installed ## run the other tests on the same cluster, in about 10 minutes (NODES=)
+e2e-nodes-slow: $(VENV)/installed ## run the slower tests on the same cluster, in about 10 minutes (NODES=)
 	@NAMESPACE=hitcounter-e2e sh scripts/deploy-check.sh
 	@$(PYTEST_SLOW) -m "nodes and slow" tests/e2e
 # hitcounter: end
