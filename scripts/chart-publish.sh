@@ -21,5 +21,6 @@ published=$(resolve "$charts/$name")
 [ "$published" ] || quietly "$HELM" push $http "$file" "oci://$charts"
 published=$(resolve "$charts/$name")
 quietly "$HELM" pull $http --destination "$work" "oci://$charts/$name@$published"
-cmp "$work"/*.tgz "$file" || fail "$charts/$name:$version is another chart already: a version never changes; publish a new one"
+cmp "$work"/*.tgz "$file" \
+|| fail "$charts/$name:$version is another chart already: a version never changes, so publish a new version"
 echo "$charts/$name@$published" | tee "$DIST/chart"

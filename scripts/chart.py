@@ -86,7 +86,7 @@ def smoke_test(production: list[str]) -> str:
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes a text of more than one line as a literal block."""
+    """A YAML dumper that writes a text of several lines as a literal block."""
 
 
 Dumper.add_representer(

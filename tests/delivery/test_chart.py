@@ -1,6 +1,6 @@
 """The Helm chart has the objects that Kustomize renders, and each value changes what its description says.
 
-The tests with the marker `chart` run Helm, which Go builds. The unit tests of chart/tests/ are tests for helm-unittest.
+The tests with the marker `chart` run Helm, which Go builds. helm-unittest runs the unit tests in chart/tests/.
 """
 
 import functools
@@ -304,7 +304,7 @@ def test_objects_get_the_namespace_of_the_release() -> None:
 def test_unusual_value_is_used_as_it_is(path: str, value: str, tmp_path: Path) -> None:
     others = STORES["-redis-outside"] if path in ("store.host", "store.cidr") else []
     file = values_file(tmp_path, path, value)
-    arguments = [re.sub(rf",{path}=[^,]*", "", argument) for argument in others]  # an argument would hide the value of the file
+    arguments = [re.sub(rf",{path}=[^,]*", "", argument) for argument in others]  # an argument overrides the file
     assert value.strip("/") in helm("template", "it", str(CHART), *arguments, file).stdout
 
 

@@ -70,7 +70,7 @@ async def test_upgrade_and_rollback_fail_no_request(empty: Namespace, cluster: D
     async with traffic(url, 100) as load:
         await step(helm_in, empty, "upgrade", str(CHART), *values)
         revisions.append(await step(config, empty))
-        # A setting is in the same ConfigMap, so only the checksum replaces the pods.
+        # The value `settings` does not rename the ConfigMap, so only the annotation with the checksum replaces the pods.
         await step(helm_in, empty, "upgrade", str(CHART), *values, "--set=services.hitcounter.settings.LANES=2")
         revisions.append(await step(config, empty))
         # A rollback must not bring back the passwords of its revision, which Redis no longer accepts.
@@ -196,5 +196,5 @@ def test_chart_takes_over_what_make_deploy_made(cluster: Deployed) -> None:
         assert len(one.ready()) == 2
         assert one.counts() == (hits + 2, posts)
     finally:
-        # Forget the release: the other tests use the objects as `make deploy` made them.
+        # Delete only Helm's record of the release, because other tests use the objects of `make deploy`.
         one.kubectl("delete", "secrets", "--selector=owner=helm")
