@@ -72,7 +72,7 @@ def add_image(images: Path, name: str, layout: Path, digest: str, platforms: lis
     if missing := sorted(set(platforms) - set(found)):
         print(f"make: {name} has no image for {', '.join(missing)}", file=sys.stderr)
     digest = write_blob(images, content)
-    # A manifest or an index without a media type is one of OCI.
+    # Without a media type, a manifest or an index has the format of OCI.
     media_type = root.get("mediaType") or INDEXES[0].replace("index", "index" if "manifests" in root else "manifest")
     repository = name.rpartition(":")[0]
     for reference, tag in (f"{repository}@{digest}", None), (name, name.rpartition(":")[2]):
@@ -98,7 +98,7 @@ def copy_manifest(images: Path, name: str, layout: Path, digest: str) -> str:
     for it in manifest["config"], *manifest["layers"]:
         write_blob(images, blob(layout, it["digest"]))
     config = json.loads(blob(layout, manifest["config"]["digest"]))
-    # Docker's classic image store takes one platform, and reads only manifest.json. install.sh chooses the file for its machine.
+    # Docker's classic image store loads one platform, and reads only manifest.json. install.sh chooses this machine's file.
     file = images / f"docker-{config['architecture']}.json"
     paths = [f"blobs/{it['digest'].replace(':', '/')}" for it in (manifest["config"], *manifest["layers"])]
     write(file, [*read(file, []), {"Config": paths[0], "RepoTags": [name], "Layers": paths[1:]}])
@@ -153,7 +153,7 @@ def write_archive(folder: Path, name: str, file: Path) -> None:
                 content.seek(0)
                 try:
                     tar.addfile(entry, content)
-                except ValueError as error:  # the path is too long for the oldest format of tar, which every tar reads
+                except ValueError as error:  # the path is too long for the format ustar, which every tar reads
                     raise SystemExit(f"make: {entry.name}: {error}") from error
 
 

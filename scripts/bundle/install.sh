@@ -3,18 +3,18 @@
 # Usage: sh install.sh verify [KEY]
 #          check all files, and with KEY also who signed the bundle; KEY is the file of a public key or a fingerprint (SHA256:...)
 #        sh install.sh load [docker | ctr]
-#          load the images into Docker or containerd of this machine, for example on each node of the cluster
+#          load the images into this machine's Docker or containerd, for example on each node of the cluster
 #        sh install.sh push REGISTRY [python | docker]
-#          push the images into a registry, such as registry.example.com/team, and print their names there
+#          push the images into a registry, such as registry.example.com/team, and print their names in it
 #        sh install.sh deploy [REGISTRY]
-#          deploy the services and Valkey with the images in REGISTRY, or with the images that were loaded; print the URLs
+#          deploy the services and Valkey with the images in REGISTRY, or with the loaded images; print the URLs
 #        sh install.sh upgrade [REGISTRY]
 #          deploy this bundle in place of the deployed bundle; the registry and the variant stay the same
 #        sh install.sh diff [REGISTRY]
-#          show what `upgrade` would change; the exit status is 0 if nothing would change, 1 if something would, or else 2
+#          show what `upgrade` would change; the exit status is 0 if nothing would change, 1 if something would, 2 on failure
 # The script reads these variables:
 #   NAMESPACE   the namespace in the cluster; the default is the project's name
-#   VARIANT     a file of manifests/ without `.yaml`, such as production (the default) or minikube; or chart, which needs Helm
+#   VARIANT     production (the default), another file in manifests/ without its `.yaml`, or chart, which needs Helm
 #   VALUES      with VARIANT=chart, a file with values of the chart
 #   BUNDLE      for `verify`, the bundle's file; the default is beside this folder
 #   REGISTRY_USERNAME, REGISTRY_PASSWORD  for `push` by Python, the user who pushes (`push` by Docker needs docker login); for
@@ -57,10 +57,10 @@ check_files() { # fail unless the folder has exactly the files of the bundle, un
     [ -f bases/SHA256SUMS ] || fail "bases/SHA256SUMS is missing: unpack the bundle again"
     sed 's|  |  bases/|' bases/SHA256SUMS >>"$work/wanted"
   fi
-  # A symbolic link or a pipe in place of a file is a change. `push` writes pushed.txt.
+  # A symbolic link or a pipe in place of a file is a change. The file pushed.txt is not a change, because `push` writes it.
   find . ! -type d ! \( -type f \( -path ./SHA256SUMS -o -path ./bases/SHA256SUMS -o -path ./pushed.txt \) \) >"$work/there" \
   || fail "not all folders can be read (see above)"
-  # Checksums are read from regular files only: a pipe would block. No name of a bundle has a blank.
+  # Read only regular files, because a pipe would block. Leave out names with a blank, because no file of a bundle has one.
   find . -type f | grep '^\./[^[:blank:]]*$' >"$work/files"
   # shellcheck disable=SC2046 # each name is an argument
   (set -f; sums $(cat "$work/files")) >"$work/sums" || true
@@ -68,8 +68,8 @@ check_files() { # fail unless the folder has exactly the files of the bundle, un
     FILENAME == ARGV[1] { wanted[substr($0, 67)] = $1; next }
     FILENAME == ARGV[2] { is[substr($0, 69)] = $1; next }
     { name = $0; sub("^[.]/", "", name) }
-    # A name with a line end looks like two names. If both are names in the bundle, `find` lists them twice.
-    there[name]++ == 1 { print name " is there twice" }
+    # `find` prints a name with a line end as two lines. If both lines are names of the bundle, each name is there twice.
+    there[name]++ == 1 { print name " exists twice" }
     END {
       for (name in wanted) {
         if (!(name in there)) print name " is missing"
@@ -85,7 +85,7 @@ check_files() { # fail unless the folder has exactly the files of the bundle, un
 
 fingerprints() { # KEY: print the fingerprints of the public keys in a file, or KEY itself if it is a fingerprint
   case $1 in SHA256:*) echo "$1"; return ;; esac
-  # A path is never relative to this folder: a key that travels in the bundle proves nothing.
+  # A path is never relative to this folder: a key inside the bundle proves nothing.
   case $1 in /*) key=$1 ;; *) key=$start/$1 ;; esac
   [ -f "$key" ] || fail "$1 is neither a file nor a fingerprint (SHA256:...)"
   ssh-keygen -l -f "$key" >"$work/keys" || fail "$1 has no public key (see above)"
@@ -105,7 +105,7 @@ check_signature() { # KEY FILE: fail unless FILE is signed by KEY, and the bundl
 }
 
 verify() { # [KEY]
-  # An empty KEY can be a variable that is not set: sh install.sh verify "$KEY".
+  # Refuse an empty KEY, which can come from an unset variable: sh install.sh verify "$KEY".
   [ $# = 0 ] || [ "$1" ] || usage
   check_files
   echo "all files are as the bundle's checksums say"
@@ -157,7 +157,7 @@ load() { # [docker | ctr]
   for layout in $(layouts); do
     case $tool in
       docker) stream "$layout" | docker load ;;
-      # Kubernetes uses the images of this namespace of containerd.
+      # Kubernetes uses the images in this namespace of containerd.
       ctr) stream "$layout" | ${CTR:-ctr} --namespace=k8s.io images import - ;;
       *) usage ;;
     esac || fail "the images cannot be loaded by $tool (see above)"
@@ -201,7 +201,7 @@ push() { # REGISTRY [python | docker]
     esac >>"$work/pushed" || fail "the images are not all in $registry (see above); run this command again"
   done
   touch pushed.txt
-  # The lines of other registries stay.
+  # Keep the lines of other registries.
   awk -v registry="$registry" '{ it = $0; sub("/[^/]*$", "", it) } it != registry' pushed.txt >"$work/new"
   cat "$work/pushed" >>"$work/new"
   cat "$work/pushed"
@@ -232,12 +232,12 @@ use_source() { # enter source/, load the functions of its scripts, and check tha
   version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' nanoservice/__init__.py)
 }
 
-choose() { # COMMAND [REGISTRY]: set variant and registry, from the arguments or from what is deployed
+choose() { # COMMAND [REGISTRY]: set variant and registry, from VARIANT and REGISTRY, or else from the deployed bundle
   installed=
   if namespace_exists; then
     installed=$(k get namespace "$NAMESPACE" --output=jsonpath='{.metadata.annotations.installed-bundle}')
   fi
-  # shellcheck disable=SC2086 # the words are: version, variant and registry
+  # shellcheck disable=SC2086 # `installed` has the words version, variant and registry
   set -- "$1" "${2:-}" $installed
   [ "$1" = deploy ] || [ "${3:-}" ] || fail "no bundle is deployed in the namespace $NAMESPACE: sh install.sh deploy"
   from=${3:-}
@@ -253,7 +253,7 @@ choose() { # COMMAND [REGISTRY]: set variant and registry, from the arguments or
   case " $variants " in *" $variant "*) ;; *) fail "VARIANT=$variant: the variants are $variants" ;; esac
 }
 
-images() { # print each image in a line: NAME-IN-THE-MANIFESTS NAME@DIGEST
+images() { # print a line for each image: NAME-IN-THE-MANIFESTS NAME@DIGEST
   while read -r line; do
     image=${line#*=}
     there=$image
@@ -311,12 +311,13 @@ END
 deploy() { # deploy the chosen variant with the images in the chosen registry
   if [ "$variant" = chart ]; then
     components=$(needed_components | paste -s -d ' ' -)
-    [ ! "$components" ] || fail "this cluster needs what the chart has not ($components): use another variant, such as production"
+    [ ! "$components" ] || fail "this cluster needs components that the chart does not have ($components):" \
+      "use another variant, such as production"
   fi
   make_namespace
   if [ "$registry" ] && [ "${REGISTRY_USERNAME:-}" ]; then pull_secret; fi
   if [ "$variant" = chart ]; then
-    run_helm upgrade --install --wait --timeout=300s >&2 || fail "Helm does not succeed (see above)"
+    run_helm upgrade --install --wait --timeout=300s >&2 || fail "Helm failed (see above)"
   else
     sh scripts/secret.sh >&2
     write_manifests
@@ -325,7 +326,7 @@ deploy() { # deploy the chosen variant with the images in the chosen registry
   workloads=$(k get statefulsets,deployments --selector=app.kubernetes.io/part-of=hitcounter --output=name)
   for it in $workloads; do
     (wait_for "$it") || {
-      [ ! "$from" ] || fail "the services' pods of $from still run." \
+      [ ! "$from" ] || fail "the services' pods of version $from still run." \
         "To go back, run \`sh install.sh upgrade\` in the folder of its bundle"
       exit 1
     }
@@ -335,9 +336,9 @@ deploy() { # deploy the chosen variant with the images in the chosen registry
   print_urls $(services)
 }
 
-show_diff() { # show what `upgrade` changes; exit with the status of kubectl, which is 0 if nothing changes, and 1 otherwise
+show_diff() { # show what `upgrade` would change; return kubectl's status: 0 without a change, 1 with a change, more on failure
   if [ "$variant" = chart ]; then
-    run_helm template --no-hooks >"$work/rendered" || fail "Helm does not succeed (see above)"
+    run_helm template --no-hooks >"$work/rendered" || fail "Helm failed (see above)"
     k diff --server-side --force-conflicts --filename="$work/rendered"
   else
     write_manifests

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, Callable, Iterator, NamedTuple
 from urllib.parse import urlencode, urljoin, urlsplit
 from urllib.request import parse_http_list, parse_keqv_list
 
-CONNECT_SECONDS, ANSWER_SECONDS = 20, 120  # the time limits of each wait
+CONNECT_SECONDS, ANSWER_SECONDS = 20, 120  # time limits for connecting, and for each read or write
 PAUSES = (1, 2, 4)  # seconds before each further try, after a connection broke
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ADVICE = {
@@ -165,7 +165,7 @@ class Repository:
             raise PushError(f"{self.host} stored {digest} as {stored}. Check that no proxy changes the data")
 
     def push_manifest(self, descriptor: Any, path: Path, reference: str) -> None:
-        """Send a manifest or an index, unless the registry has the same under this tag or digest. Read it back."""
+        """Send a manifest or an index, unless the registry has the same bytes under this tag or digest. Read it back."""
         url, kind, sent = f"{self.url}/manifests/{reference}", descriptor["mediaType"], path.read_bytes()
         stored = self.ask("GET", url, {"Accept": kind}).body
         if stored != sent:
@@ -193,7 +193,10 @@ class Repository:
     def ask(
         self, method: str, url: str, headers: dict[str, str] | None = None, body: BinaryIO | None = None, expected: int = 0
     ) -> Answer:
-        """Send a request. Follow redirects of GET and HEAD. Another host that a redirect names gets no credentials."""
+        """Send a request, and return the answer. Follow redirects of GET and HEAD, without credentials to another host.
+
+        Raise PushError for the status 401, and for a status other than `expected`, unless `expected` is 0.
+        """
         challenged = False
         for _ in range(5):
             ours = origin(url) == origin(self.url)
@@ -238,7 +241,7 @@ class Repository:
             raise PushError(f"{self.host} asks for a token, but its token server gives none") from error
 
     def send(self, method: str, url: str, headers: dict[str, str], body: BinaryIO | None = None) -> Answer:
-        """Send one request over its own connection."""
+        """Send one request over its own connection, and return the answer."""
         scheme, host, port = origin(url)
         if scheme == "https":
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(

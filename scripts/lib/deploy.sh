@@ -5,7 +5,7 @@ wait_for() { # KIND/NAME: wait until the pods of KIND/NAME are ready, for at mos
   k rollout status "$1" --timeout=180s >&2 || {
     k get pods >&2 || true
     k get events --field-selector=type=Warning --sort-by=.lastTimestamp >&2 || true
-    fail "$1 does not get ready (see above)"
+    fail "$1 does not become ready (see above)"
   }
 }
 

@@ -179,7 +179,7 @@ PARTS += ["source/Containerfile", "source/scripts/lib/base.sh", "wheels/aiohttp-
 @pytest.mark.parametrize("part", PARTS)
 def test_changed_file_is_refused_before_anything_is_loaded(island: Island, docker: str, part: str) -> None:
     file = min(unpacked().glob(part))
-    # The last line of install.sh is a comment for this test only, because a change elsewhere could stop the script in any way.
+    # Change install.sh by an additional comment only, because another change could stop the script before its check.
     content = file.read_bytes() + b"# changed\n" if part == "install.sh" else flipped(file)
     environ = {"DOCKER_HOST": docker, "NAMESPACE": "none"}
     with replaced(file, content):
@@ -238,7 +238,7 @@ def test_signature_of_another_file_is_refused(tmp_path: Path) -> None:
     ended = install("verify", given, BUNDLE=str(changed))
     assert ended.returncode == 1
     assert f"{changed} is not the file that was signed" in ended.stdout
-    # The folder may be from another bundle, and fit the checksums of this other bundle.
+    # A folder that matches its own SHA256SUMS may come from another bundle than the signed one.
     signed = tmp_path / "signed.tar"
     with tarfile.open(signed, "w") as tar:
         (tmp_path / "sums").write_text("another\n")
@@ -307,7 +307,7 @@ def test_images_are_pushed_into_an_empty_registry(request: pytest.FixtureRequest
             assert ended.returncode == 0, ended.stdout
             pushed = dict(line.split("@") for line in (unpacked() / "pushed.txt").read_text().split())
             assert list(pushed) == [f"{registry}/team/{name.rpartition('/')[2]}" for name in images()]
-            # Docker's classic store packs the layers again, so install.sh has to remember the digest in the registry.
+            # Docker's classic store compresses the layers again, so pushed.txt must have the digest in the registry.
             assert (list(pushed.values()) == list(images().values())) == (tool != "classic")
         assert install("verify").returncode == 0
         for name, digest in pushed.items():

@@ -1,4 +1,4 @@
-"""install.sh refuses each change of a bundle, and unusual names, paths and answers do not confuse it.
+"""install.sh refuses a changed bundle, and handles unusual names, paths and answers. bundle.sh makes a whole bundle or none.
 
 In these tests the bundle has tiny images, and shell scripts stand in for docker, kubectl and helm.
 """
@@ -165,7 +165,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "linked folder": (linked_folder, "manifests/production.yaml is missing"),
     "folder": (folder_in_place_of_file, "images.txt is missing"),
     "pipe": (lambda folder: os.mkfifo(folder / "x"), "x is not of this bundle"),
-    "two names": (two_names, "images.txt is there twice"),
+    "two names": (two_names, "images.txt exists twice"),
     "blank": (added("a b"), "a b is not of this bundle"),
     "blank at the end": (added("images.txt "), "images.txt  is not of this bundle"),
     "option": (added("-c"), "-c is not of this bundle"),
@@ -254,7 +254,7 @@ def test_signature_is_checked_with_any_kind_of_key_from_any_folder(bundle: Path,
 
 
 @SSH_KEYGEN
-def test_key_that_is_in_the_bundle_is_not_taken_for_the_callers(bundle: Path, tmp_path: Path) -> None:
+def test_key_inside_the_bundle_does_not_replace_the_callers_key(bundle: Path, tmp_path: Path) -> None:
     own, foreign = key(tmp_path), key(tmp_path, "rsa")
     shutil.copy(f"{foreign}.pub", bundle / "trusted.pub")
     shutil.copy(f"{own}.pub", tmp_path / "trusted.pub")
@@ -350,7 +350,7 @@ def test_push_by_docker_without_a_digest_fails(bundle: Path, tmp_path: Path) -> 
     assert not (bundle / "pushed.txt").exists()
 
 
-def test_docker_that_does_not_answer_is_not_waited_for(bundle: Path, tmp_path: Path) -> None:
+def test_load_uses_ctr_if_docker_does_not_answer(bundle: Path, tmp_path: Path) -> None:
     played(tmp_path, "docker", f"exec '{shutil.which('sleep')}' 60")
     played(tmp_path, "sleep", "")  # the time limit is over at once
     ctr = played(tmp_path, "ctr", "cat >/dev/null")
@@ -363,7 +363,7 @@ def test_docker_that_does_not_answer_is_not_waited_for(bundle: Path, tmp_path: P
 
 
 def test_deploy_writes_nothing_into_the_bundle(bundle: Path, tmp_path: Path) -> None:
-    """An interrupted deploy would leave such files behind, which `verify` refuses. The folder may also be read-only."""
+    """After an interrupted deploy, files in the bundle would make `verify` fail. The folder may also be read-only."""
     before = sorted(bundle.rglob("*"))
     kubectl = played(tmp_path, "kubectl", f'case "$*" in *apply*kustomize*) kill -9 $PPID ;; esac\n{ANSWERS}')
     assert install(bundle, "deploy", KUBECTL=kubectl, TMPDIR=str(tmp_path)).returncode == -9
@@ -432,14 +432,14 @@ def test_chart_is_not_deployed_without_a_component_that_the_cluster_needs(bundle
     openshift = 'case "$*" in *api-versions*) echo security.openshift.io/v1 ;; esac\n'
     kubectl, helm = played(tmp_path, "kubectl", openshift + ANSWERS), played(tmp_path, "helm", "")
     ended = install(bundle, "deploy", KUBECTL=kubectl, HELM=helm, VARIANT="chart")
-    assert (ended.returncode, "needs what the chart has not (openshift)" in ended.stdout) == (1, True), ended.stdout
+    assert (ended.returncode, "components that the chart does not have (openshift)" in ended.stdout) == (1, True), ended.stdout
     assert not Path(f"{helm}.told").exists()
 
 
 def test_diff_fails_if_helm_fails(bundle: Path, tmp_path: Path) -> None:
     kubectl, helm = played(tmp_path, "kubectl", INSTALLED), played(tmp_path, "helm", "exit 1")
     ended = install(bundle, "diff", KUBECTL=kubectl, HELM=helm, VARIANT="chart")
-    assert (ended.returncode, "Helm does not succeed" in ended.stdout) == (2, True), ended.stdout
+    assert (ended.returncode, "Helm failed" in ended.stdout) == (2, True), ended.stdout
     assert "diff" not in Path(f"{kubectl}.told").read_text()
 
 
@@ -574,7 +574,7 @@ def test_bundle_without_sources_is_not_made(tmp_path: Path) -> None:
     played(making.programs, "git", "exit 127")
     ended = making.run(PATH=first(making.programs))
     assert (ended.returncode, said in ended.stdout) == (1, True), ended.stdout
-    shutil.rmtree(making.sources / ".git")  # as in an archive of the sources, which may also be in another repository
+    shutil.rmtree(making.sources / ".git")  # as in an archive of the sources, which may be inside another repository
     for inside in (False, True):
         if inside:
             subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)

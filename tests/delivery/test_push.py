@@ -150,7 +150,7 @@ def pushed(layout: Layout, registry: str, **environ: str) -> None:
 
 
 def refused(layout: Layout, registry: str, **environ: str) -> str:
-    """Push, and fail unless push.py refuses to, and prints no image. Return the last line of its error output."""
+    """Push, and fail unless push.py fails and prints no image. Return the last line of its error output."""
     ended = push(layout, registry, **environ)
     assert (ended.returncode, ended.stdout) == (1, ""), ended.stderr
     last = ended.stderr.splitlines()[-1]
@@ -210,7 +210,7 @@ def test_second_push_sends_no_blob_and_prints_the_same(layout: Layout, plain: Re
 def test_damaged_layout_is_refused_before_anything_is_sent(
     layout: Layout, plain: Registry, team: str, part: str, damage: str
 ) -> None:
-    """The last image is damaged, so the check covers all images before the first is sent."""
+    """All parts except the index belong to the last image, so the check covers all images before the first one is sent."""
     document = json.loads(layout.path(layout.store).read_bytes())
     parts = {"config": document["config"], "layers": document["layers"][1], "manifest": layout.store, "index": layout.app}
     path = layout.path(parts[part])
@@ -272,7 +272,7 @@ def test_tls_on_loopback_is_named_in_the_error(layout: Layout, authority: trustm
 
 
 def test_ca_of_openssl_is_accepted(layout: Layout, tmp_path: Path) -> None:
-    """The certificate of a CA that `openssl req -x509` makes does not say what its key may be used for."""
+    """The CA certificate that `openssl req -x509` makes has no extension keyUsage."""
     now, keys = datetime.now(UTC), [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
     names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("private CA", "registry")]
     san = x509.SubjectAlternativeName([x509.IPAddress(ip_address(TLS_ADDRESS))])
@@ -328,7 +328,7 @@ def test_password_of_docker_login_is_used(layout: Layout, secured: Registry, ca:
 
 
 def test_password_is_not_sent_without_tls(layout: Layout, plain: Registry, team: str) -> None:
-    """A server that would read a password without TLS gets none. With 127.0.0.1, it gets the password."""
+    """A server without TLS that asks for a password gets none. The same server on 127.0.0.1, the control, gets the password."""
 
     def wants_a_password(request: Handler) -> None:
         if request.headers["Authorization"] != BASIC:
@@ -484,7 +484,7 @@ def test_answer_of_a_proxy_is_reported_with_advice(plain: Registry, team: str, t
 
 @pytest.mark.parametrize("part, says", [("blobs", "stored sha256:.* as sha256:0"), ("manifests", "answers with another digest")])
 def test_registry_that_keeps_other_bytes_is_refused(layout: Layout, plain: Registry, team: str, part: str, says: str) -> None:
-    """The proxy answers with another digest, or with other bytes, than those that the registry has."""
+    """The proxy answers with a digest, or with bytes, that differ from those in the registry."""
 
     def proxy(request: Handler) -> None:
         if request.command == "PUT" and changes and part == "blobs":

@@ -106,7 +106,7 @@ def pulls(namespace: Namespace) -> dict[str, list[str]]:
 
 def test_chart_and_images_that_were_loaded_need_no_registry(empty: Namespace, tmp_path: Path, bundles: list[Bundle]) -> None:
     if not shutil.which("ctr"):
-        pytest.skip("only on a node can images be loaded into the node's containerd")
+        pytest.skip("images can be loaded into a node's containerd only on this node")
     _, higher = bundles
     image = f"{NOWHERE}/hitcounter@{higher.digest}"
     with namespace("pull", "privileged") as other:  # the control: before `load`, no node can get the image
@@ -120,7 +120,7 @@ def test_chart_and_images_that_were_loaded_need_no_registry(empty: Namespace, tm
     assert image in images(empty)
     assert "Pulling" not in pulls(empty)
     assert all("already present on machine" in message for message in pulls(empty)["Pulled"])
-    # The namespace remembers the variant, and Helm's release the values.
+    # An annotation of the namespace has the variant, and Helm's release has the values.
     assert higher.install(empty, "diff")[0] == 0
     higher.installed(empty, "upgrade")
     assert not empty.get("ingresses")

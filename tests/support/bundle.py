@@ -18,7 +18,7 @@ from tests.support.services import project
 
 
 def copy(folder: Path, version: str = VERSION) -> Path:
-    """Copy the files that git knows into `folder`, and change the version. Return the folder."""
+    """Copy the files that git knows into `folder`, and set the version. Return the folder."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     for name in names:
         if name and (ROOT / name).exists():

@@ -46,7 +46,7 @@ class Registry:
     log: Path
 
     def requests(self, repository: str) -> list[tuple[str, str, int]]:
-        """Return method, path and status of each request to the repository, in the order of their ends."""
+        """Return method, path and status of each request to the repository, in the order of their answers."""
         found = re.findall(r'"([A-Z]+) (/v2/\S*) HTTP/1.1" (\d+) ', self.log.read_text())
         return [(method, path, int(status)) for method, path, status in found if path.startswith(f"/v2/{repository}/")]
 
@@ -79,7 +79,7 @@ def running(
 
 
 def certificate(authority: trustme.CA, folder: Path, address: str = TLS_ADDRESS) -> tuple[Path, Path]:
-    """Write a certificate of the authority, and its key."""
+    """Write a certificate that the authority issues for an address, and its key. Return both files."""
     issued = authority.issue_cert(address)
     chain, key = folder / f"{address}.pem", folder / f"{address}.key"
     chain.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
@@ -120,7 +120,7 @@ class Server:
         handler = type("_Handler", (Handler,), {"owner": self})
         self._server = ThreadingHTTPServer((self.address, 0), handler)
         self.port = self._server.server_address[1]
-        # With a small buffer, the kernel does not take a whole upload that `answer` does not read.
+        # With a small buffer, the kernel does not buffer a whole upload that `answer` does not read.
         self._server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         if self.context:
             self._server.socket = self.context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
