@@ -9,7 +9,7 @@ $(error VENV=$(VENV): make cannot make a folder whose path has a space)
 endif
 BIN := $(VENV)/bin
 SERVERS ?=           # packages of tests/servers/requirements.in; with them, `make test-servers` tests only with their servers
-# These five are set on the command line alone. Other programs set variables of such names: Windows' WSL sets NAME.
+# With `=`, make ignores these five names in the environment, because other programs set such names: WSL on Windows sets NAME.
 UPGRADE =            # with UPGRADE=--upgrade, `make lock` locks the newest versions
 NAME =               # the name of the service that `make service` makes or `make remove` removes, such as likes
 FORCE =              # with FORCE=1, `make remove` also deletes files of the service that are not committed
@@ -75,8 +75,8 @@ help: ## list the targets
 run: $(VENV)/can-run ## run the first service, or SERVICE, with a Valkey of its own in .data/ unless REDIS_HOST is set
 	@exec sh scripts/run.sh
 
-LIMIT ?= 180         # the seconds after which the service of `make run-check` must answer
-run-check: ## start the first service with `make run`, count two requests, and stop it
+LIMIT ?= 180         # the seconds within which the service of `make run-check` must answer
+run-check: ## start the first service with `make run`, send it two requests, and stop it
 	@sh scripts/run-check.sh $(LIMIT)
 
 services: ## list the services and their ports; FORMAT=json prints the names as JSON, for workflows

@@ -349,7 +349,7 @@ def test_unit_tests_pass() -> None:
 
 
 @with_helm
-def test_unit_test_that_is_wrong_fails(tmp_path: Path) -> None:
+def test_unit_tests_fail_if_a_template_is_wrong(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(CHART, tmp_path / "chart"))
     objects_yaml = copy / "templates" / "objects.yaml"
     text = objects_yaml.read_text()

@@ -180,7 +180,7 @@ def check(layout: Layout, registry: str, folder: Path, *options: str) -> None:
     assert mine == theirs
 
 
-def test_pushed_into_a_registry_with_password_and_private_ca(
+def test_images_are_pushed_into_a_registry_with_password_and_private_ca(
     layout: Layout, secured: Registry, ca: Path, team: str, tmp_path: Path
 ) -> None:
     registry = f"{secured.host}/{team}"
@@ -188,7 +188,7 @@ def test_pushed_into_a_registry_with_password_and_private_ca(
     check(layout, registry, tmp_path / "read", "--ca-file", str(ca), "--username", USER, "--password", PASSWORD)
 
 
-def test_pushed_into_a_plain_registry_on_loopback(layout: Layout, plain: Registry, team: str, tmp_path: Path) -> None:
+def test_images_are_pushed_into_a_plain_registry_on_loopback(layout: Layout, plain: Registry, team: str, tmp_path: Path) -> None:
     for host in (plain.host, plain.host.replace("127.0.0.1", "localhost")):
         pushed(layout, f"{host}/{team}")
     check(layout, f"{plain.host}/{team}", tmp_path / "read", "--plain-http")
