@@ -28,11 +28,11 @@ start=$PWD
 cd "$(dirname "$0")"
 folder=$PWD
 name=${folder##*/}
-program=install.sh
+program=install.sh failed=1
 
-fail() { # MESSAGE...: print MESSAGE and exit with status 1
+fail() { # MESSAGE...: print MESSAGE and exit with the status `failed`
   echo "$program: $*" >&2
-  exit "${failed:-1}"
+  exit "$failed"
 }
 
 usage() { # print the comment at the head of this script, and exit with 64, the status for wrong usage in sysexits.h
