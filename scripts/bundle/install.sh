@@ -200,11 +200,15 @@ push() { # REGISTRY [python | docker]
       *) usage ;;
     esac >>"$work/pushed" || fail "the images are not all in $registry (see above); run this command again"
   done
-  touch pushed.txt
+  cat "$work/pushed"
+  if ! { touch pushed.txt && [ -w pushed.txt ]; }; then
+    [ "$tool" != python ] || return 0 # the images kept their digests, so `deploy` needs no pushed.txt
+    fail "pushed.txt cannot be written (see above), and \`deploy\` needs the digests in it:" \
+      "copy the folder to a disk that you can write to, and push from there"
+  fi
   # The lines of other registries stay.
   awk -v registry="$registry" '{ it = $0; sub("/[^/]*$", "", it) } it != registry' pushed.txt >"$work/new"
   cat "$work/pushed" >>"$work/new"
-  cat "$work/pushed"
   cat "$work/new" >pushed.txt
 }
 

@@ -350,6 +350,19 @@ def test_push_by_docker_without_a_digest_fails(bundle: Path, tmp_path: Path) -> 
     assert not (bundle / "pushed.txt").exists()
 
 
+@pytest.mark.parametrize("tool", ["python", "docker"])
+def test_push_from_a_folder_that_cannot_be_written_prints_the_names(bundle: Path, tmp_path: Path, tool: str) -> None:
+    played(tmp_path, "docker", DOCKER)
+    played(tmp_path, "touch", "echo 'read-only file system' >&2; exit 1")
+    python = played(tmp_path, "python3", f"echo r.example/v@sha256:{'a' * 64}")
+    ended = install(bundle, "push", "r.example", tool, PATH=first(tmp_path), PYTHON=python)
+    assert f"r.example/v@sha256:{'a' * 64}" in ended.stdout.splitlines()
+    # Docker may give an image another digest, which `deploy` has to read from pushed.txt.
+    assert ended.returncode == (0 if tool == "python" else 1), ended.stdout
+    assert ("pushed.txt cannot be written" in ended.stdout) == (tool == "docker")
+    assert not (bundle / "pushed.txt").exists()
+
+
 def test_docker_that_does_not_answer_is_not_waited_for(bundle: Path, tmp_path: Path) -> None:
     played(tmp_path, "docker", f"exec '{shutil.which('sleep')}' 60")
     played(tmp_path, "sleep", "")  # the time limit is over at once
