@@ -141,6 +141,15 @@ def test_commands_on_the_page_about_air_gaps_are_those_of_install_sh() -> None:
     assert not [name for name in scripts if not (ROOT / name).exists()]
 
 
+def test_page_about_air_gaps_removes_the_password_that_may_push_before_deploy() -> None:
+    """`deploy` writes REGISTRY_USERNAME and REGISTRY_PASSWORD into the cluster."""
+    before_deploy = AIR_GAP.read_text().partition("\n## Without internet: how do I deploy?")[0]
+    exported = set(re.findall(r"export (REGISTRY_\w+)", before_deploy))
+    assert exported == {"REGISTRY_USERNAME", "REGISTRY_PASSWORD"}
+    (removed,) = re.findall(r"unset (.+)", before_deploy.rpartition("export ")[2])
+    assert set(removed.split()) == exported
+
+
 def test_messages_on_the_page_about_air_gaps_are_those_of_install_sh() -> None:
     """A message is a text in backquotes: after "You see", or in the first column of the last table."""
     text = AIR_GAP.read_text()
