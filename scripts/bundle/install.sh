@@ -255,6 +255,7 @@ choose() { # COMMAND [REGISTRY]: set variant and registry, from the arguments or
     variants="$variants ${file%.yaml}"
   done
   case " $variants " in *" $variant "*) ;; *) fail "VARIANT=$variant: the variants are $variants" ;; esac
+  [ "$variant" = chart ] || [ ! "${VALUES:-}" ] || fail "only the chart has values: set VARIANT=chart, or leave VALUES out"
 }
 
 images() { # print each image in a line: NAME-IN-THE-MANIFESTS NAME@DIGEST

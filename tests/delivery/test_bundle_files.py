@@ -428,6 +428,17 @@ def test_namespace_has_the_projects_name_by_default(bundle: Path, tmp_path: Path
     assert yaml.safe_load((tmp_path / "kubectl.yaml").read_text())["namespace"] == project()
 
 
+def test_values_for_a_variant_that_has_none_are_refused(bundle: Path, tmp_path: Path) -> None:
+    kubectl = played(tmp_path, "kubectl", ANSWERS)
+    ended = install(bundle, "deploy", KUBECTL=kubectl, VALUES="values.yaml")
+    assert (ended.returncode, "only the chart has values: set VARIANT=chart" in ended.stdout) == (1, True), ended.stdout
+    assert "apply" not in Path(f"{kubectl}.told").read_text()
+    # Of a release that is deployed already, the namespace has the variant.
+    kubectl, helm = played(tmp_path, "kubectl", INSTALLED), played(tmp_path, "helm", "")
+    ended = install(bundle, "upgrade", KUBECTL=kubectl, HELM=helm, VALUES="values.yaml")
+    assert ended.returncode == 0, ended.stdout
+
+
 def test_values_of_the_release_are_used_again(bundle: Path, tmp_path: Path) -> None:
     kubectl = played(tmp_path, "kubectl", INSTALLED)
     keeps = 'for word; do case $word in --values=*) cat "${word#*=}" >"$0.values" ;; esac; done'
