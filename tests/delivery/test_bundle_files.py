@@ -606,6 +606,17 @@ def test_bundle_without_sources_is_not_made(tmp_path: Path) -> None:
         assert (ended.returncode, said in ended.stdout) == (1, True), ended.stdout
 
 
+def test_bundle_of_one_service_of_several_is_not_made(tmp_path: Path) -> None:
+    """The image of another service could be old, or LAYOUT could be the image of one service under the name of another."""
+    making = Making(tmp_path)
+    (making.sources / "another").mkdir()
+    (making.sources / "another" / "__main__.py").touch()
+    for given in ({"SERVICE": names()[0]}, {"SERVICE": names()[0], "LAYOUT": f"{names()[0]}.oci"}):
+        ended = making.run(**given)
+        assert (ended.returncode, "a bundle has the images of all services" in ended.stdout) == (1, True), ended.stdout
+    assert not list(making.dist.glob("*.tar"))
+
+
 def test_bases_that_cannot_be_read_are_not_left_out(tmp_path: Path) -> None:
     making = Making(tmp_path)
     ended = making.run(BASES="1", BUILDKIT="", PYTHON_IMAGE="r.example/python:3@sha256:0", BASE_IMAGE="r.example/base:1@sha256:0")
