@@ -406,6 +406,9 @@ def test_package_names_the_images_of_the_release_and_what_changed(packed: Path) 
     section = " ".join(f" {rest.partition(chr(10) + '## ')[0]}".split())
     assert f"- {' - '.join(changes)}" == section
     assert (chart["home"], chart["sources"]) == ("https://github.com/someone/there", ["https://github.com/someone/there"])
+    links = re.findall(r"\]\(([^#)]\S*)\)", helm("show", "readme", str(packed)).stdout)
+    assert f"https://github.com/someone/there/blob/v{VERSION}/docs/operations.md" in {it.partition("#")[0] for it in links}
+    assert not [it for it in links if not it.startswith("https://")]
     with tarfile.open(packed) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
         assert inside >= {"README.md", "values.schema.json", "templates/NOTES.txt", "icon.svg"}
