@@ -39,6 +39,12 @@ def test_files_exist(text: Path) -> None:
     assert not missing
 
 
+@of_each_text
+def test_checksum_commands_run_in_busybox(text: Path) -> None:
+    """The sha256sum of busybox, which Alpine has, has no long options."""
+    assert not re.findall(r"\b(?:sha256sum|shasum) [^#\n]*--\w+", text.read_text())
+
+
 def anchors(text: Path) -> set[str]:
     """Return the anchors of a Markdown file's headings, as GitHub makes them."""
     content = re.sub(r"^ *```.*?^ *```", "", text.read_text(), flags=re.MULTILINE | re.DOTALL)
