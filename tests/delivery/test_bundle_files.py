@@ -439,6 +439,15 @@ def test_values_for_a_variant_that_has_none_are_refused(bundle: Path, tmp_path: 
     assert ended.returncode == 0, ended.stdout
 
 
+def test_chart_takes_over_the_objects_of_another_variant(bundle: Path, tmp_path: Path) -> None:
+    """The tests on a cluster install the chart with these options, and without them, in place of what `make deploy` made."""
+    production = INSTALLED.replace("0.0.1 chart", "0.0.1 production")
+    assert production != INSTALLED
+    kubectl, helm = played(tmp_path, "kubectl", production), played(tmp_path, "helm", "")
+    assert install(bundle, "upgrade", KUBECTL=kubectl, HELM=helm, VARIANT="chart").returncode == 0
+    assert "upgrade --install --take-ownership --force-conflicts --wait" in Path(f"{helm}.told").read_text()
+
+
 def test_values_of_the_release_are_used_again(bundle: Path, tmp_path: Path) -> None:
     kubectl = played(tmp_path, "kubectl", INSTALLED)
     keeps = 'for word; do case $word in --values=*) cat "${word#*=}" >"$0.values" ;; esac; done'
