@@ -336,6 +336,19 @@ def test_setting_that_is_a_number_is_not_reformatted(tmp_path: Path) -> None:
     assert config["data"].items() >= {"A": "1000000", "B": "true", "C": "1e6", "D": "0.5"}.items()
 
 
+@with_helm
+def test_another_chart_can_have_this_chart_under_another_name(tmp_path: Path) -> None:
+    Path(shutil.copytree(CHART, tmp_path / "outer" / "charts" / project()))
+    dependency = {"name": project(), "version": VERSION, "repository": "", "alias": "inner"}
+    outer = {"apiVersion": "v2", "name": "outer", "version": "1.0.0", "dependencies": [dependency]}
+    (tmp_path / "outer" / "Chart.yaml").write_text(json.dumps(outer))
+    arguments = [str(tmp_path / "outer"), f"--namespace={project()}", "--no-hooks", "--set=inner.expose=nodePort"]
+    # The command `install` also prints the notes.
+    said = helm("install", "it", *arguments, "--dry-run=client", "--render-subchart-notes").stdout
+    assert "pod-security.kubernetes.io/enforce=restricted" in said.partition("\nNOTES:\n")[2]
+    assert objects(helm("template", "it", *arguments).stdout) == template("--set=expose=nodePort")
+
+
 # --- Helm's own checks ---
 
 
