@@ -40,6 +40,10 @@ usage() { # print the comment at the head of this script, and exit with 64, the 
   exit 64
 }
 
+absolute() { # PATHS: print a list of paths with colons between them, as KUBECONFIG has it, with an absolute path for each path
+  (set -f; IFS=:; for path in $1; do case $path in "" | /*) ;; *) path=$start/$path ;; esac; printf %s: "$path"; done)
+}
+
 has() { command -v "$1" >/dev/null; }
 
 # --- verify ---
@@ -354,12 +358,16 @@ show_diff() { # show what `upgrade` changes; exit with the status of kubectl, wh
 # --- the commands ---
 
 # The script has left the user's folder, so make the relative paths in these variables absolute, except commands on PATH.
-for variable in BUNDLE VALUES REGISTRY_CA KUBECTL HELM PYTHON; do
+for variable in BUNDLE VALUES REGISTRY_CA DOCKER_CONFIG TMPDIR KUBECTL HELM PYTHON; do
   path=
   eval "path=\${$variable:-}"
   case $variable:$path in *: | *:/* | KUBECTL:"${path#*/}" | HELM:"${path#*/}" | PYTHON:"${path#*/}") continue ;; esac
   eval "$variable=\$start/\$path"
 done
+if [ "${KUBECONFIG:-}" ]; then
+  KUBECONFIG=$(absolute "$KUBECONFIG")
+  KUBECONFIG=${KUBECONFIG%:}
+fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 trap 'exit 129' HUP

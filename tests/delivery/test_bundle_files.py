@@ -422,6 +422,24 @@ def test_relative_paths_are_those_of_the_caller(bundle: Path, tmp_path: Path) ->
     assert f"--values={tmp_path}/my values.yaml --set=services.{names()[0]}.image=" in (tmp_path / "helm.told").read_text()
 
 
+def test_relative_paths_for_other_programs_are_those_of_the_caller(bundle: Path, tmp_path: Path) -> None:
+    kubectl = played(tmp_path, "kubectl", 'echo "$KUBECONFIG" >"$0.config"; ' + ANSWERS)
+    for given, used in (
+        ("my config", f"{tmp_path}/my config"),
+        ("/etc/*", "/etc/*"),
+        (f"a:{tmp_path}/b::c", f"{tmp_path}/a:{tmp_path}/b::{tmp_path}/c"),
+    ):
+        ended = install(bundle, "deploy", cwd=tmp_path, KUBECTL=kubectl, KUBECONFIG=given)
+        assert ended.returncode == 0, ended.stdout
+        assert (tmp_path / "kubectl.config").read_text() == f"{used}\n"
+    docker = played(tmp_path, "docker", 'echo "$DOCKER_CONFIG" >"$0.config"; cat >/dev/null')
+    (tmp_path / "temporary").mkdir()
+    given = {"DOCKER_CONFIG": "login", "TMPDIR": "temporary", "PATH": first(tmp_path)}
+    ended = install(bundle, "load", "docker", cwd=tmp_path, **given)
+    assert ended.returncode == 0, ended.stdout
+    assert Path(f"{docker}.config").read_text() == f"{tmp_path}/login\n"
+
+
 def test_namespace_has_the_projects_name_by_default(bundle: Path, tmp_path: Path) -> None:
     kubectl = played(tmp_path, "kubectl", KEEPS + ANSWERS)
     assert install(bundle, "deploy", KUBECTL=kubectl, NAMESPACE="").returncode == 0
