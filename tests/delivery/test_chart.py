@@ -287,6 +287,19 @@ def test_hooks_are_passwords_the_smoke_test_and_a_message_about_the_volumes() ->
         assert made[f"Secret/{name}-redis"]["data"] == {"password": made["Secret/redis-users"]["data"][name]}
 
 
+def test_readme_names_the_users_who_need_a_password() -> None:
+    def users(*paths: str) -> set[str]:
+        text = "".join((ROOT / "manifests" / path).read_text() for path in paths)
+        return set(re.findall(r"(?m)^user (\w+)", text)) - {"default", *names()}
+
+    (item,) = re.findall(r"- `redis-users`,(.+?);\n", (CHART / "README.md").read_text(), re.DOTALL)
+    single, replicated = item.split("`store.kind: replicated`")
+    assert set(re.findall("`(\\w+)`", single)) == users("redis/users.acl")
+    folder = "components/redis-replicated"
+    more = users(f"{folder}/replicated.acl", f"{folder}/sentinel.acl") - users("redis/users.acl")
+    assert set(re.findall("`(\\w+)`", replicated)) == more
+
+
 @with_helm
 def test_objects_get_the_namespace_of_the_release() -> None:
     text = helm("template", "it", str(CHART), "--namespace=another", "--set=monitoring.enabled=true,store.kind=replicated").stdout
