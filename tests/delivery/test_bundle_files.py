@@ -3,11 +3,14 @@
 In these tests the bundle has tiny images, and shell scripts stand in for docker, kubectl and helm.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -514,6 +517,34 @@ def test_password_of_the_registry_arrives_whole_and_in_no_argument(bundle: Path,
     assert not list(temporary.iterdir())
     ended = deploy(f"{password}\nx")
     assert (ended.returncode, "has a line end" in ended.stdout) == (1, True)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_certificate_of_the_page_is_valid_for_each_server_of_redis(bundle: Path) -> None:
+    page = (ROOT / "docs" / "air-gap.md").read_text()
+    (block,) = re.findall(r"```sh\n([^`]*openssl req [^`]*)```", page)
+    subprocess.run(["sh", "-ec", block], cwd=bundle, check=True, capture_output=True, timeout=60)
+    assert install(bundle, "verify").returncode == 0
+    folder = bundle.parent / "tls"
+    for name in re.findall(r"--from-file=\.\./tls/(\S+)", page):
+        assert (folder / name).stat().st_size
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(folder / "tls.crt", folder / "tls.key")
+    client = ssl.create_default_context(cafile=folder / "ca.crt")
+    client.verify_flags |= ssl.VERIFY_X509_STRICT  # the default of Python 3.13, which the image has
+
+    def handshake(host: str) -> None:
+        one, other = ssl.MemoryBIO(), ssl.MemoryBIO()
+        ends = [client.wrap_bio(one, other, server_hostname=host), server.wrap_bio(other, one, server_side=True)]
+        for end in ends * 3:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+        assert ends[0].version() == "TLSv1.3"
+
+    for host in ("redis", "redis-0", "redis-1", "redis-2"):
+        handshake(host)
+    with pytest.raises(ssl.SSLCertVerificationError):  # the control
+        handshake("another")
 
 
 # --- making the bundle ---
