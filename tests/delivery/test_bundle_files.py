@@ -437,8 +437,8 @@ def test_relative_paths_for_other_programs_are_those_of_the_caller(bundle: Path,
         assert (tmp_path / "kubectl.config").read_text() == f"{used}\n"
     docker = played(tmp_path, "docker", 'echo "$DOCKER_CONFIG" >"$0.config"; cat >/dev/null')
     (tmp_path / "temporary").mkdir()
-    given = {"DOCKER_CONFIG": "login", "TMPDIR": "temporary", "PATH": first(tmp_path)}
-    ended = install(bundle, "load", "docker", cwd=tmp_path, **given)
+    environ = {"DOCKER_CONFIG": "login", "TMPDIR": "temporary", "PATH": first(tmp_path)}
+    ended = install(bundle, "load", "docker", cwd=tmp_path, **environ)
     assert ended.returncode == 0, ended.stdout
     assert Path(f"{docker}.config").read_text() == f"{tmp_path}/login\n"
 
