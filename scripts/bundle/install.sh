@@ -326,7 +326,8 @@ deploy() { # deploy the chosen variant with the images in the chosen registry
   if [ "$registry" ] && [ "${REGISTRY_USERNAME:-}" ]; then pull_secret; fi
   if [ "$variant" = chart ]; then
     # Like `kubectl apply` below, Helm takes over the objects of another variant, and fields that someone has changed.
-    run_helm upgrade --install --take-ownership --force-conflicts --wait --timeout=300s >&2 || fail "Helm does not succeed (see above)"
+    run_helm upgrade --install --take-ownership --force-conflicts --wait --timeout=300s >&2 \
+    || fail "Helm does not succeed (see above)"
   else
     sh scripts/secret.sh >&2
     write_manifests
