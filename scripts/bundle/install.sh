@@ -194,9 +194,11 @@ push() { # REGISTRY [python | docker]
   check_registry "$registry"
   python=${PYTHON:-python3}
   tool=${2:-}
-  if [ ! "$tool" ]; then
-    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then tool=python; else tool=docker; fi
+  if [ "$tool" != docker ] && ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then
+    { [ ! "$tool" ] && has docker; } || fail "to push, Python 3.8 or newer is needed (PYTHON=...), or Docker"
+    tool=docker
   fi
+  tool=${tool:-python}
   for layout in $(layouts); do
     case $tool in
       python) "$python" push.py "$layout" "$registry" ;;

@@ -346,6 +346,20 @@ def test_digests_in_another_registry_stay_and_are_not_used(bundle: Path, tmp_pat
     assert [it["digest"] for it in deployed(bundle, tmp_path, registry)] == wanted
 
 
+def test_push_names_the_programs_of_which_it_needs_one(bundle: Path, tmp_path: Path) -> None:
+    for name in "sh dirname mktemp cp rm sed grep find awk sort tr cat sha256sum".split():
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    old = played(tmp_path, "python3", "exit 1")
+    said = "to push, Python 3.8 or newer is needed (PYTHON=...), or Docker"
+    for arguments in ([], ["python"]):
+        ended = install(bundle, "push", "r.example", *arguments, PATH=str(tmp_path))
+        assert (ended.returncode, said in ended.stdout) == (1, True), ended.stdout
+    docker = played(tmp_path, "docker", DOCKER)
+    ended = install(bundle, "push", "r.example", "python", PATH=str(tmp_path), PYTHON=old)
+    assert (ended.returncode, said in ended.stdout) == (1, True), ended.stdout
+    assert not Path(f"{docker}.told").exists()
+
+
 def test_push_by_docker_without_a_digest_fails(bundle: Path, tmp_path: Path) -> None:
     played(tmp_path, "docker", "case $1 in load) cat >/dev/null ;; esac")
     ended = install(bundle, "push", "r.example", "docker", PATH=first(tmp_path))
