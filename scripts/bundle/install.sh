@@ -100,7 +100,10 @@ check_signature() { # KEY FILE: fail unless FILE is signed by KEY, and the bundl
   [ -f "$2" ] || fail "$2 is missing: copy it beside this folder, or name it: BUNDLE=..."
   [ -f "$2.sig" ] || fail "$2.sig, the signature, is missing: copy it beside $2"
   wanted=$(fingerprints "$1") || exit
-  said=$(ssh-keygen -Y check-novalidate -n file -s "$2.sig" <"$2" 2>&1) || fail "$2 is not the file that was signed: $said"
+  said=$(ssh-keygen -Y check-novalidate -n file -s "$2.sig" <"$2" 2>&1) || {
+    case $said in *" option -- "*) fail "who made $2 was not checked, because ssh-keygen is older than OpenSSH 8.1: $said" ;; esac
+    fail "$2 is not the file that was signed: $said"
+  }
   # The message ends with the fingerprint.
   is=${said##* }
   echo "$wanted" | grep -qxF -e "$is" || fail "$2 is signed by another key: $said, and not by $wanted"

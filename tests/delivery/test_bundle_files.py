@@ -272,6 +272,14 @@ def test_key_that_is_in_the_bundle_is_not_taken_for_the_callers(bundle: Path, tm
     assert (ended.returncode, "is signed by another key" in ended.stdout) == (1, True), ended.stdout
 
 
+@pytest.mark.parametrize(("says", "said"), [("unknown option -- Y", "is older than OpenSSH 8.1"), ("no", "is not the file")])
+def test_old_ssh_keygen_is_not_taken_for_a_wrong_signature(bundle: Path, tmp_path: Path, says: str, said: str) -> None:
+    Path(f"{bundle}.tar.sig").touch()
+    played(tmp_path, "ssh-keygen", f"echo {says} >&2; exit 1")
+    ended = install(bundle, "verify", "SHA256:x", PATH=first(tmp_path))
+    assert (ended.returncode, said in ended.stdout, says in ended.stdout) == (1, True, True), ended.stdout
+
+
 def test_empty_key_is_wrong_usage_and_not_a_missing_check(bundle: Path) -> None:
     assert install(bundle, "verify", "").returncode == 64
 
