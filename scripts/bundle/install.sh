@@ -159,7 +159,9 @@ docker_answers() { # succeed if Docker answers within 30 s
 load() { # [docker | ctr]
   tool=${1:-}
   if [ ! "$tool" ]; then
-    if docker_answers; then tool=docker; else tool=ctr; fi
+    ctr=${CTR:-ctr} tool=ctr
+    # If Docker does not answer and there is no ctr, Docker's own error is the useful one.
+    if docker_answers || { has docker && ! has "${ctr%% *}"; }; then tool=docker; fi
   fi
   for layout in $(layouts); do
     case $tool in

@@ -397,6 +397,15 @@ def test_docker_that_does_not_answer_is_not_waited_for(bundle: Path, tmp_path: P
     assert "images import" in Path(f"{ctr}.told").read_text()
 
 
+def test_error_of_docker_is_printed_if_there_is_no_ctr(bundle: Path, tmp_path: Path) -> None:
+    played(tmp_path, "docker", "echo 'permission denied' >&2; exit 1")
+    ended = install(bundle, "load", PATH=first(tmp_path), CTR="no-such-ctr --address=x")
+    assert (ended.returncode, "permission denied\n" in ended.stdout) == (1, True), ended.stdout
+    played(tmp_path, "ctr", "echo 'no containerd' >&2; exit 1")
+    ended = install(bundle, "load", PATH=first(tmp_path), CTR="ctr --address=x")
+    assert (ended.returncode, "no containerd\n" in ended.stdout) == (1, True), ended.stdout
+
+
 # --- the cluster ---
 
 
