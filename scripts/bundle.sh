@@ -60,9 +60,11 @@ else
   grep -qx Containerfile "$work/sources" \
   || fail "the bundle has the sources that git knows, and git knows none here (see above): git init && git add --all"
   mkdir -p "$root/manifests" "$root/images" "$work/release"
+  services=$(services)
+  [ "$(chosen)" = "$services" ] || fail "a bundle has the images of all services: leave SERVICE and LAYOUT out"
   REGISTRIES=${REGISTRIES:-registry.example.com}
   RELEASE=
-  for SERVICE in $(services); do
+  for SERVICE in $services; do
     layout=${LAYOUT:-$SERVICE.oci}
     repository=$(repositories "$SERVICE" | head -n 1)
     digest=$(LAYOUT=$layout && image_digest)

@@ -19,6 +19,8 @@ for image in $RELEASE; do
   esac
   replace "$old" "${image#*=}" "$work"/chart/manifests/*.yaml
 done
+# A package has no folder above it, so its links lead to the pages of this version.
+replace '](\.\./' "](https://github.com/OWNER/hitcounter/blob/v$version/" "$work/chart/README.md"
 replace OWNER/hitcounter "${GITHUB_REPOSITORY:-OWNER/hitcounter}" "$work"/chart/*.*
 {
   echo "  artifacthub.io/images: |"

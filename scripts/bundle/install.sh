@@ -28,16 +28,20 @@ start=$PWD
 cd "$(dirname "$0")"
 folder=$PWD
 name=${folder##*/}
-program=install.sh
+program=install.sh failed=1
 
-fail() { # MESSAGE...: print MESSAGE and exit with status 1
+fail() { # MESSAGE...: print MESSAGE and exit with the status `failed`
   echo "$program: $*" >&2
-  exit "${failed:-1}"
+  exit "$failed"
 }
 
 usage() { # print the comment at the head of this script, and exit with 64, the status for wrong usage in sysexits.h
   sed -n -e '/^#!/d' -e '/^#/!q' -e 's/^# //p' "$folder/install.sh" >&2
   exit 64
+}
+
+absolute() { # PATHS: print a list of paths with colons between them, as KUBECONFIG has it, with an absolute path for each path
+  (set -f; IFS=:; for path in $1; do case $path in "" | /*) ;; *) path=$start/$path ;; esac; printf %s: "$path"; done)
 }
 
 has() { command -v "$1" >/dev/null; }
@@ -96,7 +100,10 @@ check_signature() { # KEY FILE: fail unless FILE is signed by KEY, and the bundl
   [ -f "$2" ] || fail "$2 is missing: copy it beside this folder, or name it: BUNDLE=..."
   [ -f "$2.sig" ] || fail "$2.sig, the signature, is missing: copy it beside $2"
   wanted=$(fingerprints "$1") || exit
-  said=$(ssh-keygen -Y check-novalidate -n file -s "$2.sig" <"$2" 2>&1) || fail "$2 is not the file that was signed: $said"
+  said=$(ssh-keygen -Y check-novalidate -n file -s "$2.sig" <"$2" 2>&1) || {
+    case $said in *" option -- "*) fail "who made $2 was not checked, because ssh-keygen is older than OpenSSH 8.1: $said" ;; esac
+    fail "$2 is not the file that was signed: $said"
+  }
   # The message ends with the fingerprint.
   is=${said##* }
   echo "$wanted" | grep -qxF -e "$is" || fail "$2 is signed by another key: $said, and not by $wanted"
@@ -152,7 +159,9 @@ docker_answers() { # succeed if Docker answers within 30 s
 load() { # [docker | ctr]
   tool=${1:-}
   if [ ! "$tool" ]; then
-    if docker_answers; then tool=docker; else tool=ctr; fi
+    ctr=${CTR:-ctr} tool=ctr
+    # If Docker does not answer and there is no ctr, Docker's own error is the useful one.
+    if docker_answers || { has docker && ! has "${ctr%% *}"; }; then tool=docker; fi
   fi
   for layout in $(layouts); do
     case $tool in
@@ -190,9 +199,11 @@ push() { # REGISTRY [python | docker]
   check_registry "$registry"
   python=${PYTHON:-python3}
   tool=${2:-}
-  if [ ! "$tool" ]; then
-    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then tool=python; else tool=docker; fi
+  if [ "$tool" != docker ] && ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then
+    { [ ! "$tool" ] && has docker; } || fail "to push, Python 3.8 or newer is needed (PYTHON=...), or Docker"
+    tool=docker
   fi
+  tool=${tool:-python}
   for layout in $(layouts); do
     case $tool in
       python) "$python" push.py "$layout" "$registry" ;;
@@ -200,11 +211,15 @@ push() { # REGISTRY [python | docker]
       *) usage ;;
     esac >>"$work/pushed" || fail "the images are not all in $registry (see above); run this command again"
   done
-  touch pushed.txt
+  cat "$work/pushed"
+  if ! { touch pushed.txt && [ -w pushed.txt ]; }; then
+    [ "$tool" != python ] || return 0 # the images kept their digests, so `deploy` needs no pushed.txt
+    fail "pushed.txt cannot be written (see above), and \`deploy\` needs the digests in it:" \
+      "copy the folder to a disk that you can write to, and push from there"
+  fi
   # Keep the lines of other registries.
   awk -v registry="$registry" '{ it = $0; sub("/[^/]*$", "", it) } it != registry' pushed.txt >"$work/new"
   cat "$work/pushed" >>"$work/new"
-  cat "$work/pushed"
   cat "$work/new" >pushed.txt
 }
 
@@ -251,6 +266,7 @@ choose() { # COMMAND [REGISTRY]: set variant and registry, from VARIANT and REGI
     variants="$variants ${file%.yaml}"
   done
   case " $variants " in *" $variant "*) ;; *) fail "VARIANT=$variant: the variants are $variants" ;; esac
+  [ "$variant" = chart ] || [ ! "${VALUES:-}" ] || fail "only the chart has values: set VARIANT=chart, or leave VALUES out"
 }
 
 images() { # print a line for each image: NAME-IN-THE-MANIFESTS NAME@DIGEST
@@ -317,7 +333,8 @@ deploy() { # deploy the chosen variant with the images in the chosen registry
   make_namespace
   if [ "$registry" ] && [ "${REGISTRY_USERNAME:-}" ]; then pull_secret; fi
   if [ "$variant" = chart ]; then
-    run_helm upgrade --install --wait --timeout=300s >&2 || fail "Helm failed (see above)"
+    # Like `kubectl apply` below, Helm takes over the objects of another variant, and fields that someone has changed.
+    run_helm upgrade --install --take-ownership --force-conflicts --wait --timeout=300s >&2 || fail "Helm failed (see above)"
   else
     sh scripts/secret.sh >&2
     write_manifests
@@ -349,12 +366,16 @@ show_diff() { # show what `upgrade` would change; return kubectl's status: 0 wit
 # --- the commands ---
 
 # The script has left the user's folder, so make the relative paths in these variables absolute, except commands on PATH.
-for variable in BUNDLE VALUES REGISTRY_CA KUBECTL HELM PYTHON; do
+for variable in BUNDLE VALUES REGISTRY_CA DOCKER_CONFIG TMPDIR KUBECTL HELM PYTHON; do
   path=
   eval "path=\${$variable:-}"
   case $variable:$path in *: | *:/* | KUBECTL:"${path#*/}" | HELM:"${path#*/}" | PYTHON:"${path#*/}") continue ;; esac
   eval "$variable=\$start/\$path"
 done
+if [ "${KUBECONFIG:-}" ]; then
+  KUBECONFIG=$(absolute "$KUBECONFIG")
+  KUBECONFIG=${KUBECONFIG%:}
+fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 trap 'exit 129' HUP

@@ -6,9 +6,12 @@
 set -eu
 unset CDPATH # if CDPATH is set, `cd` may enter another folder of the same name
 
-fail() { # MESSAGE...: print MESSAGE and exit with status 1; install.sh sets `program` and `failed`, a name and another status
-  echo "${program:-make}: $*" >&2
-  exit "${failed:-1}"
+# install.sh sets `program` and `failed`. In any other script, the caller's variables of these names must change nothing.
+[ "${program:-}" = install.sh ] || program=make failed=1
+
+fail() { # MESSAGE...: print MESSAGE and exit with the status `failed`
+  echo "$program: $*" >&2
+  exit "$failed"
 }
 
 usage() { # print the comment at the head of the script, and exit with 64, the status for wrong usage in sysexits.h

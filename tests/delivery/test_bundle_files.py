@@ -3,11 +3,14 @@
 In these tests the bundle has tiny images, and shell scripts stand in for docker, kubectl and helm.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -269,6 +272,14 @@ def test_key_inside_the_bundle_does_not_replace_the_callers_key(bundle: Path, tm
     assert (ended.returncode, "is signed by another key" in ended.stdout) == (1, True), ended.stdout
 
 
+@pytest.mark.parametrize(("says", "said"), [("unknown option -- Y", "is older than OpenSSH 8.1"), ("no", "is not the file")])
+def test_old_ssh_keygen_is_not_taken_for_a_wrong_signature(bundle: Path, tmp_path: Path, says: str, said: str) -> None:
+    Path(f"{bundle}.tar.sig").touch()
+    played(tmp_path, "ssh-keygen", f"echo {says} >&2; exit 1")
+    ended = install(bundle, "verify", "SHA256:x", PATH=first(tmp_path))
+    assert (ended.returncode, said in ended.stdout, says in ended.stdout) == (1, True, True), ended.stdout
+
+
 def test_empty_key_is_wrong_usage_and_not_a_missing_check(bundle: Path) -> None:
     assert install(bundle, "verify", "").returncode == 64
 
@@ -343,10 +354,37 @@ def test_digests_in_another_registry_stay_and_are_not_used(bundle: Path, tmp_pat
     assert [it["digest"] for it in deployed(bundle, tmp_path, registry)] == wanted
 
 
+def test_push_names_the_programs_of_which_it_needs_one(bundle: Path, tmp_path: Path) -> None:
+    for name in "sh dirname mktemp cp rm sed grep find awk sort tr cat sha256sum".split():
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    old = played(tmp_path, "python3", "exit 1")
+    said = "to push, Python 3.8 or newer is needed (PYTHON=...), or Docker"
+    for arguments in ([], ["python"]):
+        ended = install(bundle, "push", "r.example", *arguments, PATH=str(tmp_path))
+        assert (ended.returncode, said in ended.stdout) == (1, True), ended.stdout
+    docker = played(tmp_path, "docker", DOCKER)
+    ended = install(bundle, "push", "r.example", "python", PATH=str(tmp_path), PYTHON=old)
+    assert (ended.returncode, said in ended.stdout) == (1, True), ended.stdout
+    assert not Path(f"{docker}.told").exists()
+
+
 def test_push_by_docker_without_a_digest_fails(bundle: Path, tmp_path: Path) -> None:
     played(tmp_path, "docker", "case $1 in load) cat >/dev/null ;; esac")
     ended = install(bundle, "push", "r.example", "docker", PATH=first(tmp_path))
     assert (ended.returncode, "does not print the digest of" in ended.stdout) == (1, True)
+    assert not (bundle / "pushed.txt").exists()
+
+
+@pytest.mark.parametrize("tool", ["python", "docker"])
+def test_push_from_a_folder_that_cannot_be_written_prints_the_names(bundle: Path, tmp_path: Path, tool: str) -> None:
+    played(tmp_path, "docker", DOCKER)
+    played(tmp_path, "touch", "echo 'read-only file system' >&2; exit 1")
+    python = played(tmp_path, "python3", f"echo r.example/v@sha256:{'a' * 64}")
+    ended = install(bundle, "push", "r.example", tool, PATH=first(tmp_path), PYTHON=python)
+    assert f"r.example/v@sha256:{'a' * 64}" in ended.stdout.splitlines()
+    # Docker may give an image another digest, which `deploy` has to read from pushed.txt.
+    assert ended.returncode == (0 if tool == "python" else 1), ended.stdout
+    assert ("pushed.txt cannot be written" in ended.stdout) == (tool == "docker")
     assert not (bundle / "pushed.txt").exists()
 
 
@@ -357,6 +395,15 @@ def test_load_uses_ctr_if_docker_does_not_answer(bundle: Path, tmp_path: Path) -
     ended = install(bundle, "load", PATH=first(tmp_path))
     assert ended.returncode == 0, ended.stdout
     assert "images import" in Path(f"{ctr}.told").read_text()
+
+
+def test_error_of_docker_is_printed_if_there_is_no_ctr(bundle: Path, tmp_path: Path) -> None:
+    played(tmp_path, "docker", "echo 'permission denied' >&2; exit 1")
+    ended = install(bundle, "load", PATH=first(tmp_path), CTR="no-such-ctr --address=x")
+    assert (ended.returncode, "permission denied\n" in ended.stdout) == (1, True), ended.stdout
+    played(tmp_path, "ctr", "echo 'no containerd' >&2; exit 1")
+    ended = install(bundle, "load", PATH=first(tmp_path), CTR="ctr --address=x")
+    assert (ended.returncode, "no containerd\n" in ended.stdout) == (1, True), ended.stdout
 
 
 # --- the cluster ---
@@ -409,10 +456,48 @@ def test_relative_paths_are_those_of_the_caller(bundle: Path, tmp_path: Path) ->
     assert f"--values={tmp_path}/my values.yaml --set=services.{names()[0]}.image=" in (tmp_path / "helm.told").read_text()
 
 
+def test_relative_paths_for_other_programs_are_those_of_the_caller(bundle: Path, tmp_path: Path) -> None:
+    kubectl = played(tmp_path, "kubectl", 'echo "$KUBECONFIG" >"$0.config"; ' + ANSWERS)
+    for given, used in (
+        ("my config", f"{tmp_path}/my config"),
+        ("/etc/*", "/etc/*"),
+        (f"a:{tmp_path}/b::c", f"{tmp_path}/a:{tmp_path}/b::{tmp_path}/c"),
+    ):
+        ended = install(bundle, "deploy", cwd=tmp_path, KUBECTL=kubectl, KUBECONFIG=given)
+        assert ended.returncode == 0, ended.stdout
+        assert (tmp_path / "kubectl.config").read_text() == f"{used}\n"
+    docker = played(tmp_path, "docker", 'echo "$DOCKER_CONFIG" >"$0.config"; cat >/dev/null')
+    (tmp_path / "temporary").mkdir()
+    environ = {"DOCKER_CONFIG": "login", "TMPDIR": "temporary", "PATH": first(tmp_path)}
+    ended = install(bundle, "load", "docker", cwd=tmp_path, **environ)
+    assert ended.returncode == 0, ended.stdout
+    assert Path(f"{docker}.config").read_text() == f"{tmp_path}/login\n"
+
+
 def test_namespace_has_the_projects_name_by_default(bundle: Path, tmp_path: Path) -> None:
     kubectl = played(tmp_path, "kubectl", KEEPS + ANSWERS)
     assert install(bundle, "deploy", KUBECTL=kubectl, NAMESPACE="").returncode == 0
     assert yaml.safe_load((tmp_path / "kubectl.yaml").read_text())["namespace"] == project()
+
+
+def test_values_for_a_variant_that_has_none_are_refused(bundle: Path, tmp_path: Path) -> None:
+    kubectl = played(tmp_path, "kubectl", ANSWERS)
+    ended = install(bundle, "deploy", KUBECTL=kubectl, VALUES="values.yaml")
+    assert (ended.returncode, "only the chart has values: set VARIANT=chart" in ended.stdout) == (1, True), ended.stdout
+    assert "apply" not in Path(f"{kubectl}.told").read_text()
+    # Of a release that is deployed already, the namespace has the variant.
+    kubectl, helm = played(tmp_path, "kubectl", INSTALLED), played(tmp_path, "helm", "")
+    ended = install(bundle, "upgrade", KUBECTL=kubectl, HELM=helm, VALUES="values.yaml")
+    assert ended.returncode == 0, ended.stdout
+
+
+def test_chart_takes_over_the_objects_of_another_variant(bundle: Path, tmp_path: Path) -> None:
+    """The tests on a cluster install the chart with these options, and without them, in place of what `make deploy` made."""
+    production = INSTALLED.replace("0.0.1 chart", "0.0.1 production")
+    assert production != INSTALLED
+    kubectl, helm = played(tmp_path, "kubectl", production), played(tmp_path, "helm", "")
+    assert install(bundle, "upgrade", KUBECTL=kubectl, HELM=helm, VARIANT="chart").returncode == 0
+    assert "upgrade --install --take-ownership --force-conflicts --wait" in Path(f"{helm}.told").read_text()
 
 
 def test_values_of_the_release_are_used_again(bundle: Path, tmp_path: Path) -> None:
@@ -463,6 +548,34 @@ def test_password_of_the_registry_arrives_whole_and_in_no_argument(bundle: Path,
     assert not list(temporary.iterdir())
     ended = deploy(f"{password}\nx")
     assert (ended.returncode, "has a line end" in ended.stdout) == (1, True)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_certificate_of_the_page_is_valid_for_each_server_of_redis(bundle: Path) -> None:
+    page = (ROOT / "docs" / "air-gap.md").read_text()
+    (block,) = re.findall(r"```sh\n([^`]*openssl req [^`]*)```", page)
+    subprocess.run(["sh", "-ec", block], cwd=bundle, check=True, capture_output=True, timeout=60)
+    assert install(bundle, "verify").returncode == 0
+    folder = bundle.parent / "tls"
+    for name in re.findall(r"--from-file=\.\./tls/(\S+)", page):
+        assert (folder / name).stat().st_size
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(folder / "tls.crt", folder / "tls.key")
+    client = ssl.create_default_context(cafile=folder / "ca.crt")
+    client.verify_flags |= ssl.VERIFY_X509_STRICT  # the default of Python 3.13, which the image has
+
+    def handshake(host: str) -> None:
+        one, other = ssl.MemoryBIO(), ssl.MemoryBIO()
+        ends = [client.wrap_bio(one, other, server_hostname=host), server.wrap_bio(other, one, server_side=True)]
+        for end in ends * 3:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+        assert ends[0].version() == "TLSv1.3"
+
+    for host in ("redis", "redis-0", "redis-1", "redis-2"):
+        handshake(host)
+    with pytest.raises(ssl.SSLCertVerificationError):  # the control
+        handshake("another")
 
 
 # --- making the bundle ---
@@ -580,6 +693,17 @@ def test_bundle_without_sources_is_not_made(tmp_path: Path) -> None:
             subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
         ended = making.run()
         assert (ended.returncode, said in ended.stdout) == (1, True), ended.stdout
+
+
+def test_bundle_of_one_service_of_several_is_not_made(tmp_path: Path) -> None:
+    """The image of another service could be old, or LAYOUT could be the image of one service under the name of another."""
+    making = Making(tmp_path)
+    (making.sources / "another").mkdir()
+    (making.sources / "another" / "__main__.py").touch()
+    for given in ({"SERVICE": names()[0]}, {"SERVICE": names()[0], "LAYOUT": f"{names()[0]}.oci"}):
+        ended = making.run(**given)
+        assert (ended.returncode, "a bundle has the images of all services" in ended.stdout) == (1, True), ended.stdout
+    assert not list(making.dist.glob("*.tar"))
 
 
 def test_bases_that_cannot_be_read_are_not_left_out(tmp_path: Path) -> None:

@@ -162,6 +162,9 @@ def test_value_of_a_wrong_type_is_refused(path: str, tmp_path: Path) -> None:
         ("store.host", "redis://redis.example.org", "at '/store/host': 'redis://redis.example.org' does not match pattern"),
         ("store.host", "redis.example.org:6379", "at '/store/host': 'redis.example.org:6379' does not match pattern"),
         ("store.host", "redis.example.org", "store.host needs store.kind=outside"),
+        ("store.port", 6380, "store.port needs store.kind=outside"),
+        ("store.cidr", "192.0.2.0/24", "store.cidr needs store.kind=outside"),
+        ("store", {"kind": "replicated", "username": "me"}, "store.username needs store.kind=outside"),
         ("store", None, "missing property 'store'"),
         ("store.kind", None, "at '/store': missing property 'kind'"),
         ("registry", "https://mirror.example.com", "at '/registry': 'https://mirror.example.com' does not match pattern"),
@@ -284,6 +287,19 @@ def test_hooks_are_passwords_the_smoke_test_and_a_message_about_the_volumes() ->
         assert made[f"Secret/{name}-redis"]["data"] == {"password": made["Secret/redis-users"]["data"][name]}
 
 
+def test_readme_names_the_users_who_need_a_password() -> None:
+    def users(*paths: str) -> set[str]:
+        text = "".join((ROOT / "manifests" / path).read_text() for path in paths)
+        return set(re.findall(r"(?m)^user (\w+)", text)) - {"default", *names()}
+
+    (item,) = re.findall(r"- `redis-users`,(.+?);\n", (CHART / "README.md").read_text(), re.DOTALL)
+    single, replicated = item.split("`store.kind: replicated`")
+    assert set(re.findall("`(\\w+)`", single)) == users("redis/users.acl")
+    folder = "components/redis-replicated"
+    more = users(f"{folder}/replicated.acl", f"{folder}/sentinel.acl") - users("redis/users.acl")
+    assert set(re.findall("`(\\w+)`", replicated)) == more
+
+
 @with_helm
 def test_objects_get_the_namespace_of_the_release() -> None:
     text = helm("template", "it", str(CHART), "--namespace=another", "--set=monitoring.enabled=true,store.kind=replicated").stdout
@@ -331,6 +347,19 @@ def test_setting_that_is_a_number_is_not_reformatted(tmp_path: Path) -> None:
     made = template(values_file(tmp_path, "services.NAME.settings", given))
     (config,) = (it for name, it in made.items() if name.startswith(f"ConfigMap/{FIRST}-"))
     assert config["data"].items() >= {"A": "1000000", "B": "true", "C": "1e6", "D": "0.5"}.items()
+
+
+@with_helm
+def test_another_chart_can_have_this_chart_under_another_name(tmp_path: Path) -> None:
+    Path(shutil.copytree(CHART, tmp_path / "outer" / "charts" / project()))
+    dependency = {"name": project(), "version": VERSION, "repository": "", "alias": "inner"}
+    outer = {"apiVersion": "v2", "name": "outer", "version": "1.0.0", "dependencies": [dependency]}
+    (tmp_path / "outer" / "Chart.yaml").write_text(json.dumps(outer))
+    arguments = [str(tmp_path / "outer"), f"--namespace={project()}", "--no-hooks", "--set=inner.expose=nodePort"]
+    # The command `install` also prints the notes.
+    said = helm("install", "it", *arguments, "--dry-run=client", "--render-subchart-notes").stdout
+    assert "pod-security.kubernetes.io/enforce=restricted" in said.partition("\nNOTES:\n")[2]
+    assert objects(helm("template", "it", *arguments).stdout) == template("--set=expose=nodePort")
 
 
 # --- Helm's own checks ---
@@ -403,6 +432,9 @@ def test_package_names_the_images_of_the_release_and_what_changed(packed: Path) 
     section = " ".join(f" {rest.partition(chr(10) + '## ')[0]}".split())
     assert f"- {' - '.join(changes)}" == section
     assert (chart["home"], chart["sources"]) == ("https://github.com/someone/there", ["https://github.com/someone/there"])
+    links = re.findall(r"\]\(([^#)]\S*)\)", helm("show", "readme", str(packed)).stdout)
+    assert f"https://github.com/someone/there/blob/v{VERSION}/docs/operations.md" in {it.partition("#")[0] for it in links}
+    assert not [it for it in links if not it.startswith("https://")]
     with tarfile.open(packed) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
         assert inside >= {"README.md", "values.schema.json", "templates/NOTES.txt", "icon.svg"}

@@ -26,6 +26,14 @@ def test_wrong_arguments_are_answered_with_the_usage(script: Path, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("script", "name"), [("secret.sh", "make"), ("bundle/install.sh", "install.sh")])
+def test_variables_of_the_caller_do_not_turn_a_failure_into_a_success(script: str, name: str) -> None:
+    environ = {"PATH": os.environ["PATH"], "failed": "0", "program": "other", "KUBECTL": "no-such-kubectl"}
+    command = ["sh", str(ROOT / "scripts" / script), *(["verify"] if "/" in script else [])]
+    ended = subprocess.run(command, cwd=ROOT, env=environ, text=True, capture_output=True)
+    assert (ended.returncode, ended.stderr.partition(":")[0]) == (1, name)
+
+
 def test_no_script_needs_an_execute_bit() -> None:
     """A ZIP file and a Windows share lose these bits. No script has one here, so every test shows that no caller needs it."""
     listed = subprocess.check_output(["git", "-c", f"safe.directory={ROOT}", "ls-files", "--stage"], cwd=ROOT, text=True)

@@ -39,6 +39,12 @@ def test_files_exist(text: Path) -> None:
     assert not missing
 
 
+@of_each_text
+def test_checksum_commands_run_in_busybox(text: Path) -> None:
+    """The sha256sum of busybox, which Alpine has, has no long options."""
+    assert not re.findall(r"\b(?:sha256sum|shasum) [^#\n]*--\w+", text.read_text())
+
+
 def anchors(text: Path) -> set[str]:
     """Return the anchors of a Markdown file's headings, as GitHub makes them."""
     content = re.sub(r"^ *```.*?^ *```", "", text.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -139,6 +145,15 @@ def test_commands_on_the_page_about_air_gaps_are_those_of_install_sh() -> None:
     scripts = re.findall(r"\bsh (scripts/[\w./-]+\.sh)", text)
     assert scripts
     assert not [name for name in scripts if not (ROOT / name).exists()]
+
+
+def test_page_about_air_gaps_removes_the_password_that_may_push_before_deploy() -> None:
+    """`deploy` writes REGISTRY_USERNAME and REGISTRY_PASSWORD into the cluster."""
+    before_deploy = AIR_GAP.read_text().partition("\n## Without internet: how do I deploy?")[0]
+    exported = set(re.findall(r"export (REGISTRY_\w+)", before_deploy))
+    assert exported == {"REGISTRY_USERNAME", "REGISTRY_PASSWORD"}
+    (removed,) = re.findall(r"unset (.+)", before_deploy.rpartition("export ")[2])
+    assert set(removed.split()) == exported
 
 
 def test_messages_on_the_page_about_air_gaps_are_those_of_install_sh() -> None:
