@@ -163,3 +163,10 @@ async def test_upgrade_and_rollback_from_a_registry_fail_no_request(
     load.check(before, await counts(url))
     assert all(f"{REGISTRY}/" in message for messages in pulls(empty).values() for message in messages)
     assert len(pulls(empty)["Pulling"]) >= 2
+    # The chart takes over the objects of the variant, and a field that someone has changed.
+    hits, posts = await counts(url)
+    empty.kubectl("set", "resources", "deployment/hitcounter", "--requests=cpu=123m")
+    await step(lower.installed, empty, "upgrade", VARIANT="chart")
+    assert (await step(lower.install, empty, "diff"))[0] == 0
+    assert images(empty) >= {f"{REGISTRY}/hitcounter@{lower.digest}"}
+    assert await counts(url) == (hits + 1, posts)
