@@ -15,7 +15,7 @@ link() { # PROGRAM NAME: let NAME run PROGRAM
 }
 for name in $("$folder/busybox" --list); do link "$folder/busybox" "$name"; done
 rm "$work/sha256sum" # macOS has shasum instead
-for name in bash curl git go kubectl make shasum ssh-keygen; do
+for name in bash curl git go kubectl make openssl shasum ssh-keygen; do
   ! program=$(command -v $name) || link "$program" "$name"
 done
 link "$folder/dash" sh

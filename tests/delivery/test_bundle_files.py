@@ -355,8 +355,9 @@ def test_digests_in_another_registry_stay_and_are_not_used(bundle: Path, tmp_pat
 
 
 def test_push_names_the_programs_of_which_it_needs_one(bundle: Path, tmp_path: Path) -> None:
-    for name in "sh dirname mktemp cp rm sed grep find awk sort tr cat sha256sum".split():
-        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    for name in "sh dirname mktemp cp rm sed grep find awk sort tr cat sha256sum shasum".split():
+        if found := shutil.which(name):
+            (tmp_path / name).symlink_to(found)
     old = played(tmp_path, "python3", "exit 1")
     said = "to push, Python 3.8 or newer is needed (PYTHON=...), or Docker"
     for arguments in ([], ["python"]):
