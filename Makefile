@@ -120,9 +120,8 @@ $(DEBIAN)/busybox/done: scripts/debian.sh
 test-busybox: $(VENV)/installed $(DEBIAN)/busybox/done ## run the tests of the scripts without GNU's tools, as on macOS
 	@sh scripts/test-busybox.sh $(DEBIAN)/busybox/bin
 
-coverage: $(VENV)/installed ## run the tests of the services and the chassis, and show which lines they do not reach
-	@$(BIN)/coverage run -m pytest -n 4 --dist worksteal --ignore=tests/delivery
-	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report
+coverage: $(VENV)/installed ## run the tests, and show which lines they do not reach
+	@$(BIN)/coverage run -m pytest -n 4 --dist worksteal && $(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 # The lock has no shellcheck for Linux on aarch64; there `make lint` needs a shellcheck on PATH.
 SHELLCHECK = $(or $(wildcard $(BIN)/shellcheck),shellcheck)
