@@ -390,8 +390,10 @@ def test_push_from_a_folder_that_cannot_be_written_prints_the_names(bundle: Path
 
 
 def test_load_uses_ctr_if_docker_does_not_answer(bundle: Path, tmp_path: Path) -> None:
-    played(tmp_path, "docker", f"exec '{shutil.which('sleep')}' 60")
-    played(tmp_path, "sleep", "")  # the time limit is over at once
+    sleep = shutil.which("sleep")
+    played(tmp_path, "docker", f"exec '{sleep}' 60")
+    # The time limit is a second. If it was over at once, it could end before the shell has started Docker.
+    played(tmp_path, "sleep", f"exec '{sleep}' 1")
     ctr = played(tmp_path, "ctr", "cat >/dev/null")
     ended = install(bundle, "load", PATH=first(tmp_path))
     assert ended.returncode == 0, ended.stdout
