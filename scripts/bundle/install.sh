@@ -157,9 +157,9 @@ docker_answers() { # succeed if Docker answers within 30 s
 }
 
 load() { # [docker | ctr]
-  tool=${1:-}
+  tool=${1:-} ctr=${CTR:-ctr}
   if [ ! "$tool" ]; then
-    ctr=${CTR:-ctr} tool=ctr
+    tool=ctr
     # If Docker does not answer and there is no ctr, Docker's own error is the useful one.
     if docker_answers || { has docker && ! has "${ctr%% *}"; }; then tool=docker; fi
   fi
@@ -167,7 +167,7 @@ load() { # [docker | ctr]
     case $tool in
       docker) stream "$layout" | docker load ;;
       # Kubernetes uses the images in this namespace of containerd.
-      ctr) stream "$layout" | ${CTR:-ctr} --namespace=k8s.io images import - ;;
+      ctr) stream "$layout" | $ctr --namespace=k8s.io images import - ;;
       *) usage ;;
     esac || fail "the images cannot be loaded by $tool (see above)"
   done

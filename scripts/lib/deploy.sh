@@ -19,8 +19,9 @@ kustomization() { # RESOURCE: print a kustomization that deploys RESOURCE in thi
   for component in $(needed_components); do
     case $1 in *-"$component.yaml") continue ;; esac # the rendered variant has this component
     advice="; add it to manifests/production, too"
-    if [ "${program:-}" = install.sh ]; then advice=; fi # a bundle's files must stay as they are
-    echo "${program:-make}: this cluster needs the component $component, which this command adds$advice" >&2
+    # shellcheck disable=SC2154 # base.sh sets `program`
+    if [ "$program" = install.sh ]; then advice=; fi # a bundle's files must stay as they are
+    echo "$program: this cluster needs the component $component, which this command adds$advice" >&2
     # Skaffold and GitOps deploy a variant without this script, so the variant may have the component already.
     grep -q "^[^#]*/components/$component" "manifests/${base%%-*}/kustomization.yaml" || echo "  - ../components/$component"
   done
