@@ -271,6 +271,11 @@ def test_values_that_choose_a_variant_can_be_combined(store: str, monitoring: bo
     assert template(*arguments) == expected
 
 
+def users(*files: Path) -> set[str]:
+    """Return the users in Redis's ACL files, except `default`."""
+    return set(re.findall(r"(?m)^user ([a-z0-9]+)", "".join(file.read_text() for file in files))) - {"default"}
+
+
 @with_helm
 def test_hooks_are_passwords_the_smoke_test_and_a_message_about_the_volumes() -> None:
     others = template()
@@ -278,8 +283,7 @@ def test_hooks_are_passwords_the_smoke_test_and_a_message_about_the_volumes() ->
     made = {name: it for name, it in objects(text).items() if name not in others}
     secrets = {"Secret/redis-users", *(f"Secret/{name}-redis" for name in names())}
     assert made.keys() == secrets | {"Job/smoke-test", "NetworkPolicy/smoke-test", "Job/kept-volumes"}
-    users = set(re.findall(r"(?m)^user ([a-z0-9]+)", "".join(path.read_text() for path in (ROOT / "manifests").rglob("*.acl"))))
-    assert made["Secret/redis-users"]["data"].keys() == users - {"default"}
+    assert made["Secret/redis-users"]["data"].keys() == users(*(ROOT / "manifests").rglob("*.acl"))
     passwords = [*made["Secret/redis-users"]["data"].values()]
     assert len({*passwords}) == len(passwords)
     assert {len(one) for one in passwords} == {60}  # 43 characters in base64
@@ -288,16 +292,13 @@ def test_hooks_are_passwords_the_smoke_test_and_a_message_about_the_volumes() ->
 
 
 def test_readme_names_the_users_who_need_a_password() -> None:
-    def users(*paths: str) -> set[str]:
-        text = "".join((ROOT / "manifests" / path).read_text() for path in paths)
-        return set(re.findall(r"(?m)^user (\w+)", text)) - {"default", *names()}
-
     (item,) = re.findall(r"- `redis-users`,(.+?);\n", (CHART / "README.md").read_text(), re.DOTALL)
     single, replicated = item.split("`store.kind: replicated`")
-    assert set(re.findall("`(\\w+)`", single)) == users("redis/users.acl")
-    folder = "components/redis-replicated"
-    more = users(f"{folder}/replicated.acl", f"{folder}/sentinel.acl") - users("redis/users.acl")
-    assert set(re.findall("`(\\w+)`", replicated)) == more
+    always = users(ROOT / "manifests" / "redis" / "users.acl")
+    folder = ROOT / "manifests" / "components" / "redis-replicated"
+    more = users(folder / "replicated.acl", folder / "sentinel.acl")
+    assert set(re.findall("`(\\w+)`", single)) == always - {*names()}
+    assert set(re.findall("`(\\w+)`", replicated)) == more - always
 
 
 @with_helm
